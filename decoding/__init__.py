@@ -1,0 +1,1 @@
+"""Decoding loops: from a model and a prompt to the next symbols."""

@@ -1,0 +1,88 @@
+"""What every tokenizer is: bytes to ids and back, exactly."""
+
+import json
+from typing import Protocol
+
+import numpy as np
+from etils import epath
+
+_FILE = 'tokenizer.json'
+
+
+class Tokenizer(Protocol):
+    """A lossless map from byte strings to ids: `decode(encode(data)) == data` for any bytes.
+
+    Ids lie in `[0, vocab_size)`. Tokenizers are immutable and hold no open files.
+    """
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, used or not."""
+        ...
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """Returns the ids of `data`, int32 `[T]`; an empty array for no bytes."""
+        ...
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        """Returns the bytes of `ids`; raises ValueError, naming the id, for one out of range."""
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes of one id.
+
+        Raises:
+          ValueError: the id is out of range, or does not stand for fixed bytes by itself.
+        """
+        ...
+
+    def save(self, path: epath.PathLike) -> None:
+        """Writes the tokenizer into the folder `path`, so that `load(path)` gives it back."""
+        ...
+
+
+def write_kind(path: epath.PathLike, kind: str, **fields: object) -> epath.Path:
+    """Makes the folder `path`, writes the file that names its tokenizer, returns the folder."""
+    folder = epath.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _FILE).write_text(json.dumps({'kind': kind, **fields}, indent=2) + '\n')
+    return folder
+
+
+def read_kind(path: epath.PathLike) -> dict:
+    """Returns what `write_kind` wrote.
+
+    Raises:
+      FileNotFoundError: `path` holds no tokenizer.
+      ValueError: the file there is not one of ours.
+    """
+    file = epath.Path(path) / _FILE
+    if not file.exists():
+        raise FileNotFoundError(f'{path}: no tokenizer here ({_FILE} is missing)')
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f'{file}: not JSON: {error}') from None
+    if not isinstance(fields, dict) or 'kind' not in fields:
+        raise ValueError(f'{file}: no field "kind": not a tokenizer written by this project')
+    return fields
+
+
+def load(path: epath.PathLike) -> Tokenizer:
+    """Returns the tokenizer saved in the folder `path`; never executes code from there."""
+    from tokenization import arithmetic_tokenizer, bpe, byte, equal_info
+
+    kind = read_kind(path)['kind']
+    match kind:
+        case 'byte':
+            return byte.ByteTokenizer.load(path)
+        case 'bpe':
+            return bpe.BPETokenizer.load(path)
+        case 'equal_info':
+            return equal_info.EqualInfoTokenizer.load(path)
+        case 'arithmetic':
+            return arithmetic_tokenizer.ArithmeticTokenizer.load(path)
+    raise ValueError(
+        f'{path}: unknown tokenizer kind {kind!r}; this version knows byte, bpe, equal_info '
+        'and arithmetic'
+    )
