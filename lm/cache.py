@@ -1,0 +1,81 @@
+"""The key/value cache: rows addressed per KV head, each with the position it came from."""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lm.config import Config
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of what a batch has read.
+
+    Attributes:
+      k_NBKSC, v_NBKSC: rows; only the first `length_B` of the S rows hold anything.
+      position_BKS: int32: position in the text of each row; a policy may keep different rows
+        for different heads.
+      length_B: int32: rows in use, per batch row; also where the next row is written.
+    """
+
+    k_NBKSC: jax.Array
+    v_NBKSC: jax.Array
+    position_BKS: jax.Array
+    length_B: jax.Array
+
+
+def init(config: Config, batch: int, rows: int) -> Cache:
+    """Returns an empty cache with room for `rows` keys per batch row."""
+    shape = (config.n_layers, batch, config.n_kv_heads, rows, config.head_dim)
+    return Cache(
+        k_NBKSC=jnp.zeros(shape, config.dtype),
+        v_NBKSC=jnp.zeros(shape, config.dtype),
+        position_BKS=jnp.zeros((batch, config.n_kv_heads, rows), jnp.int32),
+        length_B=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def write_positions(cache: Cache, positions_BL: jax.Array) -> Cache:
+    """Appends L rows: notes their positions and lengthens the cache; `write` fills them.
+
+    Rows past the end of the cache are dropped: the caller allocates enough.
+    """
+    b, l = positions_BL.shape
+    rows_BL = cache.length_B[:, None] + jnp.arange(l)
+    batch = jnp.arange(b)[:, None]
+    position_BKS = cache.position_BKS.at[batch, :, rows_BL].set(
+        positions_BL[:, :, None], mode='drop'
+    )
+    return dataclasses.replace(cache, position_BKS=position_BKS, length_B=cache.length_B + l)
+
+
+def write(rows_NBKSC: jax.Array, layer: jax.Array | int, start_B: jax.Array, new_BKLC: jax.Array):
+    """Returns `rows_NBKSC` with `new_BKLC` written at rows `start_B + [0, L)` of one layer."""
+    b, _, l, _ = new_BKLC.shape
+    rows_BL = start_B[:, None] + jnp.arange(l)
+    batch = jnp.arange(b)[:, None]
+    new_BLKC = new_BKLC.swapaxes(1, 2).astype(rows_NBKSC.dtype)
+    return rows_NBKSC.at[layer, batch, :, rows_BL].set(new_BLKC, mode='drop')
+
+
+def key_positions(cache: Cache) -> jax.Array:
+    """Returns int32 `[B, K, S]`: each row's position, -1 where the row holds nothing."""
+    rows = jnp.arange(cache.position_BKS.shape[-1])
+    return jnp.where(rows < cache.length_B[:, None, None], cache.position_BKS, -1)
+
+
+def truncate(cache: Cache, length_B: jax.Array) -> Cache:
+    """Returns the cache with only its first `length_B` rows; the rest will be overwritten."""
+    return dataclasses.replace(cache, length_B=jnp.minimum(cache.length_B, length_B))
+
+
+def take(cache: Cache, rows_M: jax.Array) -> Cache:
+    """Returns the cache of M batch rows, copies of the given ones."""
+    return Cache(
+        k_NBKSC=cache.k_NBKSC[:, rows_M],
+        v_NBKSC=cache.v_NBKSC[:, rows_M],
+        position_BKS=cache.position_BKS[rows_M],
+        length_B=cache.length_B[rows_M],
+    )

@@ -1,0 +1,89 @@
+"""The pieces of a block, as pure functions of arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.config import Config, RopeScaling
+
+
+def einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """Contracts activations with a matrix, in the activations' dtype.
+
+    f32 means f32: accelerators would otherwise round the operands to bf16 or tf32.
+    """
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(spec, x, w.astype(x.dtype), precision=precision)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float, unit_offset: bool) -> jax.Array:
+    """Returns `x / rms(x) * weight` over the last axis, computed in f32 (Zhang & Sennrich 2019).
+
+    With `unit_offset` the factor is `1 + weight` (Gemma).
+    """
+    x_f32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x_f32**2, axis=-1, keepdims=True) + epsilon)
+    weight = weight.astype(jnp.float32) + unit_offset
+    return (x_f32 * scale * weight).astype(x.dtype)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """Returns `cap * tanh(x / cap)`, or `x` where there is no cap (Gemma 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def gated_mlp(
+    x_BLD: jax.Array,
+    w_gate_DF: jax.Array,
+    w_up_DF: jax.Array,
+    w_down_FD: jax.Array,
+    activation: str,
+) -> jax.Array:
+    """Returns `(act(x gate) * (x up)) down` (Shazeer 2020, GLU variants)."""
+    act = {
+        'silu': jax.nn.silu,
+        'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+        'relu': jax.nn.relu,
+    }[activation]
+    gate_BLF = act(einsum('bld,df->blf', x_BLD, w_gate_DF))
+    up_BLF = einsum('bld,df->blf', x_BLD, w_up_DF)
+    return einsum('blf,fd->bld', gate_BLF * up_BLF, w_down_FD)
+
+
+def rope_frequencies(config: Config) -> np.ndarray:
+    """Returns radians per position, f32 `[N, C/2]`: each layer's own (Su et al. 2021)."""
+    rows = []
+    for windowed in config.windowed_layers:
+        local = windowed and config.local_rope_theta is not None
+        theta = config.local_rope_theta if local else config.rope_theta
+        frequencies = theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)  # type: ignore[operator]
+        if config.rope_scaling is not None and not local:
+            frequencies = _scale_frequencies(frequencies, config.rope_scaling)
+        rows.append(frequencies)
+    return np.asarray(rows, np.float32)
+
+
+def _scale_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    slow = frequencies / scaling.factor
+    if scaling.kind == 'linear':
+        return slow
+    # turns that a channel makes over the length trained on: many turns keep their frequency
+    turns = scaling.original_length * frequencies / (2 * np.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return slow * (1 - keep) + frequencies * keep
+
+
+def rope(x_BLHC: jax.Array, positions_BL: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """Rotates channel pairs (c, c + C/2) by `position * frequency`, in f32.
+
+    Args:
+      x_BLHC: queries or keys, head axis third.
+      positions_BL: int32.
+      frequencies: f32 `[C/2]`.
+    """
+    angle = positions_BL[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BLHC.dtype)

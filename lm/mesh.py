@@ -1,0 +1,81 @@
+"""Device meshes and the one table that maps logical axes to mesh axes."""
+
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ('data', 'model')
+
+# Logical axis -> mesh axis. What is missing here is replicated.
+RULES = {
+    'batch': 'data',
+    'vocab': 'model',
+    'heads': 'model',
+    'kv_heads': 'model',
+    'ff': 'model',
+    'embed': 'data',  # fully sharded data parallelism: gathered where a layer needs it
+}
+
+
+def start() -> None:
+    """Joins the other hosts where the environment says there are several (TPU pods, clusters).
+
+    Call it once, before any other use of JAX. Does nothing on a single host.
+    """
+    hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '')
+    if len(hosts.split(',')) > 1 or 'JAX_COORDINATOR_ADDRESS' in os.environ:
+        jax.distributed.initialize()
+
+
+def parse(text: str | None, devices: int) -> tuple[int, int]:
+    """Returns (data, model) sizes for a flag such as `data=4,model=2`, `auto` or nothing.
+
+    `auto` (and nothing) puts every device on the data axis; a size left out fills up.
+
+    Raises:
+      ValueError: an unknown axis, a size that is no number, or a product that is not the number
+        of devices.
+    """
+    sizes: dict[str, int] = {}
+    for part in [] if text in (None, '', 'auto') else text.split(','):
+        axis, _, size = part.partition('=')
+        if axis not in AXES or not size.isdigit() or int(size) < 1:
+            raise ValueError(f'--mesh {text!r}: {part!r} is not one of data=SIZE, model=SIZE')
+        sizes[axis] = int(size)
+    model = sizes.get('model', 1)
+    data = sizes.get('data', max(devices // model, 1))
+    if data * model != devices:
+        raise ValueError(f'--mesh {text!r}: data={data} x model={model}, but {devices} devices')
+    return data, model
+
+
+def make(text: str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a ('data', 'model') mesh over all devices, with axes that jit shards by itself."""
+    devices = jax.devices() if devices is None else devices
+    shape = parse(text, len(devices))
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def sharding(
+    mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]
+) -> NamedSharding:
+    """Returns the sharding of an array with these logical axes.
+
+    A dimension that its mesh axis does not divide is replicated: one KV head on two devices, say.
+    """
+    used: set[str] = set()
+    spec: list[str | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        name = RULES.get(axis or '')
+        fits = name is not None and name not in used and size % mesh.shape[name] == 0
+        spec.append(name if fits else None)
+        used |= {name} if fits and name else set()
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of batches: rows over the data axis."""
+    return NamedSharding(mesh, PartitionSpec('data'))

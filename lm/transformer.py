@@ -1,0 +1,205 @@
+"""The decoder transformer as pure functions: `embed`, `body`, `unembed`, and what joins them.
+
+    tokens_BL -- embed --> x_BLD -- body --> h_BLD -- unembed --> logits_BLV
+
+The body knows nothing of tokens: other tables may stand before and after it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm import cache as cache_lib
+from lm import layers
+from lm.attention import Mask, attention
+from lm.cache import Cache
+from lm.config import Config
+from lm.params import Params
+
+
+def embed(tables: Params, config: Config, tokens_BL: jax.Array) -> jax.Array:
+    """Returns the vectors of tokens, `[B, L, D]`."""
+    x_BLD = tables['input_VD'][tokens_BL].astype(config.dtype)
+    return x_BLD * config.d_model**0.5 if config.scale_embeddings else x_BLD
+
+
+def output_table(tables: Params) -> jax.Array:
+    """Returns the table whose rows meet hidden states in the logits, `[V, D]`."""
+    return tables['output_VD'] if 'output_VD' in tables else tables['input_VD']
+
+
+def unembed(tables: Params, config: Config, h_BLD: jax.Array) -> jax.Array:
+    """Returns logits, f32 `[..., V]`."""
+    logits = layers.einsum('...d,vd->...v', h_BLD, output_table(tables))
+    return layers.softcap(logits.astype(jnp.float32), config.logit_softcap)
+
+
+def body(
+    params: Params,
+    config: Config,
+    x_BLD: jax.Array,
+    positions_BL: jax.Array,
+    *,
+    segments_BL: jax.Array | None = None,
+    ancestors_BLL: jax.Array | None = None,
+    cache: Cache | None = None,
+    causal: bool = True,
+) -> tuple[jax.Array, Cache | None]:
+    """Runs the blocks and the final norm.
+
+    Args:
+      params: the `body` part of the parameters.
+      x_BLD: vectors of L new nodes.
+      positions_BL: int32, each node's position in its text.
+      segments_BL: int32; without a cache, nodes of different segments do not see each other.
+      ancestors_BLL: bool; which of the new nodes each new node sees, itself included; all those
+        of no later position where not given. With it, one call verifies a draft tree.
+      cache: what the nodes also see; they are appended to it.
+      causal: whether positions forbid looking ahead.
+
+    Returns:
+      Hidden states `[B, L, D]`, ready for `unembed`, and the longer cache.
+    """
+    start_B = None if cache is None else cache.length_B
+    if cache is not None:
+        cache = cache_lib.write_positions(cache, positions_BL)
+    mask = _mask(positions_BL, segments_BL, ancestors_BLL, cache, start_B, causal)
+    unlimited = jnp.iinfo(jnp.int32).max
+    windows = [config.window if w else unlimited for w in config.windowed_layers]
+    per_layer = (
+        jnp.arange(config.n_layers),
+        params['layers'],
+        jnp.asarray(layers.rope_frequencies(config)),
+        jnp.asarray(windows, jnp.int32),
+    )
+
+    def run_block(carry, inputs):
+        x_BLD, kv = carry
+        layer, block_params, frequencies, window = inputs
+        layer_mask = mask if config.window is None else dataclasses.replace(mask, window=window)
+
+        def attend(q_BLHC, k_BLKC, v_BLKC):
+            q_BLHC = layers.rope(q_BLHC, positions_BL, frequencies)
+            k_BKLC = layers.rope(k_BLKC, positions_BL, frequencies).swapaxes(1, 2)
+            keys, values, written = _with_cache(kv, layer, start_B, k_BKLC, v_BLKC.swapaxes(1, 2))
+            out_BLHC = attention(
+                q_BLHC, keys, values, layer_mask, scale=config.query_scale,
+                softcap=config.attention_softcap,
+            )  # fmt: skip
+            return out_BLHC, written
+
+        return block(block_params, config, x_BLD, attend), None
+
+    if config.remat:
+        run_block = jax.checkpoint(run_block)
+    kv = None if cache is None else (cache.k_NBKSC, cache.v_NBKSC)
+    (x_BLD, kv), _ = jax.lax.scan(run_block, (x_BLD, kv), per_layer, unroll=config.unroll)
+    if cache is not None and kv is not None:
+        cache = dataclasses.replace(cache, k_NBKSC=kv[0], v_NBKSC=kv[1])
+    h_BLD = layers.rms_norm(x_BLD, params['final_norm_D'], config.norm_epsilon, config.unit_offset)
+    return h_BLD, cache
+
+
+def _mask(positions_BL, segments_BL, ancestors_BLL, cache, start_B, causal) -> Mask:
+    """Builds the mask over the new nodes alone, or over all rows of the cache."""
+    if cache is None:
+        return Mask(
+            positions_BL, positions_BL[:, None], segments_BL, segments_BL, ancestors_BLL,
+            causal=causal,
+        )  # fmt: skip
+    key_position = cache_lib.key_positions(cache)
+    ancestors_BLS = None
+    if ancestors_BLL is not None:
+        # row s of the cache is new node s - start, or older: those are seen by all
+        node_BS = jnp.arange(key_position.shape[-1]) - start_B[:, None]
+        index = jnp.clip(node_BS, 0, positions_BL.shape[1] - 1)
+        picked = jnp.take_along_axis(ancestors_BLL, index[:, None, :], axis=2)
+        ancestors_BLS = picked | (node_BS < 0)[:, None]
+    return Mask(positions_BL, key_position, ancestors=ancestors_BLS, causal=causal)
+
+
+def _with_cache(kv, layer, start_B, k_BKLC, v_BKLC):
+    """Returns the keys and values to attend to, and the caches with the new rows written."""
+    if kv is None:
+        return k_BKLC, v_BKLC, None
+    k_NBKSC = cache_lib.write(kv[0], layer, start_B, k_BKLC)
+    v_NBKSC = cache_lib.write(kv[1], layer, start_B, v_BKLC)
+    return k_NBKSC[layer], v_NBKSC[layer], (k_NBKSC, v_NBKSC)
+
+
+def block(p: Params, config: Config, x_BLD: jax.Array, attend: Any) -> tuple[jax.Array, Any]:
+    """One block: attention and gated MLP, each behind a norm, added to the stream.
+
+    `attend(q_BLHC, k_BLKC, v_BLKC) -> (out_BLHC, state)` decides what the nodes see.
+    """
+
+    def norm(x, name):
+        return layers.rms_norm(x, p[name], config.norm_epsilon, config.unit_offset)
+
+    y_BLD = norm(x_BLD, 'attention_norm_ND')
+    q_BLHC = layers.einsum('bld,dhc->blhc', y_BLD, p['wq_NDHC'])
+    k_BLKC = layers.einsum('bld,dkc->blkc', y_BLD, p['wk_NDKC'])
+    v_BLKC = layers.einsum('bld,dkc->blkc', y_BLD, p['wv_NDKC'])
+    if config.qkv_bias:
+        q_BLHC += p['bq_NHC'].astype(q_BLHC.dtype)
+        k_BLKC += p['bk_NKC'].astype(k_BLKC.dtype)
+        v_BLKC += p['bv_NKC'].astype(v_BLKC.dtype)
+    if config.qk_norm:
+        q_BLHC, k_BLKC = norm(q_BLHC, 'q_norm_NC'), norm(k_BLKC, 'k_norm_NC')
+    out_BLHC, state = attend(q_BLHC, k_BLKC, v_BLKC)
+    y_BLD = layers.einsum('blhc,hcd->bld', out_BLHC, p['wo_NHCD'])
+    x_BLD += norm(y_BLD, 'post_attention_norm_ND') if config.post_norm else y_BLD
+    y_BLD = layers.gated_mlp(
+        norm(x_BLD, 'mlp_norm_ND'), p['w_gate_NDF'], p['w_up_NDF'], p['w_down_NFD'],
+        config.activation,
+    )  # fmt: skip
+    x_BLD += norm(y_BLD, 'post_mlp_norm_ND') if config.post_norm else y_BLD
+    return x_BLD, state
+
+
+def forward(
+    params: Params,
+    config: Config,
+    tokens_BL: jax.Array,
+    positions_BL: jax.Array | None = None,
+    segments_BL: jax.Array | None = None,
+) -> jax.Array:
+    """Returns logits f32 `[B, L, V]` of whole texts; positions count from 0 by default."""
+    if positions_BL is None:
+        positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    x_BLD = embed(params['tables'], config, tokens_BL)
+    h_BLD, _ = body(params['body'], config, x_BLD, positions_BL, segments_BL=segments_BL)
+    return unembed(params['tables'], config, h_BLD)
+
+
+def step(
+    params: Params,
+    config: Config,
+    tokens_BL: jax.Array,
+    cache: Cache,
+    *,
+    positions_BL: jax.Array | None = None,
+    ancestors_BLL: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Runs L new nodes against a cache: prefill, decoding and the verification of draft trees.
+
+    Args:
+      tokens_BL: the new nodes' tokens.
+      cache: what each row has read so far; rows may have different lengths.
+      positions_BL: by default the nodes continue each row as a chain.
+      ancestors_BLL: bool; see `body`.
+
+    Returns:
+      Logits f32 `[B, L, V]` after each node, and the cache with L more rows. To take nodes back
+      afterwards, `cache.truncate` it.
+    """
+    if positions_BL is None:
+        positions_BL = cache.length_B[:, None] + jnp.arange(tokens_BL.shape[1])
+    x_BLD = embed(params['tables'], config, tokens_BL)
+    h_BLD, longer = body(
+        params['body'], config, x_BLD, positions_BL, ancestors_BLL=ancestors_BLL, cache=cache
+    )
+    assert longer is not None
+    return unembed(params['tables'], config, h_BLD), longer

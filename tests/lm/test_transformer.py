@@ -1,0 +1,148 @@
+"""What must hold of any decoder, whatever its weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import cache, params, presets, transformer
+from lm.config import Config, RopeScaling
+
+# Every optional feature at once, in three layers of which the middle one sees all keys.
+FULL = Config(
+    97, 32, 3, 4, 2, 16, 48, max_length=64, activation='gelu_tanh', unit_offset=True,
+    post_norm=True, qk_norm=True, qkv_bias=True, attention_softcap=20.0, logit_softcap=10.0,
+    scale_embeddings=True, tied=True, local_rope_theta=500.0, window=5,
+    rope_scaling=RopeScaling('llama3', 4.0, original_length=32), window_pattern=(True, False),
+)  # fmt: skip
+PLAIN = Config(97, 32, 2, 4, 4, 8, 48, max_length=64)
+
+
+@pytest.fixture(scope='module', params=[FULL, PLAIN], ids=['full', 'plain'])
+def model(request):
+    config = request.param
+    weights = params.init(config, jax.random.key(0))
+    # biases and norms start at constants, which would hide a bug: shake every leaf
+    leaves, tree = jax.tree.flatten(weights)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return config, jax.tree.unflatten(tree, leaves)
+
+
+@pytest.fixture(scope='module')
+def tokens():
+    return jax.random.randint(jax.random.key(2), (2, 12), 0, 97)
+
+
+def test_no_logit_depends_on_a_later_token(model, tokens):
+    config, weights = model
+    x = transformer.embed(weights['tables'], config, tokens)
+    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
+
+    def total(x):
+        h, _ = transformer.body(weights['body'], config, x, positions)
+        return (h[:, 6] ** 2).sum()
+
+    gradient = jnp.abs(jax.grad(total)(x)).sum(-1)
+    assert (gradient[:, 7:] == 0).all()
+    assert (gradient[:, 6] > 0).all()
+
+
+def test_segments_do_not_see_each_other(model, tokens):
+    config, weights = model
+    both = transformer.forward(
+        weights, config, tokens,
+        jnp.concatenate([jnp.arange(5), jnp.arange(7)])[None].repeat(2, 0),
+        jnp.asarray([[1] * 5 + [2] * 7] * 2),
+    )  # fmt: skip
+    alone = transformer.forward(weights, config, tokens[:, 5:])
+    np.testing.assert_allclose(both[:, 5:], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_cached_steps_equal_the_full_forward_for_ragged_rows(model, tokens):
+    config, weights = model
+    full = transformer.forward(weights, config, tokens)
+    state = cache.init(config, 2, 16)
+    # row 0 reads 4 tokens and row 1 reads 7: prefill 7, then take 3 back from row 0
+    logits, state = transformer.step(weights, config, tokens[:, :7], state)
+    np.testing.assert_allclose(logits, full[:, :7], rtol=1e-4, atol=1e-4)
+    state = cache.truncate(state, jnp.asarray([4, 7]))
+    for i in range(5):
+        at = jnp.asarray([4 + i, 7 + i])
+        logits, state = transformer.step(
+            weights, config, jnp.take_along_axis(tokens, at[:, None], 1), state
+        )
+        np.testing.assert_allclose(logits[:, 0], full[jnp.arange(2), at], rtol=1e-4, atol=1e-4)
+
+
+def test_each_path_of_a_tree_gets_the_logits_of_that_path_alone(model, tokens):
+    config, weights = model
+    # nodes:  0 -> 1 -> 3,  0 -> 2 -> 4
+    parents = [-1, 0, 0, 1, 2]
+    ancestors = np.eye(5, dtype=bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            ancestors[node] |= ancestors[parent]
+    depth = ancestors.sum(1) - 1
+    prefix, nodes = tokens[:, :4], tokens[:, 4:9]
+    _, state = transformer.step(weights, config, prefix, cache.init(config, 2, 12))
+    logits, _ = transformer.step(
+        weights, config, nodes, state,
+        positions_BL=jnp.broadcast_to(4 + depth, (2, 5)),
+        ancestors_BLL=jnp.broadcast_to(ancestors, (2, 5, 5)),
+    )  # fmt: skip
+    for path in ([0, 1, 3], [0, 2, 4]):
+        text = jnp.concatenate([prefix, nodes[:, jnp.asarray(path)]], 1)
+        alone = transformer.forward(weights, config, text)[:, 4:]
+        np.testing.assert_allclose(logits[:, jnp.asarray(path)], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_options_that_only_change_speed_change_nothing_else(model, tokens):
+    config, weights = model
+    plain = transformer.forward(weights, config, tokens)
+    faster = dataclasses.replace(config, remat=True, unroll=config.n_layers)
+    np.testing.assert_allclose(
+        transformer.forward(weights, faster, tokens), plain, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_rope_makes_attention_depend_on_distance_alone():
+    config = dataclasses.replace(PLAIN, n_layers=1)
+    weights = params.init(config, jax.random.key(0))
+    tokens = jnp.arange(6)[None]
+    here = transformer.forward(weights, config, tokens, jnp.arange(6)[None])
+    there = transformer.forward(weights, config, tokens, jnp.arange(6)[None] + 31)
+    np.testing.assert_allclose(here, there, rtol=1e-4, atol=1e-4)
+
+
+def test_an_f32_config_computes_in_f32_everywhere(tokens):
+    weights = params.init(FULL, jax.random.key(0))
+    jaxpr = jax.make_jaxpr(lambda w: transformer.forward(w, FULL, tokens))(weights)
+    assert 'bf16' not in str(jaxpr)
+    dots = [line for line in str(jaxpr).splitlines() if 'dot_general' in line]
+    assert dots and str(jaxpr).count('HIGHEST') > 0
+
+
+@pytest.mark.parametrize('preset', presets.PRESETS, ids=lambda f: f.__name__)
+def test_presets_have_the_size_that_their_name_says(preset):
+    config = preset()
+    expected = {
+        'tiny': (0.05e6, 0.1e6), 'm1_3m': (3.0e6, 3.3e6), 'm2_25m': (24e6, 26e6),
+        'm2_113m': (112e6, 114e6), 'm2_403m': (402e6, 404e6), 'm2_2b': (1.5e9, 2.1e9),
+        'llama2_7b': (6.4e9, 6.5e9), 'llama3_8b': (6.9e9, 7.0e9), 'mistral_7b': (6.9e9, 7.0e9),
+        'qwen2_7b': (6.5e9, 6.6e9), 'qwen3_8b': (6.9e9, 7.0e9), 'gemma2_9b': (8.3e9, 8.4e9),
+        'gemma3_27b': (25.5e9, 25.7e9),
+    }[preset.__name__]  # fmt: skip
+    assert expected[0] <= params.count_body(config) <= expected[1]
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'),
+    [('n_kv_heads', 3), ('head_dim', 15), ('dtype', 'float16'), ('d_ff', 0), ('window', 0)],
+)
+def test_a_bad_config_names_the_field(field, value):
+    named = 'n_heads' if field == 'n_kv_heads' else field
+    with pytest.raises(ValueError, match=named):
+        dataclasses.replace(PLAIN, **{field: value})
