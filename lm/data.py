@@ -1,24 +1,25 @@
 """From documents to packed batches: grain pipelines whose state can be saved and restored.
 
 A document of ids t_1..t_T is read as inputs [BOS, t_1, .., t_{T-1}] with targets
-[t_1, .., t_T]: every id is predicted exactly once. Documents are laid end to end and cut into
-rows of L, so rows are full; a document cut at the end of a row goes on in another one, where
-its first input is the id before, not BOS. With bos = 9, L = 4, documents [1 2 3] and [4 5]:
-
-    tokens     9 1 2 9    4 . . .        segments   1 1 1 2    1 0 0 0
-    targets    1 2 3 4    5 . . .        positions  0 1 2 0    0 0 0 0
-
-Segments number the pieces within a row, and attention never crosses them; 0 is padding.
+[t_1, .., t_T]: every id is predicted exactly once. `lm.packing` lays documents end to end into
+rows of L and numbers the pieces within a row as segments, which attention never crosses.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+import functools
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any, BinaryIO, Protocol
 
 import grain
 import numpy as np
+from etils import epath
 
-Batch = dict[str, np.ndarray]
+from lm.packing import PackedBatches, Packing, Window
+
 Encode = Callable[[bytes], np.ndarray]
 
 # Training rows are shuffled within windows of about this many tokens (9 bytes of memory
@@ -77,13 +78,13 @@ def training_batches(
     _check(documents, batch_size, length, bos, shard_index, shard_count)
     source = grain.MapDataset.source(_Encoded(documents, encode, bos))
     dataset = source.shuffle(seed)[shard_index::shard_count]
-    window = _Window(max(1, _WINDOW_TOKENS // (batch_size * length)), len(dataset), seed)
+    window = Window(max(1, _WINDOW_TOKENS // (batch_size * length)), len(dataset), seed)
     # The packing thread reads ahead by whole batches; a thread pool before it costs more.
     stream = dataset.repeat(num_epochs).to_iter_dataset(_read_options())
     if workers:
         _allow_workers()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    packed = _PackedBatches(stream, _Packing(batch_size, length, bos, window))
+    packed = PackedBatches(stream, Packing(batch_size, length, bos, window))
     return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=_PREFETCH)
 
 
@@ -109,7 +110,7 @@ def evaluation_batches(
     _check(documents, batch_size, length, bos, shard_index, shard_count)
     source = grain.MapDataset.source(_Encoded(documents, encode, bos))
     stream = source.to_iter_dataset(_read_options())
-    packed = _PackedBatches(stream, _Packing(shard_count * batch_size, length, bos, None))
+    packed = PackedBatches(stream, Packing(shard_count * batch_size, length, bos, None))
     if shard_count == 1:
         return packed
     rows = slice(shard_index * batch_size, (shard_index + 1) * batch_size)
@@ -162,81 +163,110 @@ class _Encoded:
 
     def __getitem__(self, index: int) -> np.ndarray:
         document = self.documents[index]
-        ids = np.asarray(document if self.encode is None else self.encode(document))
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in 'iu'):
-            raise ValueError(
-                f'document {index}: expected a vector of integer ids, got {ids.dtype} of shape '
-                f'{ids.shape}'
-            )
-        if ids.size and not (0 <= ids.min() and ids.max() < self.bos):
-            raise ValueError(
-                f'document {index}: ids must lie in [0, {self.bos}), found {ids.min()} to '
-                f'{ids.max()}; was it encoded with another tokenizer?'
-            )
-        return ids
+        ids = document if self.encode is None else self.encode(document)
+        return _checked_ids(index, ids, self.bos)
 
 
-class _Window(NamedTuple):
-    """Rows are shuffled among this many batches, fewer once this many documents were read."""
+class EncodedDocuments:
+    """Documents encoded once: vectors of ids, memory-mapped from a local folder.
 
-    batches: int
-    documents: int
-    seed: int
-
-
-class _Packing(NamedTuple):
-    """How documents become batches; no window keeps the rows in order."""
-
-    batch_size: int
-    length: int
-    bos: int
-    window: _Window | None
-
-
-class _PackedBatches(grain.IterDataset):
-    """Batches of a dataset of id vectors.
-
-    grain's own `ConcatThenSplitIterDataset` is not used: its state tells tuples from lists,
-    so it does not survive JSON, in which grain itself saves states.
+    The folder holds `ids.npy` (all ids end to end, in the smallest of uint8, uint16 and int32
+    that the vocabulary needs) and `offsets.npy` (int64, where each document starts, and the
+    end). The files are opened on first use, in each process.
     """
 
-    def __init__(self, parent: grain.IterDataset, packing: _Packing):
-        super().__init__(parent)
-        self._packing = packing
+    def __init__(self, folder: epath.PathLike):
+        """Names the folder; raises FileNotFoundError if `write` never finished it."""
+        self._folder = pathlib.Path(folder)
+        for name in ('ids.npy', 'offsets.npy'):
+            if not (self._folder / name).exists():
+                raise FileNotFoundError(f'{folder}: no encoded documents here ({name} is missing)')
 
-    def __iter__(self) -> grain.DatasetIterator:
-        return _PackedIterator(iter(self._parent), self._packing)
+    @classmethod
+    def write(
+        cls, folder: epath.PathLike, documents: Iterable[np.ndarray], vocab_size: int
+    ) -> 'EncodedDocuments':
+        """Writes vectors of ids, one at a time, into a folder that appears when all are there.
+
+        Raises:
+          FileExistsError: the folder exists.
+          ValueError: a document is not a vector of integers in [0, vocab_size); names it.
+        """
+        folder = pathlib.Path(folder)
+        if folder.exists():
+            raise FileExistsError(f'{folder}: exists; remove it to encode the documents again')
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f'{folder.name}.', dir=folder.parent))
+        try:
+            sizes = [0]
+            with open(partial / 'ids.npy', 'wb') as file:
+                dtype = np.min_scalar_type(vocab_size - 1)
+                dtype = dtype if vocab_size <= 1 << 16 else np.dtype(np.int32)
+                _write_header(file, 0, dtype)
+                for index, document in enumerate(documents):
+                    ids = _checked_ids(index, document, vocab_size)
+                    file.write(ids.astype(dtype).tobytes())
+                    sizes.append(len(ids))
+                file.seek(0)
+                _write_header(file, sum(sizes), dtype)
+            np.save(partial / 'offsets.npy', np.cumsum(sizes, dtype=np.int64))
+            os.chmod(partial, 0o755)  # mkdtemp's folders are private
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return cls(folder)
+
+    @functools.cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            offsets = np.load(self._folder / 'offsets.npy')
+            ids = np.load(self._folder / 'ids.npy', mmap_mode='r')
+        except ValueError as error:
+            raise ValueError(f'{self._folder}: damaged encoded documents: {error}') from None
+        if ids.shape != (offsets[-1],):
+            raise ValueError(
+                f'{self._folder}: damaged encoded documents: offsets.npy ends at {offsets[-1]}, '
+                f'ids.npy has shape {ids.shape}; remove the folder and encode again'
+            )
+        return ids, offsets
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {'_folder': self._folder}
+
+    def __len__(self) -> int:
+        return len(self._arrays[1]) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Returns the ids of a document, `[T]`, read-only."""
+        ids, offsets = self._arrays
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'document {index} of {len(self)}')
+        index %= len(self)
+        return np.asarray(ids[offsets[index] : offsets[index + 1]])
+
+    @property
+    def tokens(self) -> int:
+        """Number of ids in all documents."""
+        return int(self._arrays[1][-1])
 
 
-class _PackedIterator(grain.DatasetIterator):
-    """Packs one window of batches at a time.
+def _write_header(file: BinaryIO, count: int, dtype: np.dtype) -> None:
+    # numpy leaves room for the length to grow, so that a header can be written over.
+    header = {'descr': dtype.str, 'fortran_order': False, 'shape': (count,)}
+    np.lib.format.write_array_header_1_0(file, header)
 
-    No token is part of the state: it names the point in the documents where the window
-    starts, and the batches already taken from it. Restoring packs the window again.
-    """
 
-    def __init__(self, parent: grain.DatasetIterator, packing: _Packing):
-        super().__init__(parent)
-        self._packing = packing
-        self._document = np.zeros(0, np.int32)  # the document being packed,
-        self._before = parent.get_state()  # the parent's state before it was read,
-        self._offset = 0  # and how many of its ids are packed
-        self._start_window(number=0)
-
-    def _start_window(self, number: int) -> None:
-        done = self._offset == len(self._document)
-        self._start = {
-            'documents': self._parent.get_state() if done else self._before,
-            'offset': 0 if done else self._offset,
-            'window': number,
-        }
-        self._batches: list[Batch] | Iterator[Any] = []
-        self._packed: tuple[np.ndarray, ...] | None = None
-        self._taken = 0
-
-    def get_state(self) -> dict[str, Any]:
-        return {**self._start, 'batch': self._taken}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state['documents'])
-        self._document, self._offset = np.zeros(0, np.int32), 0
+def _checked_ids(index: int, document: Any, vocab_size: int) -> np.ndarray:
+    ids = np.asarray(document)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in 'iu'):
+        raise ValueError(
+            f'document {index}: expected a vector of integer ids, got {ids.dtype} of shape '
+            f'{ids.shape}'
+        )
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        raise ValueError(
+            f'document {index}: ids must lie in [0, {vocab_size}), found {ids.min()} to '
+            f'{ids.max()}; was it encoded with another tokenizer?'
+        )
+    return ids

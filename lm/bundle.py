@@ -1,0 +1,160 @@
+"""A model on disk: its config, its tokenizer, its parameters, and where they come from.
+
+PATH/config.json    format, model config, metrics, commit
+PATH/tokenizer/     written by the tokenizer's own `save`
+PATH/params/        Orbax
+"""
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Mesh
+
+from lm import config as config_lib
+from lm import mesh as mesh_lib
+from lm import params as params_lib
+from lm.config import Config
+from lm.params import Params
+
+FORMAT = 1
+
+
+class Saves(Protocol):
+    """Anything that can write itself into a folder: a tokenizer."""
+
+    def save(self, path: epath.PathLike) -> None:
+        """Writes into the folder `path`."""
+        ...
+
+
+class Bundle(NamedTuple):
+    """A loaded model; `tokenization.load(bundle.tokenizer_path)` gives its tokenizer."""
+
+    config: Config
+    params: Params
+    tokenizer_path: epath.Path
+    metrics: dict[str, float]
+
+
+def save(
+    path: epath.PathLike,
+    config: Config,
+    params: Params,
+    tokenizer: Saves,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Writes a bundle, replacing an older one at `path`; a failure leaves the older one.
+
+    Raises:
+      FileExistsError: `path` is there and is no bundle.
+    """
+    target = epath.Path(path) if '://' in str(path) else epath.Path(path).resolve()
+    if target.exists() and not (target / 'config.json').exists():
+        raise FileExistsError(f'{path}: exists and is no bundle (it has no config.json)')
+    temporary = target.parent / f'{target.name}.tmp'
+    if temporary.exists():
+        temporary.rmtree()
+    try:
+        temporary.mkdir(parents=True)
+        tokenizer.save(temporary / 'tokenizer')
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(temporary / 'params', params)
+        described = {
+            'format': FORMAT,
+            'model': config_lib.to_dict(config),
+            'metrics': dict(metrics or {}),
+            'commit': _commit(),
+        }
+        (temporary / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
+        if target.exists():
+            target.rmtree()
+        temporary.rename(target)
+    except OSError as error:
+        temporary.rmtree(missing_ok=True)
+        raise OSError(f'{path}: could not save the bundle: {error}') from error
+
+
+def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
+    """Returns the bundle at `path`, its parameters sharded over `mesh` (default: all devices).
+
+    Reads JSON and arrays; executes nothing from there.
+
+    Raises:
+      FileNotFoundError: no bundle at `path`.
+      ValueError: the format is unknown, or leaves are missing, left over or of another shape.
+    """
+    folder = epath.Path(path) if '://' in str(path) else epath.Path(path).resolve()
+    file = folder / 'config.json'
+    if not file.exists():
+        raise FileNotFoundError(f'{path}: no bundle here (config.json is missing)')
+    try:
+        described = json.loads(file.read_text())
+        version = described['format']
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{file}: not the config of a bundle') from None
+    if version != FORMAT:
+        raise ValueError(f'{file}: format {version!r}; this version reads format {FORMAT}')
+    try:
+        config = config_lib.from_dict(described['model'])
+    except (ValueError, KeyError) as error:
+        raise ValueError(f'{file}: {error}') from None
+    abstract = params_lib.abstract(config, mesh or mesh_lib.make())
+    with ocp.StandardCheckpointer() as checkpointer:
+        _check_leaves(path, checkpointer, folder / 'params', abstract)
+        try:
+            params = checkpointer.restore(folder / 'params', abstract)
+        except Exception as error:
+            raise ValueError(f'{path}: params cannot be read; copy them again: {error}') from error
+    return Bundle(config, params, folder / 'tokenizer', described.get('metrics', {}))
+
+
+def _check_leaves(path, checkpointer, folder: epath.Path, abstract: Params) -> None:
+    """Compares what is saved with what the config asks for, and names every difference."""
+    try:
+        saved = checkpointer.metadata(folder).item_metadata.tree
+    except Exception as error:
+        raise ValueError(f'{path}: params/ is missing or damaged: {error}') from None
+    have = {_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(saved)}
+    want = {_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    problems = [f'{name} is missing' for name in sorted(set(want) - set(have))]
+    problems += [f'{name} is not part of this model' for name in sorted(set(have) - set(want))]
+    problems += [
+        f'{name} has shape {have[name]}, expected {want[name]}'
+        for name in sorted(set(want) & set(have))
+        if have[name] != want[name]
+    ]
+    if problems:
+        raise ValueError(f'{path}: params do not fit config.json: ' + '; '.join(problems))
+
+
+def _name(path: Any) -> str:
+    return '/'.join(str(entry.key) for entry in path)
+
+
+def digest(config: Config, params: Params) -> str:
+    """Returns a hex SHA-256 of the config and of every parameter's bytes."""
+    result = hashlib.sha256(json.dumps(config_lib.to_dict(config), sort_keys=True).encode())
+    for path, leaf in sorted(
+        jax.tree_util.tree_leaves_with_path(params), key=lambda entry: _name(entry[0])
+    ):
+        result.update(f'{_name(path)} {leaf.shape} {leaf.dtype}'.encode())
+        result.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return result.hexdigest()
+
+
+def _commit() -> str:
+    """Returns the commit of the source tree, or an empty string outside a checkout."""
+    here = epath.Path(__file__).parent
+    command = ['git', '-C', str(here), 'rev-parse', 'HEAD']
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ''
+    return done.stdout.strip()

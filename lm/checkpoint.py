@@ -1,0 +1,59 @@
+"""Checkpoints of a run: the train state and the place in the data, saved as one step by Orbax."""
+
+from typing import Any
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+
+class Checkpoints:
+    """The newest few steps of a run in one folder. A step appears there whole or not at all."""
+
+    def __init__(self, folder: epath.PathLike, keep: int = 2):
+        self._folder = epath.Path(folder)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        # Orbax wants an absolute path; gs:// paths are
+        path = self._folder if '://' in str(folder) else self._folder.resolve()
+        self._manager = ocp.CheckpointManager(path, options=options)
+
+    def latest_step(self) -> int | None:
+        """Returns the newest step saved, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
+        """Saves in the background; arrays may be donated as soon as this returns."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(batches)
+            ),
+        )
+
+    def restore(self, step: int, like: Any, batches: grain.DatasetIterator) -> Any:
+        """Returns the state of a step, sharded as `like`, and sets `batches` to its place.
+
+        Raises:
+          ValueError: the saved state does not have the leaves and shapes of `like`.
+        """
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract),
+                    data=grain.checkpoint.CheckpointRestore(batches),
+                ),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{self._folder}: step {step} does not fit this model and data: give another '
+                f'--out, or remove the folder ({error})'
+            ) from None
+        return restored['state']
+
+    def close(self) -> None:
+        """Waits for saves under way."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,90 @@
+"""Metrics of a run as JSON lines and TensorBoard events, and a line that shows its progress."""
+
+import json
+import time
+from typing import Any
+
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
+    """Returns the records of a JSONL file; a last line torn by a kill is dropped."""
+    file = epath.Path(path)
+    records = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class Writer:
+    """Appends records to `folder/metrics.jsonl` and to TensorBoard files beside it.
+
+    Started at `step`, it first drops what an earlier, killed run wrote for later steps, so that
+    the file reads as if nothing had happened.
+    """
+
+    def __init__(self, folder: epath.PathLike, step: int):
+        from tensorboardX import SummaryWriter  # slow to import
+
+        self._path = epath.Path(folder) / 'metrics.jsonl'
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in read_jsonl(self._path) if r['step'] <= step]
+        temporary = self._path.with_name(self._path.name + '.tmp')
+        temporary.write_text(''.join(json.dumps(record) + '\n' for record in kept))
+        temporary.replace(self._path)
+        self._file = self._path.open('a')
+        self._board = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Records `values` of one step, in one write: a kill tears the last line at most."""
+        self._file.write(json.dumps({'step': step, **values}) + '\n')
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        self._board.close()
+
+
+class ProgressLine:
+    """A progress bar on a terminal; elsewhere a plain line every few seconds."""
+
+    def __init__(self, label: str, total: int, done: int = 0, seconds_between_lines: float = 15.0):
+        self._label, self._total = label, total
+        self._every, self._printed = seconds_between_lines, time.monotonic()
+        self._console = Console()
+        self._bar = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn('{task.description}'),
+                BarColumn(),
+                TextColumn('{task.percentage:3.0f}%'),
+                TimeRemainingColumn(),
+                TextColumn('{task.fields[note]}'),
+                console=self._console,
+            )
+            self._task = self._bar.add_task(label, total=total, completed=done, note='')
+
+    def __enter__(self):
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception):
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, done: int, note: str = '') -> None:
+        """Shows that `done` of the total is done, with a short note beside it."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, note=note)
+        elif done >= self._total or time.monotonic() - self._printed > self._every:
+            self._printed = time.monotonic()
+            self._console.print(f'{self._label}: {done}/{self._total} {note}', highlight=False)

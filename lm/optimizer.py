@@ -1,0 +1,83 @@
+"""Optimizers and schedules as optax chains built from one config."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters move.
+
+    Attributes:
+      name: `adamw`, or `adafactor` (Shazeer & Stern 2018), whose state is far smaller.
+      learning_rate: the highest rate, reached after `warmup_steps` of linear growth.
+      schedule: after the warm-up: `cosine` down to `final_fraction`, `rsqrt` or `constant`.
+      warmup_steps: optimizer steps.
+      final_fraction: of the highest rate, at the last step of `cosine`.
+      weight_decay: on matrices of the body; tables, norms and biases are left alone.
+      b1, b2: decay of AdamW's moments.
+      clip: largest global norm of a gradient; 0 clips nothing.
+    """
+
+    name: Literal['adamw', 'adafactor'] = 'adamw'
+    learning_rate: float = 3e-3
+    schedule: Literal['cosine', 'rsqrt', 'constant'] = 'cosine'
+    warmup_steps: int = 50
+    final_fraction: float = 0.1
+    weight_decay: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.95
+    clip: float = 1.0
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise ValueError(f'OptimizerConfig.learning_rate: {self.learning_rate}; must be > 0')
+        if self.warmup_steps < 0 or self.clip < 0:
+            raise ValueError('OptimizerConfig: warmup_steps and clip must not be negative')
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Returns the learning rate as a function of the step, for a run of `steps` steps."""
+    warmup = min(config.warmup_steps, max(steps - 1, 0))
+    rest = max(steps - warmup, 1)
+    match config.schedule:
+        case 'cosine':
+            after = optax.cosine_decay_schedule(config.learning_rate, rest, config.final_fraction)
+        case 'rsqrt':
+
+            def after(step):
+                return config.learning_rate * (max(warmup, 1) / (step + max(warmup, 1))) ** 0.5
+
+        case 'constant':
+            after = optax.constant_schedule(config.learning_rate)
+        case _:
+            raise ValueError(
+                f'OptimizerConfig.schedule: {config.schedule!r}; expected cosine, rsqrt or constant'
+            )
+    rise = optax.linear_schedule(config.learning_rate / (warmup + 1), config.learning_rate, warmup)
+    return optax.join_schedules([rise, after], [warmup]) if warmup else after
+
+
+def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Returns the optimizer of a run of `steps` steps."""
+    rate = schedule(config, steps)
+    if config.name == 'adamw':
+        optimizer = optax.adamw(
+            rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed
+        )
+    elif config.name == 'adafactor':
+        optimizer = optax.adafactor(
+            rate, weight_decay_rate=config.weight_decay or None, weight_decay_mask=decayed
+        )
+    else:
+        raise ValueError(f'OptimizerConfig.name: {config.name!r}; expected adamw or adafactor')
+    clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    return optax.chain(clip, optimizer)
+
+
+def decayed(params: Any) -> Any:
+    """Returns which leaves weight decay shrinks: matrices, whose names start with `w`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.startswith('w'), params)

@@ -1,0 +1,208 @@
+"""One jitted training step, and the loop that drives it through kills and resumes."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.struct
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm import mesh as mesh_lib
+from lm import optimizer as optimizer_lib
+from lm.checkpoint import Checkpoints
+from lm.metrics import ProgressLine, Writer
+from lm.optimizer import OptimizerConfig
+
+# (params, batch, key) -> mean loss in nats, and sums over the batch for metrics:
+# at least `nats` and `tokens`
+LossFn = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One run of training.
+
+    Attributes:
+      steps: optimizer steps in all.
+      batch_size: rows per batch, over all processes.
+      length: tokens per row.
+      optimizer: see `lm.optimizer`.
+      z_loss: weight of the squared log normaliser (PaLM, section 5).
+      log_every: steps between metrics.
+      checkpoint_every: steps between checkpoints; the last step always has one.
+      seed: of the initial parameters, of the order of the data and of the loss's randomness.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    length: int = 128
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    z_loss: float = 1e-4
+    log_every: int = 20
+    checkpoint_every: int = 500
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ('steps', 'batch_size', 'log_every', 'checkpoint_every'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'TrainConfig.{name}: {getattr(self, name)}; expected at least 1')
+        if self.length < 2:
+            raise ValueError(f'TrainConfig.length: {self.length}; expected at least 2')
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What training changes: `step` counts the updates that `params` have seen."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Returns the state before the first step; the optimizer's arrays lie where their params do."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shardings = optax.tree_map_params(
+        optimizer,
+        lambda _, param: param.sharding,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), everywhere), params, opt_state)
+
+
+def train_step(
+    loss: LossFn,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update; the loss's key depends on the seed and the step alone."""
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    grad = jax.value_and_grad(loss, has_aux=True)
+    (value, sums), gradient = grad(state.params, batch, key)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {'loss': value, 'gradient_norm': optax.tree.norm(gradient), **sums}
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def run(
+    config: TrainConfig,
+    init: Callable[[jax.Array], Any],
+    loss: LossFn,
+    batches: grain.IterDataset,
+    folder: epath.PathLike,
+    mesh: Mesh,
+    label: str = 'train',
+) -> TrainState:
+    """Trains to `config.steps`, from the newest checkpoint in `folder` where there is one.
+
+    Args:
+      config: see `TrainConfig`.
+      init: key -> params, already sharded over the mesh.
+      loss: see `LossFn`.
+      batches: an endless dataset of dicts of `[B, L]` arrays.
+      folder: gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
+      mesh: over which batches are split by rows.
+      label: what the progress line calls the run.
+
+    Raises:
+      ValueError: the folder's checkpoint is of another model.
+      FloatingPointError: the loss is no longer finite.
+    """
+    optimizer = optimizer_lib.make(config.optimizer, config.steps)
+    state = init_state(init(jax.random.key(config.seed)), optimizer, mesh)
+    checkpoints = Checkpoints(epath.Path(folder) / 'checkpoints')
+    iterator = iter(batches)
+    start = checkpoints.latest_step() or 0
+    if start:
+        state = checkpoints.restore(start, state, iterator)
+    step_fn = jax.jit(
+        lambda state, batch: train_step(loss, optimizer, config.seed, state, batch),
+        donate_argnums=0,
+    )
+    writer = Writer(folder, start)
+    rate = optimizer_lib.schedule(config.optimizer, config.steps)
+    try:
+        with ProgressLine(label, config.steps, start) as progress:
+            log = _Log(config, writer, progress, rate, start)
+            for step in range(start + 1, config.steps + 1):
+                batch = put(next(iterator), mesh)
+                state, metrics = step_fn(state, batch)
+                log.add(step, metrics)
+                if step % config.checkpoint_every == 0 or step == config.steps:
+                    log.finish()
+                    checkpoints.save(step, state, iterator)
+    finally:
+        writer.close()
+        checkpoints.close()
+    return state
+
+
+class _Log:
+    """Reads each step's metrics only once the next step is under way, so devices never wait."""
+
+    def __init__(self, config, writer, progress, rate, start):
+        self._config, self._writer, self._progress, self._rate = config, writer, progress, rate
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._since, self._since_step, self._tokens = time.monotonic(), start, 0.0
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self.finish()
+        self._pending = (step, metrics)
+
+    def finish(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in metrics.items()}
+        if not np.isfinite(values['loss']):
+            raise FloatingPointError(
+                f'step {step}: the loss is {values["loss"]}; lower the learning rate, or start '
+                'again from an earlier checkpoint'
+            )
+        self._tokens += values.pop('tokens')
+        values.pop('nats')
+        self._progress.update(step, f'loss {values["loss"]:.3f}')
+        if step % self._config.log_every == 0 or step in (1, self._config.steps):
+            now = time.monotonic()
+            values['tokens_per_second'] = self._tokens / max(now - self._since, 1e-9)
+            values['learning_rate'] = float(self._rate(step - 1))
+            self._writer.write(step, values)
+            self._since, self._tokens = now, 0.0
+
+
+def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Returns a host batch as arrays split by rows over the mesh; each process gives its own."""
+    sharding = mesh_lib.batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def evaluate(
+    loss: LossFn, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
+) -> dict[str, float]:
+    """Returns the loss's sums over all batches, added up in f64 on the host."""
+    step = jax.jit(lambda params, batch: loss(params, batch, jax.random.key(0))[1])
+    totals: dict[str, float] = {}
+    pending = None
+    for batch in batches:
+        sums = step(params, put(batch, mesh))
+        totals, pending = _add(totals, pending), sums
+    return _add(totals, pending)
+
+
+def _add(totals: dict[str, float], sums: dict[str, jax.Array] | None) -> dict[str, float]:
+    if sums is None:
+        return totals
+    return {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
