@@ -69,7 +69,7 @@ def training_batches(
       shard_count: number of processes that read.
       num_epochs: passes over the documents; None for no end. The last batch is padded.
       workers: processes that read and encode; 0 does it on the prefetch thread. The batches
-        do not depend on it.
+        do not depend on it, but the state does. `close()` the iterator to end them.
 
     Raises:
       ValueError: here, for sizes that cannot work or documents without any content; while
@@ -79,7 +79,6 @@ def training_batches(
     source = grain.MapDataset.source(_Encoded(documents, encode, bos))
     dataset = source.shuffle(seed)[shard_index::shard_count]
     window = Window(max(1, _WINDOW_TOKENS // (batch_size * length)), len(dataset), seed)
-    # The packing thread reads ahead by whole batches; a thread pool before it costs more.
     stream = dataset.repeat(num_epochs).to_iter_dataset(_read_options())
     if workers:
         _allow_workers()
@@ -139,6 +138,7 @@ def _check(
 
 
 def _read_options() -> grain.ReadOptions:
+    # Documents are read by the thread that packs: a pool of threads before it costs more.
     return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 

@@ -25,8 +25,10 @@ def start() -> None:
 
     Call it once, before any other use of JAX. Does nothing on a single host.
     """
-    hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '')
-    if len(hosts.split(',')) > 1 or 'JAX_COORDINATOR_ADDRESS' in os.environ:
+    # libtpu writes a warning into this variable on machines that are no TPU VM
+    hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
+    on_pod = len(hosts) > 1 and not any(' ' in host for host in hosts)
+    if on_pod or 'JAX_COORDINATOR_ADDRESS' in os.environ:
         jax.distributed.initialize()
 
 

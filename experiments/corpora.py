@@ -1,0 +1,261 @@
+"""Text to train on: the standard library, one's own files, a TFDS dataset.
+
+A corpus is three random-access sequences of documents, each document a byte string. Nothing
+here decodes text: NUL bytes and bytes that are not UTF-8 pass through as they are.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from experiments.file_documents import FileDocuments, Span, cut, line_after, size_of
+
+# Shares of the test and the valid split; the rest is for training.
+_TEST, _VALID = 0.05, 0.05
+# With fewer files than this, each file is divided among the splits instead.
+_MIN_FILES = 3
+# Folders of the standard library left out: its tests (17 MB, half of them tables of cases)
+# and whatever is installed beside it.
+_NOT_LIBRARY = frozenset({'site-packages', 'dist-packages', '__pycache__', 'test', 'tests'})
+
+
+class Corpus(NamedTuple):
+    """Documents in three splits. Every split can be pickled and opens its files lazily."""
+
+    name: str
+    train: Sequence[bytes]
+    valid: Sequence[bytes]
+    test: Sequence[bytes]
+
+
+@dataclasses.dataclass
+class TfdsDocuments(Sequence[bytes]):
+    """One text feature of a prepared TFDS dataset; reopens its files after unpickling."""
+
+    builder_dir: str
+    split: str
+    feature: str
+    _source: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    def _open(self) -> Any:
+        if self._source is None:
+            import tensorflow_datasets as tfds  # takes seconds to import
+
+            builder = tfds.builder_from_directory(self.builder_dir)
+            self._source = builder.as_data_source(split=self.split)
+        return self._source
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_source': None}
+
+    def __len__(self) -> int:
+        return len(self._open())
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'document {index} of {len(self)}')
+        return self._open()[index % len(self)][self.feature]
+
+
+def open_corpus(data: str | None = None, tfds: str | None = None) -> Corpus:
+    """Returns the corpus that the flags `--data` and `--tfds` ask for.
+
+    Args:
+      data: a pattern for `text_files`.
+      tfds: a name for `tfds_source`. Neither: the standard library.
+
+    Raises:
+      ValueError: both are given, or what the named source raises.
+    """
+    if data is not None and tfds is not None:
+        raise ValueError(f'--data {data} and --tfds {tfds}: give one of the two')
+    if data is not None:
+        return text_files(data)
+    if tfds is not None:
+        return tfds_source(tfds)
+    return standard_library()
+
+
+def standard_library() -> Corpus:
+    """Returns the source of the running interpreter's own standard library, about 14 MB.
+
+    Real text on every machine: `*.py` without tests, installed packages and the file that
+    records how this interpreter was built. A file's split follows from its relative path.
+
+    Raises:
+      ValueError: the interpreter came without its library's source.
+    """
+    root = sysconfig.get_paths()['stdlib']
+    names = [
+        os.path.relpath(os.path.join(folder, file), root).replace(os.sep, '/')
+        for folder, _, files in _walk(root)
+        for file in files
+        if file.endswith('.py') and not file.startswith('_sysconfigdata')
+    ]
+    if len(names) < _MIN_FILES:
+        raise ValueError(
+            f'{root}: no standard library source here; give a corpus with --data or --tfds'
+        )
+    return _split_files('standard_library', {name: os.path.join(root, name) for name in names})
+
+
+def text_files(*patterns: str) -> Corpus:
+    """Returns the files that match glob patterns, local or on `gs://`, as a corpus.
+
+    Three files or more are split by a hash of their names (relative to the folder before the
+    first wildcard); fewer are each divided by position, 90/5/5, at line breaks. Files over
+    64 KiB become several documents, cut at line breaks.
+
+    Raises:
+      ValueError: a pattern matches no file, or a split would be empty.
+      OSError: a file cannot be read; names it.
+    """
+    files: dict[str, str] = {}
+    for pattern in patterns:
+        matches = dict(_match(pattern))
+        if not matches:
+            hint = f'; for the files of a folder write {pattern.rstrip("/")}/*'
+            raise ValueError(
+                f'{pattern!r} matches no file{hint if epath.Path(pattern).is_dir() else ""}'
+            )
+        # A path is a document once, though several patterns may match it.
+        files.update({name: p for name, p in matches.items() if p not in files.values()})
+    return _split_files(' '.join(patterns), files)
+
+
+def tfds_source(name: str, data_dir: epath.PathLike | None = None) -> Corpus:
+    """Returns a TFDS dataset's text, downloaded and prepared where needed, without TensorFlow.
+
+    Splits `train`, `validation` and `test` are used as they are; a missing one is a slice off
+    the end of `train` (5% each). The text is the feature `text`, or the only text feature.
+
+    Args:
+      name: as for `tfds.builder`: `'name'`, `'name/config'` or `'name/config:version'`.
+      data_dir: where datasets lie; the TFDS default if None.
+
+    Raises:
+      ValueError: no such dataset, no (single) text feature, no train split, or a dataset that
+        cannot be prepared without TensorFlow.
+    """
+    import tensorflow_datasets as tfds  # takes seconds to import
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format='array_record')
+    except tfds.core.DatasetNotFoundError:
+        near = _near(
+            name.split('/')[0].split(':')[0], tfds.list_builders(with_community_datasets=False)
+        )
+        raise ValueError(f'{name!r}: no TFDS dataset of this name{near}') from None
+    features = builder.info.features
+    texts = [k for k in features or () if isinstance(features[k], tfds.features.Text)]
+    feature = 'text' if 'text' in texts else texts[0] if len(texts) == 1 else None
+    if feature is None:
+        raise ValueError(
+            f'{name}: expected a text feature called "text", or exactly one text feature; '
+            f'found {texts or "none"} among {list(features or ())}'
+        )
+    try:
+        builder.download_and_prepare()
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f'{name}: to prepare this dataset its own code needs {error.name}, which is not '
+            "installed; prepare it where it is, with file_format='array_record', and point "
+            'TFDS_DATA_DIR at the result'
+        ) from error
+    splits = _tfds_splits(name, set(builder.info.splits))
+    folder = os.fspath(builder.data_path)
+    return _checked(Corpus(name, *(TfdsDocuments(folder, split, feature) for split in splits)))
+
+
+def _tfds_splits(name: str, present: set[str]) -> tuple[str, str, str]:
+    if 'train' not in present:
+        raise ValueError(f'{name}: no split "train", only {sorted(present)}')
+    match 'validation' in present, 'test' in present:
+        case True, True:
+            return 'train', 'validation', 'test'
+        case True, False:
+            return 'train[:95%]', 'validation', 'train[95%:]'
+        case False, True:
+            return 'train[:95%]', 'train[95%:]', 'test'
+    return 'train[:90%]', 'train[90%:95%]', 'train[95%:]'
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, names)
+    return f'; near names: {", ".join(close)}' if close else ''
+
+
+def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = [
+            f for f in folders if f not in _NOT_LIBRARY and not f.endswith(('_test', '_tests'))
+        ]
+        yield folder, folders, files
+
+
+def _match(pattern: str) -> Iterator[tuple[str, str]]:
+    """Yields (name relative to the folder before the first wildcard, path) of each file."""
+    parts = epath.Path(pattern).expanduser().parts
+    fixed = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    root = epath.Path(*parts[:fixed])
+    if '://' not in pattern:
+        matches = glob.glob(os.path.expanduser(pattern), recursive=True)
+    elif '**' in pattern:
+        raise ValueError(f'{pattern!r}: "**" works on local files only; name the folders')
+    else:
+        matches = [os.fspath(match) for match in root.glob('/'.join(parts[fixed:]))]
+    for match in matches:
+        path = epath.Path(match)
+        if not path.is_dir():
+            yield path.relative_to(root).as_posix(), match
+
+
+def _fraction(name: str) -> float:
+    """A number in [0, 1) that depends on the name alone, on every machine."""
+    return int.from_bytes(hashlib.sha256(name.encode('utf-8', 'replace')).digest()[:6]) / 2**48
+
+
+def _split_files(name: str, files: dict[str, str]) -> Corpus:
+    """Splits files (relative name -> path) into a corpus, in the order of their names."""
+    sizes = {key: size_of(path) for key, path in files.items()}
+    files = {key: files[key] for key in sorted(files) if sizes[key]}
+    parts: tuple[list[Span], list[Span], list[Span]] = ([], [], [])
+    if len(files) < _MIN_FILES:
+        for key, path in files.items():
+            start = 0
+            for part, share in zip(parts, (1 - _VALID - _TEST, 1 - _TEST, 1.0)):
+                stop = line_after(path, int(share * sizes[key]), sizes[key])
+                part.extend(cut(path, start, max(start, stop)))
+                start = max(start, stop)
+    else:
+        # By thresholds on the hash; but where a split stays empty, it gets the next file.
+        order = sorted(files, key=_fraction)
+        low = [sum(_fraction(k) < share for k in order) for share in (_TEST, _TEST + _VALID)]
+        tests = min(max(low[0], 1), len(order) - 2)
+        valids = min(max(low[1], tests + 1), len(order) - 1)
+        ranks = {key: rank for rank, key in enumerate(order)}
+        for key, path in files.items():
+            rank = ranks[key]
+            part = parts[2 if rank < tests else 1 if rank < valids else 0]
+            part.extend(cut(path, 0, sizes[key]))
+    return _checked(Corpus(name, *(FileDocuments(tuple(part)) for part in parts)))
+
+
+def _checked(corpus: Corpus) -> Corpus:
+    for split in ('train', 'valid', 'test'):
+        if not len(getattr(corpus, split)):
+            raise ValueError(
+                f'{corpus.name}: the {split} split is empty: the corpus is too small to be '
+                'divided into train, valid and test; give more or longer files'
+            )
+    return corpus

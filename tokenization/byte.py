@@ -1,0 +1,66 @@
+"""Bytes as tokens: the vocabulary that every other one is compared with."""
+
+import numpy as np
+from etils import epath
+
+from tokenization.tokenizer import read_kind, write_kind
+
+
+def check_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Returns `ids` as an int64 vector; raises ValueError, naming the first id out of range."""
+    ids = np.asarray(ids)
+    if not ids.size:
+        return np.zeros(0, np.int64)
+    if ids.ndim != 1 or ids.dtype.kind not in 'iu':
+        raise ValueError(
+            f'expected a vector of integer ids, got {ids.dtype} of shape {tuple(ids.shape)}'
+        )
+    bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if bad.size:
+        raise ValueError(
+            f'id {ids[bad[0]]} at position {bad[0]} is out of range: the vocabulary is '
+            f'[0, {vocab_size})'
+        )
+    return ids.astype(np.int64)
+
+
+class ByteTokenizer:
+    """256 ids, each of which is the byte of that value."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Always 256."""
+        return 256
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """Returns the values of the bytes, int32 `[T]`."""
+        return np.frombuffer(data, np.uint8).astype(np.int32)
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        """Returns the bytes of `ids`; raises ValueError, naming the id, for one out of range."""
+        return check_ids(ids, 256).astype(np.uint8).tobytes()
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the byte of one id; raises ValueError if it is out of range."""
+        return self.decode(np.array([token]))
+
+    def save(self, path: epath.PathLike) -> None:
+        """Writes the folder `path`."""
+        write_kind(path, 'byte')
+
+    @classmethod
+    def load(cls, path: epath.PathLike) -> 'ByteTokenizer':
+        """Returns the tokenizer saved in `path`; raises ValueError if it is of another kind."""
+        kind = read_kind(path)['kind']
+        if kind != 'byte':
+            raise ValueError(f'{path}: a tokenizer of kind {kind!r}, expected "byte"')
+        return cls()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByteTokenizer)
+
+    def __hash__(self) -> int:
+        return hash(ByteTokenizer)
+
+    def __repr__(self) -> str:
+        return 'ByteTokenizer()'
