@@ -12,6 +12,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from experiments.file_documents import FileDocuments, Span, cut, line_after, size_of
@@ -82,6 +83,19 @@ def open_corpus(data: str | None = None, tfds: str | None = None) -> Corpus:
     if tfds is not None:
         return tfds_source(tfds)
     return standard_library()
+
+
+def first_bytes(documents: Sequence[bytes], limit: int) -> list[bytes]:
+    """Returns documents, evenly spread over all, until there are `limit` bytes; at least one."""
+    total = 0
+    chosen = []
+    order = np.random.default_rng(0).permutation(len(documents))
+    for i in order:
+        if total >= limit:
+            break
+        chosen.append(documents[int(i)])
+        total += len(chosen[-1])
+    return chosen
 
 
 def standard_library() -> Corpus:

@@ -66,14 +66,6 @@ def body(
     if cache is not None:
         cache = cache_lib.write_positions(cache, positions_BL)
     mask = _mask(positions_BL, segments_BL, ancestors_BLL, cache, start_B, causal)
-    unlimited = jnp.iinfo(jnp.int32).max
-    windows = [config.window if w else unlimited for w in config.windowed_layers]
-    per_layer = (
-        jnp.arange(config.n_layers),
-        params['layers'],
-        jnp.asarray(layers.rope_frequencies(config)),
-        jnp.asarray(windows, jnp.int32),
-    )
 
     def run_block(carry, inputs):
         x_BLD, kv = carry
@@ -95,11 +87,28 @@ def body(
     if config.remat:
         run_block = jax.checkpoint(run_block)
     kv = None if cache is None else (cache.k_NBKSC, cache.v_NBKSC)
-    (x_BLD, kv), _ = jax.lax.scan(run_block, (x_BLD, kv), per_layer, unroll=config.unroll)
+    (x_BLD, kv), _ = jax.lax.scan(
+        run_block, (x_BLD, kv), _per_layer(params, config), unroll=config.unroll
+    )
     if cache is not None and kv is not None:
         cache = dataclasses.replace(cache, k_NBKSC=kv[0], v_NBKSC=kv[1])
     h_BLD = layers.rms_norm(x_BLD, params['final_norm_D'], config.norm_epsilon, config.unit_offset)
     return h_BLD, cache
+
+
+def _per_layer(params: Params, config: Config) -> tuple[Any, ...]:
+    """Returns what differs between layers, stacked: index, parameters, RoPE and window.
+
+    Windows and frequencies are data, so that one scanned block serves layers of both kinds.
+    """
+    unlimited = jnp.iinfo(jnp.int32).max
+    windows = [config.window if w else unlimited for w in config.windowed_layers]
+    return (
+        jnp.arange(config.n_layers),
+        params['layers'],
+        jnp.asarray(layers.rope_frequencies(config)),
+        jnp.asarray(windows, jnp.int32),
+    )
 
 
 def _mask(positions_BL, segments_BL, ancestors_BLL, cache, start_B, causal) -> Mask:

@@ -21,8 +21,7 @@ import tokenizers
 from etils import epath
 from tokenizers import models, pre_tokenizers, trainers
 
-from tokenization.byte import check_ids
-from tokenization.tokenizer import read_kind, write_kind
+from tokenization.tokenizer import OneByOne, check_ids, read_kind, write_kind
 
 # The split of GPT-2: contractions, words and numbers with the space before them, signs, blanks.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -39,7 +38,7 @@ _NOT_UTF8 = re.compile('[\udc80-\udcff]+')
 
 
 @dataclasses.dataclass(frozen=True)
-class BPETokenizer:
+class BPETokenizer(OneByOne):
     """A byte-level BPE vocabulary; equal ones encode equally.
 
     Attributes:

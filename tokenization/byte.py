@@ -3,28 +3,10 @@
 import numpy as np
 from etils import epath
 
-from tokenization.tokenizer import read_kind, write_kind
+from tokenization.tokenizer import OneByOne, check_ids, read_kind, write_kind
 
 
-def check_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Returns `ids` as an int64 vector; raises ValueError, naming the first id out of range."""
-    ids = np.asarray(ids)
-    if not ids.size:
-        return np.zeros(0, np.int64)
-    if ids.ndim != 1 or ids.dtype.kind not in 'iu':
-        raise ValueError(
-            f'expected a vector of integer ids, got {ids.dtype} of shape {tuple(ids.shape)}'
-        )
-    bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-    if bad.size:
-        raise ValueError(
-            f'id {ids[bad[0]]} at position {bad[0]} is out of range: the vocabulary is '
-            f'[0, {vocab_size})'
-        )
-    return ids.astype(np.int64)
-
-
-class ByteTokenizer:
+class ByteTokenizer(OneByOne):
     """256 ids, each of which is the byte of that value."""
 
     @property

@@ -1,7 +1,8 @@
 """What every tokenizer is: bytes to ids and back, exactly."""
 
 import json
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
@@ -28,6 +29,14 @@ class Tokenizer(Protocol):
         """Returns the bytes of `ids`; raises ValueError, naming the id, for one out of range."""
         ...
 
+    def encode_batch(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """Returns `encode` of each document."""
+        ...
+
+    def decode_batch(self, documents: Sequence[np.ndarray]) -> list[bytes]:
+        """Returns `decode` of each document's ids."""
+        ...
+
     def token_bytes(self, token: int) -> bytes:
         """Returns the bytes of one id.
 
@@ -39,6 +48,36 @@ class Tokenizer(Protocol):
     def save(self, path: epath.PathLike) -> None:
         """Writes the tokenizer into the folder `path`, so that `load(path)` gives it back."""
         ...
+
+
+class OneByOne:
+    """Batches as loops: for tokenizers whose documents gain nothing from each other's company."""
+
+    def encode_batch(self: Any, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """Returns `encode` of each document."""
+        return [self.encode(document) for document in documents]
+
+    def decode_batch(self: Any, documents: Sequence[np.ndarray]) -> list[bytes]:
+        """Returns `decode` of each document's ids."""
+        return [self.decode(ids) for ids in documents]
+
+
+def check_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Returns `ids` as an int64 vector; raises ValueError, naming the first id out of range."""
+    ids = np.asarray(ids)
+    if not ids.size:
+        return np.zeros(0, np.int64)
+    if ids.ndim != 1 or ids.dtype.kind not in 'iu':
+        raise ValueError(
+            f'expected a vector of integer ids, got {ids.dtype} of shape {tuple(ids.shape)}'
+        )
+    bad = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if bad.size:
+        raise ValueError(
+            f'id {ids[bad[0]]} at position {bad[0]} is out of range: the vocabulary is '
+            f'[0, {vocab_size})'
+        )
+    return ids.astype(np.int64)
 
 
 def write_kind(path: epath.PathLike, kind: str, **fields: object) -> epath.Path:

@@ -1,0 +1,80 @@
+# make setup   creates .venv and installs everything that the other targets need
+# make demo    trains and compares the tokenizers on the bundled corpus, about ten minutes
+# make test    the tests; make test-slow the long ones
+# make lint    format, lint, types and contracts; make format repairs what can be repaired
+#
+# Settings, on the command line or in the environment:
+#   PYTHON=python3.12      the interpreter to build .venv with, 3.11 or newer
+#   JAX_PLATFORMS=cuda     the device to run on (after: make gpu)
+#   WORKERS=4              processes that run the tests
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+# The first of these that runs and is new enough.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& echo $$python && break; done)
+VENV ?= .venv
+WORKERS ?= 2
+JAX_PLATFORMS ?= cpu
+JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
+export JAX_PLATFORMS JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: setup demo test test-slow lint format torch gpu tpu clean
+
+setup: $(VENV)/.package $(VENV)/.test
+
+# What the package needs. The file is touched last: an interrupted installation starts again.
+$(VENV)/.package: pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] || { echo 'error: no Python 3.11 or newer found: make $(MAKECMDGOALS) PYTHON=/path/to/python' >&2; exit 1; }
+	@echo 'Installing into $(VENV), a minute or two'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable .
+	@touch $@
+
+# What the tests and the linters need beside it.
+$(VENV)/.test: $(VENV)/.package
+	$(INSTALL) --editable '.[test]'
+	@touch $@
+
+demo: $(VENV)/.package
+	$(BIN)/python -m experiments.run equal_info --scale demo --out out/demo
+
+# One file's tests stay in one process, which then compiles and trains what they share once.
+test: $(VENV)/.test
+	$(PYTEST) -m 'not slow'
+
+test-slow: $(VENV)/.test
+	$(PYTEST) -m slow
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_contracts.py
+
+format: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Optional: a few comparisons run beside PyTorch where it is installed.
+torch: $(VENV)/.package
+	$(INSTALL) torch==2.13.0
+
+# Optional: JAX for an NVIDIA GPU (CUDA=12 for an older driver), or for a TPU VM.
+CUDA ?= 13
+gpu: $(VENV)/.package
+	$(INSTALL) --editable '.[cuda$(CUDA)]'
+
+tpu: $(VENV)/.package
+	$(INSTALL) --editable '.[tpu]'
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,0 +1,1 @@
+"""Speed and length of the arithmetic coder by itself, beside `constriction`."""

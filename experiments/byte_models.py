@@ -1,0 +1,39 @@
+"""Byte models on disk, as the coder wants them."""
+
+from etils import epath
+
+import tokenization
+from lm import bundle
+from tokenization import neural
+from tokenization.byte import ByteTokenizer
+from tokenization.next_byte import NextByteModel
+from tokenization.ngram import NGram
+
+
+def open_byte_model(path: epath.PathLike, precision: int = 16) -> NextByteModel:
+    """Returns the n-gram or the byte model bundle saved in a folder.
+
+    Raises:
+      FileNotFoundError: neither is there.
+      ValueError: it is damaged, or a bundle over other symbols than bytes.
+    """
+    folder = epath.Path(path)
+    if not (folder / 'config.json').exists():
+        if not folder.exists() or not any(folder.iterdir()):
+            raise FileNotFoundError(f'{path}: no model here; `experiments.run pretrain` makes one')
+        return NGram.load(folder).model(precision)
+    loaded = bundle.load(folder)
+    if not isinstance(tokenization.load(loaded.tokenizer_path), ByteTokenizer):
+        raise ValueError(f'{path}: a model over other symbols than bytes cannot code a file')
+    return neural.model(loaded.params, loaded.config, loaded.config.max_length - 1, precision)
+
+
+def atomically(target: epath.Path) -> epath.Path:
+    """Returns where to write until `target` is whole.
+
+    Raises:
+      FileExistsError: `target` is there already.
+    """
+    if target.exists():
+        raise FileExistsError(f'{target}: exists; give another --to, or remove it')
+    return target.with_name(f'{target.name}.partial')

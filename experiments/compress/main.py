@@ -1,0 +1,52 @@
+"""Compresses one file."""
+
+import time
+
+from etils import epath
+from rich.console import Console
+
+from experiments import byte_models
+from experiments.compress.config import SUFFIX, Config
+from lm.metrics import ProgressLine
+from tokenization import container
+
+
+def main(config: Config, out: epath.Path) -> dict[str, float]:
+    """Writes the compressed file, whole or not at all; returns its rate."""
+    source = epath.Path(config.file)
+    if source.is_dir():
+        raise IsADirectoryError(f'{source}: is a folder; give a file')
+    size = source.stat().length
+    model = byte_models.open_byte_model(config.model)
+    target = epath.Path(config.to or f'{config.file}{SUFFIX}')
+    partial = byte_models.atomically(target)
+    begin = time.monotonic()
+    done = 0
+    try:
+        with (
+            source.open('rb') as reader,
+            partial.open('wb') as writer,
+            ProgressLine('compressing', size) as line,
+        ):
+
+            def progress(count: int) -> None:
+                nonlocal done
+                done += count
+                line.update(done)
+
+            written = container.compress(reader, writer, model, progress=progress)
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    seconds = time.monotonic() - begin
+    metrics = {
+        'compressed_bytes/file': float(written),
+        'bits_per_byte/file': 8 * written / max(size, 1),
+        'mb_per_s/file': size / seconds / 1e6,
+    }
+    Console().print(
+        f'{target}: {written:,} bytes from {size:,}, {metrics["bits_per_byte/file"]:.3f} bits per '
+        f'byte, {metrics["mb_per_s/file"]:.2f} MB/s',
+        highlight=False,
+    )
+    return metrics

@@ -1,0 +1,51 @@
+"""Restores one compressed file."""
+
+import time
+
+from etils import epath
+from rich.console import Console
+
+from experiments import byte_models
+from experiments.compress.config import SUFFIX
+from experiments.decompress.config import Config
+from lm.metrics import ProgressLine
+from tokenization import container
+
+
+def main(config: Config, out: epath.Path) -> dict[str, float]:
+    """Writes the restored file, whole or not at all; returns how fast that went.
+
+    Raises:
+      ContainerError: the file cannot be restored exactly; says why.
+    """
+    source = epath.Path(config.file)
+    if config.to is None and not config.file.endswith(SUFFIX):
+        raise ValueError(f'{source}: does not end in {SUFFIX}; name the restored file with --to')
+    target = epath.Path(config.to or config.file.removesuffix(SUFFIX))
+    with source.open('rb') as reader:
+        container.read_header(reader)  # a foreign file is refused before a model is loaded
+    model = byte_models.open_byte_model(config.model)
+    partial = byte_models.atomically(target)
+    begin = time.monotonic()
+    try:
+        with (
+            source.open('rb') as reader,
+            partial.open('wb') as writer,
+            ProgressLine('decompressing', 0) as line,
+        ):
+            done = 0
+
+            def progress(count: int) -> None:
+                nonlocal done
+                done += count
+                line.update(done, 'bytes')
+
+            size = container.decompress(reader, writer, model, progress=progress)
+        partial.rename(target)
+    except container.ContainerError as error:
+        raise container.ContainerError(f'{source}: {error}') from None
+    finally:
+        partial.unlink(missing_ok=True)
+    seconds = time.monotonic() - begin
+    Console().print(f'{target}: {size:,} bytes, {size / seconds / 1e6:.2f} MB/s', highlight=False)
+    return {'mb_per_s/file': size / seconds / 1e6}

@@ -1,0 +1,161 @@
+"""Trains one M2 per representation of the same text and compares bits per byte."""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from rich.console import Console
+
+from experiments import corpora, language_model, report
+from experiments.equal_info import measure, models, results, tokenizers
+from experiments.equal_info.config import Config
+from experiments.language_model import Fitted
+from lm import bundle, losses, params, train
+from lm import mesh as mesh_lib
+from tokenization.tokenizer import Tokenizer
+
+_PAPER_RULE_BYTES = 50_000
+_BIT_ROWS = ('equal_info_16_256', 'equal_info_16_65k')
+_BIT_BATCHES = 8
+
+
+def main(config: Config, out: epath.Path) -> dict[str, float]:
+    """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
+    begin = time.monotonic()
+    console = Console()
+    mesh = mesh_lib.make(config.mesh)
+    claim(out, config)
+    corpus = corpora.open_corpus(config.data, config.tfds)
+    fit_text = corpora.first_bytes(corpus.train, config.fit_bytes)
+    train_text = corpora.first_bytes(corpus.train, config.train_bytes)
+    valid = corpora.first_bytes(corpus.valid, config.valid_bytes)
+    sizes = [sum(map(len, text)) / 1e6 for text in (fit_text, train_text, valid)]
+    console.print('{}: {:.1f} MB for tokenizers, {:.1f} MB for M2, {:.2f} MB held out'.format(
+        corpus.name, *sizes))  # fmt: skip
+    first = models.first_models(config, fit_text, valid, out, mesh)
+    codecs = tokenizers.best_codec(config, first, valid)
+    codec_model = max(codecs, key=lambda name: codecs[name])
+    console.print(
+        f'bits per byte, reset every {config.window_bytes} bytes: n-gram {first.ngram_bits:.3f}, '
+        f'M1 {first.m1_bits:.3f}; bytes per 16-bit window: n-gram {codecs["ngram"]:.2f}, '
+        f'M1 {codecs["m1"]:.2f}: codecs are compiled from the {codec_model}'
+    )
+    rows, by_bit = {}, {}
+    for name, tokenizer in tokenizers.build(config, first, codec_model, fit_text, out).items():
+        rows[name], by_bit[name] = compare(config, name, tokenizer, train_text, valid, out, mesh)
+    model = first.next_byte(codec_model, config)
+    paper_text = corpora.first_bytes(valid, _PAPER_RULE_BYTES)
+    paper_rule = measure.paper_rule_round_trip(model, paper_text, config.window_bytes)
+    show(rows, paper_rule, out)
+    results.plot(out, rows, {name: by_bit[name] for name in _BIT_ROWS})
+    console.print(f'plots, bundles and result.json: {out}')
+    return {
+        **results.flat(rows),
+        report.key('round_trip_fraction', 'paper_rule'): paper_rule,
+        report.key('bits_per_byte_reset', 'ngram'): first.ngram_bits,
+        report.key('bits_per_byte_reset', 'm1'): first.m1_bits,
+        report.key('bytes_per_window', 'ngram'): codecs['ngram'],
+        report.key('bytes_per_window', 'm1'): codecs['m1'],
+        report.key('seconds', 'this_process'): time.monotonic() - begin,
+    }
+
+
+def claim(out: epath.Path, config: Config) -> None:
+    """Makes `out` the folder of this config.
+
+    Raises:
+      ValueError: it holds parts of a run with another config, which must not be mixed.
+    """
+    file = out / 'started.json'
+    fields = json.loads(json.dumps(dataclasses.asdict(config)))
+    if file.exists() and json.loads(file.read_text()) != fields:
+        raise ValueError(
+            f'{out}: holds a run with other settings; give another --out, or remove the folder'
+        )
+    report.write_json_atomic(file, fields)
+
+
+def compare(
+    config: Config,
+    name: str,
+    tokenizer: Tokenizer,
+    train_text: Sequence[bytes],
+    valid: Sequence[bytes],
+    out: epath.Path,
+    mesh: Mesh,
+) -> tuple[dict[str, float], list[float]]:
+    """Returns the metrics of one row, and M2's accuracy for each bit of its 16-bit windows."""
+    file = out / 'rows' / f'{name}.json'
+    if file.exists():
+        saved = json.loads(file.read_text())
+        return saved['metrics'], saved['accuracy_by_bit']
+    documents = tokenizers.encoded_once(
+        tokenizer, train_text, out / 'encoded' / name, f'encoding {name}'
+    )
+    held_out = measure.encoded(tokenizer, valid)
+    fitted = models.second_model(
+        config, documents, tokenizer.vocab_size, out / 'm2' / name, mesh, name
+    )
+    n_bytes = sum(map(len, valid))
+    run = models.same_compute(config, tokenizer.vocab_size)
+    batches = language_model.evaluation(
+        held_out.ids, tokenizer.vocab_size, run.batch_size, run.length
+    )
+    bits = losses.bits_per_byte(language_model.nats(fitted, batches, mesh), n_bytes)
+    metrics = {
+        **held_out.metrics,
+        'vocab_size': float(tokenizer.vocab_size),
+        'unigram_bits_per_byte': measure.unigram_bits_per_byte(
+            [documents[i] for i in range(len(documents))], held_out.ids, tokenizer.vocab_size,
+            n_bytes,
+        ),
+        'bits_per_byte': bits,
+        'flops_per_byte': 2 * params.count_body(config.m2) / held_out.metrics['bytes_per_token'],
+        'train_tokens': float(run.steps * run.batch_size * run.length),
+        'train_megabytes': run.steps * run.batch_size * run.length
+        * held_out.metrics['bytes_per_token'] / 1e6,
+        'train_seconds': fitted.seconds,
+    }  # fmt: skip
+    by_bit = accuracy_by_bit(fitted, batches, mesh) if name in _BIT_ROWS else []
+    bundle.save(out / 'bundles' / name, fitted.config, fitted.params, tokenizer, metrics)
+    file.parent.mkdir(exist_ok=True)
+    report.write_json_atomic(file, {'metrics': metrics, 'accuracy_by_bit': by_bit})
+    return metrics, by_bit
+
+
+def accuracy_by_bit(fitted: Fitted, batches, mesh: Mesh) -> list[float]:
+    """Returns how often the likelier value of each of a window's 16 bits is right.
+
+    With 8-bit tokens a window is two tokens, the first at even positions of its document.
+    """
+    bits = 16 if fitted.config.vocab_size > 1 << 16 else 8
+    step = jax.jit(functools.partial(language_model.bit_losses, config=fitted.config, bits=bits))
+    per_window = 16 // bits
+    right, tokens = np.zeros((per_window, bits)), np.zeros(per_window)
+    for _, batch in zip(range(_BIT_BATCHES), batches, strict=False):
+        for part in range(per_window):
+            weights = batch['weights'] * (batch['positions'] % per_window == part)
+            here = train.put({**batch, 'weights': weights.astype(np.float32)}, mesh)
+            right[part] += np.asarray(step(fitted.params, batch=here)[1])
+            tokens[part] += weights.sum()
+    return (right / tokens[:, None]).reshape(-1).tolist()
+
+
+def show(rows: dict[str, dict[str, float]], paper_rule: float, out: epath.Path) -> None:
+    """Prints the table and what it shows, and saves both as Markdown."""
+    title = 'Bits per byte over neurally compressed text'
+    table_rows = results.table_rows(rows)
+    notes = [
+        *results.FOOTNOTES,
+        f"windows that the paper's literal closing rule decodes: {paper_rule:.1%}",
+        *results.claims(rows),
+    ]
+    report.table(table_rows, results.COLUMNS, title, notes)
+    lines = [report.markdown_table(table_rows, results.COLUMNS), *(f'- {note}' for note in notes)]
+    (out / 'table.md').write_text('\n'.join(lines) + '\n')

@@ -1,0 +1,134 @@
+"""The table and the plots of the comparison."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from experiments import plots, report
+from experiments.report import Column
+from lm import metrics as metrics_lib
+
+# Rows, their names for people, and the paper's figures at 25m: bits per byte and bytes per token
+# (P1, tables 1 and 15). The paper has no Tunstall row, and no bits per byte for AC beyond its
+# uniform rate, which its model did not fall below.
+ROWS = {
+    'bytes': ('bytes', 1.29, 1.00),
+    'bpe': ('BPE (paper: Unigram 32k)', 1.12, 4.28),
+    'arithmetic_256': ('arithmetic coding', 1.46, 5.49),
+    'equal_info_16_256': ('Equal-Info[16, 256]', 1.47, 2.66),
+    'equal_info_16_65k': ('Equal-Info[16, 65k]', 1.25, 5.31),
+    'delay_16_65k': ('Equal-Info[16, 65k] delay', 1.23, 4.40),
+    'tunstall_65k': ('Tunstall 65k', None, None),
+}
+
+COLUMNS = (
+    Column('name', 'representation'),
+    Column('vocab_size', 'vocabulary', ',.0f'),
+    Column('bytes_per_token', 'bytes/token', '.2f'),
+    Column('uniform_bits_per_byte', 'uniform bpb'),
+    Column('unigram_bits_per_byte', 'unigram bpb'),
+    Column('bits_per_byte', 'M2 bpb'),
+    Column('below_uniform', 'below uniform', '.1%'),
+    Column('flops_per_byte', 'FLOPs/byte', ',.0f'),
+    Column('train_megabytes', 'M2 read MB', '.2f'),
+    Column('encode_mb_per_s', 'encode MB/s', '.1f'),
+    Column('decode_mb_per_s', 'decode MB/s', '.1f'),
+    Column('round_trip_fraction', 'round trip', '.2%'),
+    Column('paper_bits_per_byte', 'paper bpb', '.2f'),
+    Column('paper_bytes_per_token', 'paper bytes/token', '.2f'),
+)
+
+FOOTNOTES = (
+    'bpb: bits per byte of held-out text. FLOPs/byte: 2 per body weight and token, without token '
+    'tables, as the paper counts.',
+    'Every M2 had the same training compute, output table included: large vocabularies read less '
+    'text. Paper: 25m parameters, 26B tokens of C4.',
+    'Arithmetic coding: its model is a table of counts, whose look-ups are not counted as FLOPs.',
+)
+
+
+def table_rows(rows: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Returns the rows as `report.table` wants them, with the paper's figures beside."""
+    result = []
+    for key, metrics in rows.items():
+        name, paper_bits, paper_bytes = ROWS[key]
+        below = 1 - metrics['bits_per_byte'] / metrics['uniform_bits_per_byte']
+        result.append(
+            {
+                'name': name,
+                'below_uniform': below,
+                'paper_bits_per_byte': paper_bits,
+                'paper_bytes_per_token': paper_bytes,
+                **metrics,
+            }
+        )
+    return result
+
+
+def claims(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Says of each claim of the paper whether these rows show it."""
+
+    def below(row):
+        return 1 - rows[row]['bits_per_byte'] / rows[row]['uniform_bits_per_byte']
+
+    def bits(row):
+        return rows[row]['bits_per_byte']
+
+    def line(claim, shown, figures):
+        return f'{"shown" if shown else "NOT SHOWN at this scale"}: {claim} ({figures})'
+
+    ac, windows = below('arithmetic_256'), below('equal_info_16_256')
+    return [
+        line('plain arithmetic coding is not learned: within 2% of uniform', abs(ac) < 0.02,
+             f'{ac:.1%} below'),
+        line('Equal-Info windows are learned: at least 3% below uniform', windows >= 0.03,
+             f'{windows:.1%} below'),
+        line('16-bit tokens beat 8-bit tokens over the same windows',
+             bits('equal_info_16_65k') < bits('equal_info_16_256'),
+             f'{bits("equal_info_16_65k"):.3f} and {bits("equal_info_16_256"):.3f}'),
+        line('Equal-Info [16, 65k] beats raw bytes', bits('equal_info_16_65k') < bits('bytes'),
+             f'{bits("equal_info_16_65k"):.3f} and {bits("bytes"):.3f}'),
+        line('subword tokens beat Equal-Info [16, 65k]', bits('bpe') < bits('equal_info_16_65k'),
+             f'{bits("bpe"):.3f} and {bits("equal_info_16_65k"):.3f}'),
+    ]  # fmt: skip
+
+
+def plot(out: epath.Path, rows: Mapping[str, Mapping[str, float]], by_bit: Mapping[str, Any]):
+    """Saves bits per byte against FLOPs per byte, loss curves, and accuracy by bit of a window."""
+    points = [
+        plots.Point(ROWS[key][0].split(' (')[0], metrics['flops_per_byte'] / 1e6,
+                    metrics['bits_per_byte'])
+        for key, metrics in rows.items()
+    ]  # fmt: skip
+    plots.scatter(
+        out / 'bits_per_byte.png', points, title='Bits per byte against inference cost',
+        x_label='M2 forward MFLOPs per byte of text (token tables not counted)',
+        y_label='bits per byte, held-out text', log_x=True,
+    )  # fmt: skip
+    curves = {}
+    for key, metrics in rows.items():
+        records = metrics_lib.read_jsonl(out / 'm2' / key / 'metrics.jsonl')
+        bits = np.array([r['loss'] for r in records]) / np.log(2) / metrics['bytes_per_token']
+        done = np.array([r['step'] for r in records]) / records[-1]['step']
+        curves[ROWS[key][0].split(' (')[0]] = (100 * done, bits)
+    plots.curves(
+        out / 'loss_curves.png', curves, title='Training loss at equal compute',
+        x_label='training compute, % of the run', y_label='bits per byte of training text',
+    )  # fmt: skip
+    plots.curves(
+        out / 'accuracy_by_bit.png',
+        {ROWS[key][0]: (np.arange(1, 17), np.asarray(by_bit[key])) for key in by_bit},
+        title='How often M2 guesses a bit of a window', x_label='bit of the 16-bit window',
+        y_label='accuracy given the bits before it (chance: 0.5)', markers=True,
+    )  # fmt: skip
+
+
+def flat(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Returns `metric/row` -> number."""
+    return {
+        report.key(metric, row): value
+        for row, metrics in rows.items()
+        for metric, value in metrics.items()
+    }

@@ -1,0 +1,148 @@
+"""Fitting one language model to documents of ids: what every experiment that trains one shares."""
+
+import dataclasses
+import functools
+import time
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from lm import data, losses, params, train
+from lm.config import Config
+from lm.data import Documents
+from lm.params import Params
+from lm.train import TrainConfig
+
+# Tables are padded to a multiple of this, so that they divide over devices and fill tiles.
+_TABLE_MULTIPLE = 128
+
+
+class Fitted(NamedTuple):
+    """A trained model.
+
+    Attributes:
+      config: its config, vocabulary included.
+      params: its parameters.
+      seconds: wall-clock seconds that training took in this process.
+    """
+
+    config: Config
+    params: Params
+    seconds: float
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+    """Returns the config with room for the tokenizer's ids and one input-only id, BOS."""
+    padded = -(-(vocab_size + 1) // _TABLE_MULTIPLE) * _TABLE_MULTIPLE
+    return dataclasses.replace(config, vocab_size=padded)
+
+
+def loss_fn(config: Config, z_loss: float) -> train.LossFn:
+    """Returns the next-token loss of a model as the training loop wants it."""
+
+    def loss(weights: Params, batch: dict[str, jax.Array], key: jax.Array):
+        del key
+        return losses.next_token_loss(weights, config, batch, z_loss)
+
+    return loss
+
+
+def fit(
+    model: Config,
+    config: TrainConfig,
+    documents: Documents,
+    vocab_size: int,
+    folder: epath.PathLike,
+    mesh: Mesh,
+    label: str,
+) -> Fitted:
+    """Trains a model on documents of ids, or resumes what `folder` holds.
+
+    Args:
+      model: its shape; the vocabulary is set here.
+      config: of the run; `batch_size` counts rows over all processes.
+      documents: arrays of ids below `vocab_size`.
+      vocab_size: of the tokenizer; BOS is the id after its last.
+      folder: of the run's checkpoints and metrics.
+      mesh: the devices.
+      label: what the progress line calls the run.
+
+    Raises:
+      ValueError: the batch does not divide over processes and devices, or the model is not meant
+        for rows of that length.
+    """
+    model = with_vocabulary(model, vocab_size)
+    if config.length > model.max_length:
+        raise ValueError(f'length {config.length}: the model is made for {model.max_length}')
+    if config.batch_size % mesh.shape['data']:
+        raise ValueError(
+            f'batch_size {config.batch_size}: not a multiple of data={mesh.shape["data"]} devices'
+        )
+    batches = data.training_batches(
+        documents, None, batch_size=config.batch_size // jax.process_count(),
+        length=config.length, bos=vocab_size, seed=config.seed,
+        shard_index=jax.process_index(), shard_count=jax.process_count(),
+    )  # fmt: skip
+    init = jax.jit(
+        functools.partial(params.init, model), out_shardings=params.shardings(model, mesh)
+    )
+    begin = time.monotonic()
+    state = train.run(config, init, loss_fn(model, config.z_loss), batches, folder, mesh, label)
+    return Fitted(model, state.params, time.monotonic() - begin)
+
+
+def evaluation(
+    documents: Documents, vocab_size: int, batch_size: int, length: int
+) -> grain.IterDataset:
+    """Returns one pass over documents of ids, each id a target exactly once."""
+    return data.evaluation_batches(
+        documents, None, batch_size=batch_size // jax.process_count(), length=length,
+        bos=vocab_size, shard_index=jax.process_index(), shard_count=jax.process_count(),
+    )  # fmt: skip
+
+
+def nats(fitted: Fitted, batches: Any, mesh: Mesh) -> float:
+    """Returns the summed loss over all targets, in nats."""
+    return train.evaluate(loss_fn(fitted.config, 0.0), fitted.params, batches, mesh)['nats']
+
+
+def bit_losses(
+    weights: Params, config: Config, batch: dict[str, jax.Array], bits: int
+) -> tuple[jax.Array, jax.Array]:
+    """Splits each token's loss over the bits of its id, highest bit first.
+
+    `-log2 p(token)` is the sum over i of `-log2 p(bit i | bits before it)`.
+
+    Args:
+      weights: parameters.
+      config: of the model.
+      batch: see `lm.data`.
+      bits: per id; only the first `2**bits` ids share the probability.
+
+    Returns:
+      f32 `[bits]` twice: bits of loss summed over targets, and how often the likelier value of
+      the bit was the right one.
+    """
+    from lm import transformer
+
+    x_BLD = transformer.embed(weights['tables'], config, batch['tokens'])
+    h_BLD, _ = transformer.body(
+        weights['body'], config, x_BLD, batch['positions'], segments_BL=batch['segments']
+    )
+    logits = transformer.unembed(weights['tables'], config, h_BLD)[..., : 1 << bits]
+    level, loss, right = logits, [], []
+    for bit in range(bits):  # from the last bit to the first, halving the ids each time
+        pairs = level.reshape(*level.shape[:-1], -1, 2)
+        prefix = batch['targets'] >> (bit + 1)
+        pair = jnp.take_along_axis(pairs, prefix[..., None, None], axis=-2)[..., 0, :]
+        log_p = jax.nn.log_softmax(pair, axis=-1)
+        value = (batch['targets'] >> bit) & 1
+        chosen = jnp.take_along_axis(log_p, value[..., None], axis=-1)[..., 0]
+        loss.append(-(chosen * batch['weights']).sum() / jnp.log(2.0))
+        right.append(((chosen > jnp.log(0.5)) * batch['weights']).sum())
+        level = jax.nn.logsumexp(pairs, axis=-1)
+    return jnp.stack(loss[::-1]), jnp.stack(right[::-1])

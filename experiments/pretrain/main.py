@@ -1,0 +1,67 @@
+"""Trains a language model over a tokenizer and saves it as a bundle."""
+
+from collections.abc import Sequence
+
+import jax
+from etils import epath
+from rich.console import Console
+
+import tokenization
+from experiments import corpora, language_model, report
+from experiments.pretrain.config import Config
+from lm import bundle, losses, params
+from lm import mesh as mesh_lib
+from lm.metrics import ProgressLine
+from tokenization.bpe import BPETokenizer
+from tokenization.byte import ByteTokenizer
+from tokenization.tokenizer import Tokenizer
+
+
+def main(config: Config, out: epath.Path) -> dict[str, float]:
+    """Trains, evaluates and saves; resumes what `out` holds."""
+    mesh = mesh_lib.make(config.mesh)
+    corpus = corpora.open_corpus(config.data, config.tfds)
+    tokenizer = open_tokenizer(config, corpus.train, out)
+    with ProgressLine('encoding', len(corpus.train)) as progress:
+        documents = []
+        for i in range(len(corpus.train)):
+            documents.append(tokenizer.encode(corpus.train[i]))
+            progress.update(i + 1)
+    fitted = language_model.fit(
+        config.model, config.train, documents, tokenizer.vocab_size, out, mesh, 'training'
+    )
+    valid = corpora.first_bytes(corpus.valid, config.valid_bytes)
+    n_bytes = sum(map(len, valid))
+    ids = tokenizer.encode_batch(valid)
+    batches = language_model.evaluation(
+        ids, tokenizer.vocab_size, config.train.batch_size, config.train.length
+    )
+    nats = language_model.nats(fitted, batches, mesh)
+    bytes_per_token = n_bytes / sum(map(len, ids))
+    metrics = {
+        'bits_per_byte': losses.bits_per_byte(nats, n_bytes),
+        'bytes_per_token': bytes_per_token,
+        'flops_per_byte': params.flops_per_token(fitted.config, config.train.length)
+        / bytes_per_token,
+        'train_seconds': fitted.seconds,
+    }
+    if jax.process_index() == 0:
+        bundle.save(out / 'bundle', fitted.config, fitted.params, tokenizer, metrics)
+    Console().print(
+        f'{metrics["bits_per_byte"]:.3f} bits per byte, {bytes_per_token:.2f} bytes per token; '
+        f'bundle: {out / "bundle"}'
+    )
+    return {report.key(name, 'model'): value for name, value in metrics.items()}
+
+
+def open_tokenizer(config: Config, train: Sequence[bytes], out: epath.Path) -> Tokenizer:
+    """Returns the tokenizer that the config asks for."""
+    if config.tokenizer == 'bytes':
+        return ByteTokenizer()
+    if config.tokenizer != 'bpe':
+        folder = epath.Path(config.tokenizer)
+        return tokenization.load(folder / 'tokenizer' if (folder / 'params').exists() else folder)
+    folder = out / f'bpe-{config.vocab_size}'
+    if not folder.exists():
+        BPETokenizer.train(train, config.vocab_size).save(folder)
+    return tokenization.load(folder)

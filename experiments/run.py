@@ -1,0 +1,206 @@
+"""Runs an experiment: `python -m experiments.run NAME [--scale S] [--out DIR] [--field value ...]`.
+
+An experiment is a package `experiments/NAME` with
+
+  config.py  a docstring (command, hardware, time, expected numbers), a frozen dataclass `Config`,
+             and `SCALES`, a dict from scale to Config whose first entry is the default scale.
+             A field that only the user can give has the value `tyro.MISSING`.
+  main.py    `main(config, out) -> metrics or None`: writes into the folder `out`, prints a table.
+  README.md  the results.
+
+The folder is the only list of experiments. DIR then holds `config.json` (the fields, commit,
+versions, hardware) and `result.json` (flat: key -> number).
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import importlib.metadata
+import itertools
+import math
+import os
+import pathlib
+import pkgutil
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+import tyro
+from etils import epath
+
+import experiments
+from experiments import report
+
+# What a user can cause and mend: one line, no traceback. Anything else is a bug and keeps its own.
+USER_ERRORS = (ValueError, OSError)
+TRACEBACK = 'TESSERA_TRACEBACK'
+
+
+class UsageError(Exception):
+    """The command line names something that does not exist."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a command line; returns the exit code: 0, 1 (failed), 2 (usage) or 130 (interrupted)."""
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        print('interrupted; run the same command again to resume', file=sys.stderr)
+        return 130
+    except (UsageError, ModuleNotFoundError, *USER_ERRORS) as error:
+        line = describe(error)
+        if line is None or os.environ.get(TRACEBACK) == '1':
+            raise
+        print(f'error: {line}', file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ('-h', '--help'):
+        print(_listing())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    known = list(folders())
+    if name not in known:
+        near = difflib.get_close_matches(name, known, cutoff=0.5)
+        hint = f'did you mean {" or ".join(near)}?' if near else f'there are: {", ".join(known)}'
+        raise UsageError(f'no experiment {name!r}; {hint}')
+    module = importlib.import_module(f'experiments.{name}.config')
+    try:
+        scale, config, out = parse(name, module, rest)
+    except ValueError as error:  # the config refuses a value
+        raise UsageError(str(error)) from error
+    run(name, scale, config, out)
+    return 0
+
+
+def folders() -> dict[str, pathlib.Path]:
+    """Returns the folder of each experiment, by name, sorted."""
+    found = [info for info in pkgutil.iter_modules(experiments.__path__) if info.ispkg]
+    places = {info.name: getattr(info.module_finder, 'path', '') for info in found}
+    return {name: pathlib.Path(places[name]) / name for name in sorted(places)}
+
+
+def _listing() -> str:
+    lines = ['usage: python -m experiments.run NAME [--scale S] [--out DIR] [--field value ...]']
+    lines += ['       python -m experiments.run NAME --help', '', 'experiments:']
+    width = max(map(len, folders()), default=0)
+    for name, folder in folders().items():
+        # Parsed, not imported: fast, and it works where an extra is missing.
+        file = folder / 'config.py'
+        docstring = ast.get_docstring(ast.parse(file.read_text())) or '' if file.exists() else ''
+        lines.append(f'  {name:{width}}  {docstring.partition(chr(10))[0]}')
+    return '\n'.join(lines)
+
+
+def complete(config: Any) -> bool:
+    """Returns whether a config runs as it is: no field is left for the user to give."""
+    values = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    return all(value is not tyro.MISSING for value in values)
+
+
+def parse(name: str, module: ModuleType, arguments: Sequence[str]) -> tuple[str, Any, epath.Path]:
+    """Returns scale, config and folder for the arguments that follow the name of an experiment.
+
+    Raises:
+      UsageError: the scale is unknown.
+      ValueError: the config refuses a value.
+      SystemExit: an unknown flag or a value of the wrong type (2, explained), or `--help` (0).
+    """
+    scales = module.SCALES
+    scale = _scale(name, scales, arguments)
+    # One parser for the config's own fields and for the runner's two: one --help shows all.
+    command = dataclasses.make_dataclass(
+        'Command',
+        [
+            ('config', Annotated[module.Config, tyro.conf.arg(name='')], scales[scale]),
+            ('scale', Annotated[Literal[tuple(scales)], _flag('size of the run')], scale),
+            ('out', Annotated[str, _flag('folder for results')], f'out/{name}-{scale}'),
+        ],
+    )
+    chosen: Any = tyro.cli(
+        command,
+        args=list(arguments),
+        prog=f'python -m experiments.run {name}',
+        description=module.__doc__,
+        config=(tyro.conf.AvoidSubcommands,),  # `Part | None` keeps its default
+    )
+    return scale, chosen.config, epath.Path(chosen.out)
+
+
+def _flag(help_text: str) -> Any:
+    return tyro.conf.arg(help=help_text)
+
+
+def _scale(name: str, scales: Mapping[str, Any], arguments: Sequence[str]) -> str:
+    # Before the parser proper, since the scale sets the defaults of all other fields.
+    scale: str | None = next(iter(scales))
+    for word, following in itertools.zip_longest(arguments, arguments[1:]):
+        flag, equals, value = word.partition('=')
+        if flag == '--scale':
+            scale = value if equals else following
+    if scale is None or scale not in scales:
+        raise UsageError(f'{name}: no scale {scale or ""!r}; there are: {", ".join(scales)}')
+    return scale
+
+
+def run(name: str, scale: str, config: Any, out: epath.Path) -> dict[str, float]:
+    """Runs one experiment; writes `config.json` before and `result.json` after; returns metrics.
+
+    Raises:
+      ValueError: a metric is not a finite number (the others are written).
+    """
+    # Imported late: --help and usage errors need no JAX.
+    import jax
+
+    from lm import mesh
+
+    experiment = importlib.import_module(f'experiments.{name}.main')
+    mesh.start()
+    first = jax.process_index() == 0  # the other hosts compute, and write only their checkpoints
+    out.mkdir(parents=True, exist_ok=True)
+    if first:
+        description = {'experiment': name, 'scale': scale, 'config': config}
+        surroundings = {**report.environment(), **report.devices()}
+        report.write_json_atomic(out / 'config.json', {**description, **surroundings})
+    metrics = {key: float(value) for key, value in (experiment.main(config, out) or {}).items()}
+    finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+    if first and finite:
+        report.write_json_atomic(out / 'result.json', finite)
+    if len(finite) < len(metrics):
+        bad = sorted(metrics.keys() - finite.keys())
+        raise ValueError(f'{out}: not a finite number: {", ".join(bad)}')
+    return metrics
+
+
+def describe(error: BaseException) -> str | None:
+    """Returns an error as one line for the user, or None where only a traceback would help."""
+    if isinstance(error, ModuleNotFoundError):
+        return _missing_module(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f'{error.filename}: {error.strerror}'
+    return ' '.join(str(error).split()) or None
+
+
+def _missing_module(error: ModuleNotFoundError) -> str | None:
+    module = (error.name or '').partition('.')[0]
+    if module == 'torch':
+        return 'PyTorch is not installed: make torch'
+    try:
+        requirements = importlib.metadata.requires('tessera-lm') or []
+    except importlib.metadata.PackageNotFoundError:
+        requirements = []
+    for requirement in requirements:
+        distribution = re.split(r'[^\w.-]', requirement)[0]
+        if re.sub(r'[-.]', '_', distribution).lower() == module.lower():
+            extra = re.search(r'extra == "(\w+)"', requirement)
+            part = f'.[{extra[1]}]' if extra else '.'
+            return f"the module {module} is not installed: pip install -e '{part}'"
+    return None
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,24 @@
+"""Settings of all tests: which devices JAX shows, and how hypothesis draws its examples."""
+
+import os
+
+import hypothesis
+
+# Before JAX is imported. The CPU stays reachable beside a GPU, for the tests that build meshes of
+# fake devices with `jax.devices('cpu')`.
+platforms = os.environ.setdefault('JAX_PLATFORMS', 'cpu').split(',')
+if 'cpu' not in platforms:
+    os.environ['JAX_PLATFORMS'] = ','.join([*platforms, 'cpu'])
+# Several test processes share one GPU.
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+
+import jax  # noqa: E402
+
+# Not an environment variable: commands that tests start see the machine as it is.
+jax.config.update('jax_num_cpu_devices', 8)
+
+hypothesis.settings.register_profile('default', deadline=None, max_examples=50)
+hypothesis.settings.register_profile(
+    'ci', deadline=None, max_examples=50, derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile('ci' if os.environ.get('CI') else 'default')
