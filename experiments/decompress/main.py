@@ -22,12 +22,12 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     if config.to is None and not config.file.endswith(SUFFIX):
         raise ValueError(f'{source}: does not end in {SUFFIX}; name the restored file with --to')
     target = epath.Path(config.to or config.file.removesuffix(SUFFIX))
-    with source.open('rb') as reader:
-        container.read_header(reader)  # a foreign file is refused before a model is loaded
-    model = byte_models.open_byte_model(config.model)
     partial = byte_models.atomically(target)
     begin = time.monotonic()
     try:
+        with source.open('rb') as reader:
+            container.read_header(reader)  # a foreign file is refused before a model is loaded
+        model = byte_models.open_byte_model(config.model)
         with (
             source.open('rb') as reader,
             partial.open('wb') as writer,

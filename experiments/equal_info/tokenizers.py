@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 
 from etils import epath
-from tokenization.equal_info import EqualInfoTokenizer
 
 import tokenization
 from experiments.equal_info.config import Config
@@ -14,6 +13,7 @@ from tokenization.arithmetic_tokenizer import ArithmeticTokenizer
 from tokenization.bpe import BPETokenizer
 from tokenization.byte import ByteTokenizer
 from tokenization.compile import compile_table, tunstall
+from tokenization.equal_info import EqualInfoTokenizer
 from tokenization.tokenizer import Tokenizer
 
 _ENCODE_AT_ONCE = 128

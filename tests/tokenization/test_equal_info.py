@@ -57,6 +57,15 @@ def test_round_trip_of_any_bytes(rule, data):
         np.testing.assert_array_equal(pairs[::2] * 256 + pairs[1::2], ids)
 
 
+def test_batches_are_the_single_calls():
+    tok = compiled('canonical')
+    documents = [TEXT[i : 3 * i] for i in range(20)]
+    batch = tok.encode_batch(documents)
+    for ids, document in zip(batch, documents):
+        np.testing.assert_array_equal(ids, tok.encode(document))
+    assert tok.decode_batch(batch) == documents
+
+
 def test_round_trip_of_single_bytes_and_of_a_long_run():
     for rule in RULES:
         tok = compiled(rule, 'toy')

@@ -1,0 +1,1 @@
+"""Speed of the compiled Equal-Info codec, beside tiktoken."""
