@@ -11,7 +11,7 @@ from lm import layers, transformer
 from lm.config import Config
 from lm.params import Params
 
-VOCABULARY_CHUNK = 2048
+VOCABULARY_CHUNK = 1024
 
 
 class TokenLosses(NamedTuple):
