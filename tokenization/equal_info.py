@@ -1,7 +1,7 @@
 """The compiled Equal-Info codec: a table of strings, longest match one way, a look-up the other.
 
 Source of the windows: Lester et al., Training LLMs over Neurally Compressed Text (TMLR 2024). How
-a table comes from a model is in `compile`; here no model is left, so that text needs no network,
+a table comes from a model is in `codebook`; here no model is left, so that text needs no network,
 no accelerator, and no float to become ids.
 """
 

@@ -11,57 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from tokenization import limbs, window_rules
-from tokenization.next_byte import Mark, NextByteModel, State
-from tokenization.window_rules import Interval, Rule
-
-
-class Setting(NamedTuple):
-    """What a loop is compiled for; static."""
-
-    model: NextByteModel
-    rule: Rule
-    window_bits: int
-
-    @property
-    def precision(self) -> int:
-        """Bits of the model's CDF."""
-        return self.model.precision
-
-
-@struct.dataclass
-class Window:
-    """The window that each row is in.
-
-    Attributes:
-      state: the model, having read `read_B` bytes of the window.
-      interval: of those bytes.
-      start_B: where in the row's text the window starts.
-      read_B: bytes read.
-      index_B: number of windows before this one.
-      origin: the model's mark at the start of the window.
-      end_B: bytes of the window if it ended at the best place so far; 0 for none yet.
-      end_mark: the model's mark there.
-      code_BL: the code there; while `replay_B`, the code that is looked for.
-      replay_B: the code is known, and the first place that has it is being looked for.
-      period: the model forgets after so many windows, int32 scalar; 0 for never.
-      max_bytes: most bytes in a window, int32 scalar.
-    """
-
-    state: State
-    interval: Interval
-    start_B: jax.Array
-    read_B: jax.Array
-    index_B: jax.Array
-    origin: Mark
-    end_B: jax.Array
-    end_mark: Mark
-    code_BL: jax.Array
-    replay_B: jax.Array
-    period: jax.Array
-    max_bytes: jax.Array
+from tokenization import limbs, window_rules, window_state
+from tokenization.next_byte import State
+from tokenization.window_rules import Interval
+from tokenization.window_state import Leaves, Setting, Window
 
 
 class Emitted(NamedTuple):
@@ -79,37 +33,21 @@ class Read(NamedTuple):
     byte_B: jax.Array
 
 
-def first_window(setting: Setting, batch: int, period: int, max_bytes: int) -> Window:
-    """Returns the carry of both loops before the first step."""
-    state = setting.model.start(batch)
-    mark = setting.model.mark(state)
-    zero = jnp.zeros(batch, jnp.int32)
-    interval = window_rules.whole(batch, setting.window_bits, setting.precision)
-    return Window(
-        state=state,
-        interval=interval,
-        start_B=zero,
-        read_B=zero,
-        index_B=zero,
-        origin=mark,
-        end_B=zero,
-        end_mark=mark,
-        code_BL=jnp.zeros_like(interval.low_BL),
-        replay_B=jnp.zeros(batch, bool),
-        period=jnp.int32(period),
-        max_bytes=jnp.int32(max_bytes),
-    )
-
-
 @partial(jax.jit, static_argnames=('setting', 'steps'))
 def encode_steps(
-    setting: Setting, window: Window, text_BL: jax.Array, length_B: jax.Array, steps: int
+    setting: Setting,
+    fixed: Leaves,
+    window: Window,
+    text_BL: jax.Array,
+    length_B: jax.Array,
+    steps: int,
 ) -> tuple[Window, Emitted]:
     """Runs some steps of the encoder.
 
     Args:
       setting: static.
-      window: the carry, from `first_window` or the last call.
+      fixed: from `window_state.first_window`.
+      window: the carry, from `window_state.first_window` or the last call.
       text_BL: uint8 `[B, longest]`, padded.
       length_B: int32 `[B]`.
       steps: static.
@@ -117,14 +55,14 @@ def encode_steps(
     Returns:
       The carry, and what each step emitted, with a leading axis of `steps`.
     """
-    start = setting.model.mark(setting.model.start(len(length_B)))
-    body = partial(_encode_step, setting, start, text_BL, length_B)
+    body = partial(_encode_step, setting, fixed, text_BL, length_B)
     return jax.lax.scan(body, window, None, length=steps)
 
 
 @partial(jax.jit, static_argnames=('setting', 'steps'))
 def decode_steps(
     setting: Setting,
+    fixed: Leaves,
     window: Window,
     codes_BNL: jax.Array,
     number_B: jax.Array,
@@ -135,20 +73,20 @@ def decode_steps(
 
     Args:
       setting: static.
+      fixed: from `window_state.first_window`.
       window: the carry.
       codes_BNL: uint32 limbs `[B, windows, L]`, padded.
       number_B: windows of each row, int32 `[B]`.
       length_B: bytes of each row's text, int32 `[B]`; a row is done at either end.
       steps: static.
     """
-    start = setting.model.mark(setting.model.start(len(length_B)))
-    body = partial(_decode_step, setting, start, codes_BNL, number_B, length_B)
+    body = partial(_decode_step, setting, fixed, codes_BNL, number_B, length_B)
     return jax.lax.scan(body, window, None, length=steps)
 
 
 def _encode_step(
     setting: Setting,
-    start: Mark,
+    fixed: Leaves,
     text_BL: jax.Array,
     length_B: jax.Array,
     window: Window,
@@ -156,8 +94,9 @@ def _encode_step(
 ) -> tuple[Window, Emitted]:
     del xs
     rule, precision = setting.rule, setting.precision
-    cdf_BV = jax.lax.optimization_barrier(setting.model.cdf(window.state))
-    here = setting.model.mark(window.state)
+    state = window_state.join(setting, fixed, window.state)
+    cdf_BV = jax.lax.optimization_barrier(setting.model.cdf(state))
+    here = setting.model.mark(state)
     left_B = length_B - window.start_B
     last_B = window.read_B == window.max_bytes
     legal_B, code_BL = rule.close(window.interval, cdf_BV, last_B, precision)
@@ -186,13 +125,13 @@ def _encode_step(
         replay_B = ~go_on_B & ~window.replay_B & (left_B > 0)
     ended_B = ~go_on_B & ~replay_B & (left_B > 0)
     best = dataclasses.replace(window, end_B=end_B, end_mark=end_mark, code_BL=code_BL)
-    after = _advance(setting, start, best, byte_B, below, go_on_B, ended_B, replay_B)
+    after = _advance(setting, state, best, byte_B, below, go_on_B, ended_B, replay_B)
     return after, Emitted(ended_B, code_BL, end_B)
 
 
 def _decode_step(
     setting: Setting,
-    start: Mark,
+    fixed: Leaves,
     codes_BNL: jax.Array,
     number_B: jax.Array,
     length_B: jax.Array,
@@ -201,8 +140,9 @@ def _decode_step(
 ) -> tuple[Window, Read]:
     del xs
     rule, precision = setting.rule, setting.precision
-    cdf_BV = jax.lax.optimization_barrier(setting.model.cdf(window.state))
-    here = setting.model.mark(window.state)
+    state = window_state.join(setting, fixed, window.state)
+    cdf_BV = jax.lax.optimization_barrier(setting.model.cdf(state))
+    here = setting.model.mark(state)
     at_B = jnp.minimum(window.index_B, codes_BNL.shape[1] - 1)
     code_BL = jnp.take_along_axis(codes_BNL, at_B[:, None, None], axis=1)[:, 0]
     active_B = (window.index_B < number_B) & (window.start_B < length_B)
@@ -225,13 +165,13 @@ def _decode_step(
     best = dataclasses.replace(window, end_B=end_B, end_mark=end_mark)
     ended_B = active_B & ~go_on_B
     never_B = jnp.zeros_like(ended_B)
-    after = _advance(setting, start, best, byte_B, below, go_on_B, ended_B, never_B)
+    after = _advance(setting, state, best, byte_B, below, go_on_B, ended_B, never_B)
     return after, Read(position_B, byte_B.astype(jnp.uint8))
 
 
 def _advance(
     setting: Setting,
-    start: Mark,
+    state: State,
     window: Window,
     byte_B: jax.Array,
     below: Interval,
@@ -247,16 +187,16 @@ def _advance(
     model = setting.model
     index_B = window.index_B + ended_B
     forget_B = (window.period > 0) & (index_B % jnp.maximum(window.period, 1) == 0)
-    next_mark = _choose(ended_B & ~forget_B, window.end_mark, start)
+    next_mark = _choose(ended_B & ~forget_B, window.end_mark, window.fresh)
     origin = _choose(ended_B, next_mark, window.origin)
     back = _choose(replay_B, window.origin, next_mark)
-    stepped = jax.lax.optimization_barrier(model.step(window.state, byte_B))
+    stepped = jax.lax.optimization_barrier(model.step(state, byte_B))
     state = model.rewind(stepped, _choose(go_on_B, model.mark(stepped), back))
     whole = window_rules.whole(len(byte_B), setting.window_bits, setting.precision)
     fresh_B = ~go_on_B
     return dataclasses.replace(
         window,
-        state=state,
+        state=window_state.split(setting, state)[1],
         interval=_choose(fresh_B, whole, below),
         start_B=window.start_B + jnp.where(ended_B, window.end_B, 0),
         read_B=jnp.where(fresh_B, 0, window.read_B + 1),

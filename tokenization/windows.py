@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenization import window_rules, window_scan
+from tokenization import window_rules, window_scan, window_state
 from tokenization.next_byte import NextByteModel
 
 WINDOW_BITS = (16, 24, 32, 64, 128)
@@ -75,7 +75,8 @@ def encode(
       steps: model calls between two looks at whether all rows are done; changes no result.
 
     Raises:
-      ValueError: the config fits neither the format nor the model's context.
+      ValueError: the config does not fit the format or the model's context, or the model gives
+        a byte no frequency.
     """
     setting = _setting(model, config, max(map(len, documents), default=0))
     results: list[Windows | None] = [None] * len(documents)
@@ -83,11 +84,15 @@ def encode(
         texts = [np.frombuffer(documents[i], np.uint8) for i in rows]
         text_BL = jnp.asarray(_pad(texts, config.batch))
         length_B = jnp.asarray(_pad_1d([len(text) for text in texts], config.batch))
-        window = _first(setting, config)
+        fixed, window = _first(setting, config)
         calls: list[window_scan.Emitted] = []
         while bool(jnp.any(window.start_B < length_B)):
-            window, emitted = window_scan.encode_steps(setting, window, text_BL, length_B, steps)
+            window, emitted = window_scan.encode_steps(
+                setting, fixed, window, text_BL, length_B, steps
+            )
             calls.append(jax.device_get(emitted))
+            if np.any(calls[-1].ended_B & (calls[-1].count_B == 0)):
+                raise ValueError('the CDF of the model leaves a byte no room: not increasing')
         for b, i in enumerate(rows):
             results[i] = _windows_of(calls, b, config.window_bits)
     return [windows for windows in results if windows is not None]
@@ -127,14 +132,14 @@ def decode(
 
 
 def decode_each(
-    model: NextByteModel, codes: np.ndarray, config: WindowConfig, *, steps: int = _STEPS
+    model: NextByteModel, codes: np.ndarray, config: WindowConfig, *, steps: int = 16
 ) -> list[bytes]:
     """Returns the string that each code stands for by itself, under `reset='every'`.
 
     Args:
       model, config: as they were in `encode`.
       codes: uint8 `[windows, W / 8]`, in any order, of any documents.
-      steps: as in `encode`.
+      steps: as in `encode`; few, as a row is one window long.
 
     Raises:
       ValueError: the model is not reset at every window.
@@ -148,7 +153,7 @@ def decode_each(
 
 
 def _decode(
-    setting: window_scan.Setting,
+    setting: window_state.Setting,
     codes: Sequence[np.ndarray],
     lengths: Sequence[int],
     config: WindowConfig,
@@ -157,7 +162,7 @@ def _decode(
     """Returns the text of each document and the number of windows that it took."""
     results = [(b'', 0)] * len(codes)
     for rows in _batches([len(c) for c in codes], config.batch):
-        window = _first(setting, config)
+        fixed, window = _first(setting, config)
         L = window.code_BL.shape[1]
         codes_BNL = jnp.asarray(
             _pad([window_rules.code_limbs(np.asarray(codes[i]), L) for i in rows], config.batch)
@@ -167,7 +172,7 @@ def _decode(
         texts = np.zeros((config.batch, max(lengths[i] for i in rows)), np.uint8)
         while bool(jnp.any((window.index_B < number_B) & (window.start_B < length_B))):
             window, read = window_scan.decode_steps(
-                setting, window, codes_BNL, number_B, length_B, steps
+                setting, fixed, window, codes_BNL, number_B, length_B, steps
             )
             position, byte = np.asarray(read.position_B), np.asarray(read.byte_B)
             step, row = np.nonzero(position >= 0)
@@ -179,7 +184,7 @@ def _decode(
     return results
 
 
-def _setting(model: NextByteModel, config: WindowConfig, longest: int) -> window_scan.Setting:
+def _setting(model: NextByteModel, config: WindowConfig, longest: int) -> window_state.Setting:
     """Returns the static part, after checks."""
     rule = window_rules.rule_by_name(config.rule)
     if config.window_bits not in WINDOW_BITS:
@@ -202,12 +207,14 @@ def _setting(model: NextByteModel, config: WindowConfig, longest: int) -> window
             f'reset {config.reset!r} lets the model read {read} bytes, its context is '
             f'{model.context}: lower max_bytes, reset more often, or cut the documents'
         )
-    return window_scan.Setting(model, rule, config.window_bits)
+    return window_state.setting(model, rule, config.window_bits)
 
 
-def _first(setting: window_scan.Setting, config: WindowConfig) -> window_scan.Window:
+def _first(
+    setting: window_state.Setting, config: WindowConfig
+) -> tuple[window_state.Leaves, window_state.Window]:
     period = _PERIODS[config.reset]
-    return window_scan.first_window(setting, config.batch, period, config.max_bytes)
+    return window_state.first_window(setting, config.batch, period, config.max_bytes)
 
 
 def _windows_of(calls: Sequence[window_scan.Emitted], row: int, window_bits: int) -> Windows:

@@ -10,7 +10,7 @@ from etils import epath
 
 from experiments import corpora, report
 from experiments.bench_codec.config import Config
-from tokenization import bpe, compile, ngram
+from tokenization import bpe, codebook, ngram
 from tokenization.tokenizer import Tokenizer
 
 
@@ -19,7 +19,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     del out
     corpus = corpora.standard_library()
     train = corpora.first_bytes(corpus.train, config.train_bytes)
-    # Not every file is UTF-8; the rest would be a case of its own in BPE.
+    # The last character may be cut, and not every file is UTF-8: a case of its own in BPE.
     text = b''.join(corpora.first_bytes(corpus.test, config.text_bytes))[: config.text_bytes]
     text = text.decode('utf-8', 'ignore').encode()
 
@@ -28,9 +28,9 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     model = ngram.count(train, config.order).model()
     seconds['ngram'] = time.perf_counter() - start
     makers: dict[str, Callable[[], Tokenizer]] = {
-        'canonical': lambda: compile.compile_table(model, 'canonical', config.max_bytes),
-        'delay': lambda: compile.compile_table(model, 'delay', config.max_bytes),
-        'tunstall': lambda: compile.tunstall(model, max_bytes=config.max_bytes),
+        'canonical': lambda: codebook.compile_equal_info(model, 'canonical', config.max_bytes),
+        'delay': lambda: codebook.compile_equal_info(model, 'delay', config.max_bytes),
+        'tunstall': lambda: codebook.tunstall(model, max_bytes=config.max_bytes),
     }
     for name, make in makers.items():
         start = time.perf_counter()
@@ -38,7 +38,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         seconds[name] = time.perf_counter() - start
     start = time.perf_counter()
     pieces = corpora.first_bytes(corpus.train, config.bpe_train_bytes)
-    built['bpe'] = bpe.BPETokenizer.train(pieces, compile.CELLS)
+    built['bpe'] = bpe.BPETokenizer.train(pieces, codebook.CELLS)
     seconds['bpe'] = time.perf_counter() - start
 
     rows = measure(built, text, config.repeats)

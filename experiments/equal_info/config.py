@@ -25,10 +25,10 @@ from lm.train import TrainConfig
 
 
 def _model(width: int, layers: int, hidden: int, max_length: int) -> ModelConfig:
-    """Heads of 64 channels and unrolled layers: on CPU 1.5 to 2 times as fast as otherwise."""
+    """ReLU as in the paper; it, heads of 64 channels and unrolled layers are fast on a CPU."""
     return ModelConfig(
         384, width, layers, width // 64, width // 64, 64, hidden, max_length=max_length,
-        unroll=layers,
+        activation='relu', unroll=layers,
     )  # fmt: skip
 
 

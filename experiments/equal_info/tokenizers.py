@@ -12,7 +12,7 @@ from lm.metrics import ProgressLine
 from tokenization.arithmetic_tokenizer import ArithmeticTokenizer
 from tokenization.bpe import BPETokenizer
 from tokenization.byte import ByteTokenizer
-from tokenization.compile import compile_table, tunstall
+from tokenization.codebook import compile_equal_info, tunstall
 from tokenization.equal_info import EqualInfoTokenizer
 from tokenization.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ def build(
     model = first.next_byte(codec_model, config)
 
     def canonical(bits: int) -> EqualInfoTokenizer:
-        return compile_table(model, 'canonical', config.window_bytes, bits)
+        return compile_equal_info(model, 'canonical', config.window_bytes, bits)
 
     makers: dict[str, Callable[[], Tokenizer]] = {
         'bytes': ByteTokenizer,
@@ -34,7 +34,7 @@ def build(
         'arithmetic_256': lambda: ArithmeticTokenizer(first.ngram, 8),
         'equal_info_16_256': lambda: canonical(8),
         'equal_info_16_65k': lambda: canonical(16),
-        'delay_16_65k': lambda: compile_table(model, 'delay', config.window_bytes, 16),
+        'delay_16_65k': lambda: compile_equal_info(model, 'delay', config.window_bytes, 16),
         'tunstall_65k': lambda: tunstall(model, 65_536, config.window_bytes),
     }
     tokenizers = {}
@@ -61,7 +61,7 @@ def best_codec(config: Config, first: FirstModels, valid: Sequence[bytes]) -> di
     result = {}
     for name in ('ngram', 'm1'):
         model = first.next_byte(name, config)
-        tokenizer = compile_table(model, 'canonical', config.window_bytes, 16)
+        tokenizer = compile_equal_info(model, 'canonical', config.window_bytes, 16)
         result[name] = n_bytes / sum(map(len, tokenizer.encode_batch(valid)))
     return result
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tokenization import toy
-from tokenization import compile as compiling
+from tokenization import codebook
 from tokenization import equal_info, ngram, tokenizer, windows
 from tokenization.longest_match import Strings
 from tokenization.windows import WindowConfig
@@ -27,8 +27,8 @@ RULES = ('canonical', 'delay', 'tunstall')
 def compiled(rule: str, model_name: str = 'ngram') -> equal_info.EqualInfoTokenizer:
     model = {'ngram': NGRAM, 'toy': TOY}[model_name]
     if rule == 'tunstall':
-        return compiling.tunstall(model, 4096, MAX_BYTES)
-    return compiling.compile_table(model, rule, MAX_BYTES)
+        return codebook.tunstall(model, 4096, MAX_BYTES)
+    return codebook.compile_equal_info(model, rule, MAX_BYTES)
 
 
 def in_bytes(tok: equal_info.EqualInfoTokenizer) -> equal_info.EqualInfoTokenizer:
@@ -203,11 +203,11 @@ def test_bad_ids_are_named():
 
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match='paper'):
-        compiling.compile_table(NGRAM, 'paper')
+        codebook.compile_equal_info(NGRAM, 'paper')
     with pytest.raises(ValueError, match='max_bytes 9'):
-        compiling.compile_table(toy.table_model(context=8), max_bytes=9)
+        codebook.compile_equal_info(toy.table_model(context=8), max_bytes=9)
     with pytest.raises(ValueError, match='size 255'):
-        compiling.tunstall(NGRAM, 255)
+        codebook.tunstall(NGRAM, 255)
     singles = Strings.of([bytes([byte]) for byte in range(255)])
     with pytest.raises(ValueError, match='single byte 255'):
         equal_info.EqualInfoTokenizer(singles, np.ones(255, bool), 16, 'tunstall', '')

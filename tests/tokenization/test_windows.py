@@ -124,18 +124,20 @@ class Reference:
         return codes, counts
 
     def longest_string(self, code):
-        """D(v) of the rule 'canonical'."""
+        """D(v) of 'canonical'; under 'paper', of the prefixes of D(v) the last with this code."""
         interval, text = (0, 1 << (self.W + self.P)), b''
+        own = b''
         while len(text) < self.max_bytes:
             bounds = self.bounds(text, interval)
             for byte, (low, high) in enumerate(itertools.pairwise(bounds)):
                 first, end = self.cells((low, high - low))
                 if first <= code < end:
                     text, interval = text + bytes([byte]), (low, high - low)
+                    own = text if self.shortest(interval) == code else own
                     break
             else:
                 break
-        return text
+        return own or text if self.rule == 'paper' else text
 
 
 def as_ints(codes):
@@ -263,6 +265,14 @@ def test_canonical_decodes_each_cell_to_the_longest_string(max_bytes):
         assert first == text[: each.counts[0]] and first.startswith(string)
 
 
+def test_the_papers_decoder_takes_the_longest_string_with_the_code():
+    config = WindowConfig(16, 'paper', 'every', 24, batch=8)
+    [(codes, _)] = windows.encode(TOY, [toy.sample(TOY, 60, seed=7)], config, steps=64)
+    reference = Reference(TOY, 16, 'paper', 24)
+    want = [reference.longest_string(code) for code in as_ints(codes)]
+    assert windows.decode_each(TOY, codes, config, steps=64) == want
+
+
 def test_batch_mates_and_steps_change_nothing():
     config = WindowConfig(16, 'canonical', 'second', max_bytes=24, batch=8)
     together = windows.encode(NGRAM, TEXTS, config, steps=64)
@@ -293,3 +303,9 @@ def test_damaged_codes_and_bad_configs_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             windows.encode(NGRAM, [b'x'], bad)
+
+
+def test_a_model_that_leaves_a_byte_no_room_is_refused():
+    broken = AB._replace(cdf=lambda state: jnp.minimum(AB.cdf(state), 3000))
+    with pytest.raises(ValueError, match='no room'):
+        windows.encode(broken, [b'\xff'], WindowConfig(16, batch=8), steps=64)

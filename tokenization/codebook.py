@@ -1,7 +1,7 @@
 """From a next-byte model to a fixed table of strings: the compiled Equal-Info codec.
 
 With windows of 16 bits and a model that forgets at every window, code -> string is a function of
-65,536 values. `compile_table` finds it once, level by level over the live prefixes: those whose
+65,536 values. `compile_equal_info` finds it once, level by level over the live prefixes, whose
 interval holds a whole cell. From then on encoding is longest match and decoding a look-up, without
 the model.
 
@@ -34,7 +34,7 @@ class _Level(NamedTuple):
     size: np.ndarray
 
 
-def compile_table(
+def compile_equal_info(
     model: NextByteModel,
     rule: str = 'canonical',
     max_bytes: int = 64,
