@@ -71,7 +71,8 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = optax.tree_map_params(
         optimizer,
-        lambda _, param: param.sharding,
+        # Adafactor's row and column statistics are not of their parameter's shape
+        lambda leaf, param: param.sharding if leaf.shape == param.shape else everywhere,
         jax.eval_shape(optimizer.init, params),
         params,
         transform_non_params=lambda _: everywhere,

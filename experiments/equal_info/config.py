@@ -67,7 +67,7 @@ class Config:
     )
     m2: ModelConfig = field(default_factory=lambda: _model(128, 4, 512, 128))
     m2_train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(600, 8, 128, checkpoint_every=200)
+        default_factory=lambda: TrainConfig(450, 8, 128, checkpoint_every=150)
     )
 
     def __post_init__(self):
@@ -102,10 +102,10 @@ SCALES = {
     'cpu': Config(
         train_bytes=14_000_000,
         valid_bytes=300_000,
-        m1=_model(256, 3, 1024, 128),
-        m1_train=TrainConfig(steps=1500, batch_size=32, length=64, checkpoint_every=250),
-        m2=_model(256, 4, 1024, 128),
-        m2_train=TrainConfig(steps=2500, batch_size=16, length=128, checkpoint_every=250),
+        m1=_model(192, 3, 768, 128),
+        m1_train=TrainConfig(steps=800, batch_size=32, length=64, checkpoint_every=200),
+        m2=_model(192, 4, 768, 128),
+        m2_train=TrainConfig(steps=1300, batch_size=8, length=128, checkpoint_every=200),
     ),
     'gpu': Config(
         train_bytes=64_000_000,

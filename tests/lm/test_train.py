@@ -27,10 +27,10 @@ def loss(weights, batch, key):
     return losses.next_token_loss(weights, CONFIG, batch)
 
 
-def run(folder, dataset, steps=12):
+def run(folder, dataset, steps=12, name='adamw'):
     config = train.TrainConfig(
         steps=steps, batch_size=4, length=16, log_every=2, checkpoint_every=5,
-        optimizer=OptimizerConfig(warmup_steps=2, learning_rate=1e-2),
+        optimizer=OptimizerConfig(name, warmup_steps=2, learning_rate=1e-2),
     )  # fmt: skip
     init = functools.partial(params.init, CONFIG)
     return train.run(config, init, loss, dataset, folder, mesh.make(devices=jax.devices()[:1]))
@@ -79,6 +79,14 @@ def test_a_finished_run_is_not_run_again(undisturbed, monkeypatch):
     kill_after(monkeypatch, 0)
     again = run(undisturbed[0], batches())
     jax.tree.map(np.testing.assert_array_equal, again, undisturbed[1])
+
+
+def test_adafactor_resumes_too(tmp_path):
+    halfway = run(tmp_path, batches(), steps=5, name='adafactor')
+    assert int(halfway.step) == 5
+    run(tmp_path, batches(), steps=7, name='adafactor')
+    records = metrics.read_jsonl(tmp_path / 'metrics.jsonl')
+    assert records[-1]['step'] == 7 and records[-1]['loss'] < records[0]['loss']
 
 
 def test_a_checkpoint_of_another_model_is_refused(undisturbed):
