@@ -105,7 +105,7 @@ SCALES = {
         m1=_model(192, 3, 768, 128),
         m1_train=TrainConfig(steps=800, batch_size=32, length=64, checkpoint_every=200),
         m2=_model(192, 4, 768, 128),
-        m2_train=TrainConfig(steps=1300, batch_size=8, length=128, checkpoint_every=200),
+        m2_train=TrainConfig(steps=1000, batch_size=8, length=128, checkpoint_every=200),
     ),
     'gpu': Config(
         train_bytes=64_000_000,

@@ -52,12 +52,13 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     model = first.next_byte(codec_model, config)
     paper_text = corpora.first_bytes(valid, _PAPER_RULE_BYTES)
     paper_rule = measure.paper_rule_round_trip(model, paper_text, config.window_bytes)
-    show(rows, paper_rule, out)
+    show(rows, paper_rule, first.ngram_bits_whole, out)
     results.plot(out, rows, {name: by_bit[name] for name in _BIT_ROWS})
     console.print(f'plots, bundles and result.json: {out}')
     return {
         **results.flat(rows),
         report.key('round_trip_fraction', 'paper_rule'): paper_rule,
+        report.key('bits_per_byte', 'ngram'): first.ngram_bits_whole,
         report.key('bits_per_byte_reset', 'ngram'): first.ngram_bits,
         report.key('bits_per_byte_reset', 'm1'): first.m1_bits,
         report.key('bytes_per_window', 'ngram'): codecs['ngram'],
@@ -147,13 +148,16 @@ def accuracy_by_bit(fitted: Fitted, batches, mesh: Mesh) -> list[float]:
     return (right / tokens[:, None]).reshape(-1).tolist()
 
 
-def show(rows: dict[str, dict[str, float]], paper_rule: float, out: epath.Path) -> None:
+def show(
+    rows: dict[str, dict[str, float]], paper_rule: float, ngram_bits: float, out: epath.Path
+) -> None:
     """Prints the table and what it shows, and saves both as Markdown."""
     title = 'Bits per byte over neurally compressed text'
     table_rows = results.table_rows(rows)
     notes = [
         *results.FOOTNOTES,
         f"windows that the paper's literal closing rule decodes: {paper_rule:.1%}",
+        f'for scale: the n-gram by itself, over whole documents: {ngram_bits:.3f} bits per byte',
         *results.claims(rows),
     ]
     report.table(table_rows, results.COLUMNS, title, notes)

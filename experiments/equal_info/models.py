@@ -28,12 +28,14 @@ class FirstModels(NamedTuple):
       ngram: the byte n-gram.
       m1: the byte transformer.
       ngram_bits, m1_bits: bits per byte of each on held-out text, reset every `window_bytes`.
+      ngram_bits_whole: of the n-gram over whole documents.
     """
 
     ngram: ngram.NGram
     m1: Fitted
     ngram_bits: float
     m1_bits: float
+    ngram_bits_whole: float
 
     def next_byte(self, name: str, config: Config) -> NextByteModel:
         """Returns the model called `ngram` or `m1`."""
@@ -66,7 +68,8 @@ def first_models(
     bits = -sum(float(counted.log2_probabilities(text, size).sum()) for text in valid)
     metrics = {'bits_per_byte_reset': m1_bits}
     bundle.save(out / 'bundles' / 'm1', m1.config, m1.params, ByteTokenizer(), metrics)
-    return FirstModels(counted, m1, bits / n_bytes, m1_bits)
+    whole = counted.bits_per_byte(valid)
+    return FirstModels(counted, m1, bits / n_bytes, m1_bits, whole)
 
 
 def pieces(documents: Sequence[bytes], size: int) -> list[np.ndarray]:

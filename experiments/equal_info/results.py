@@ -116,6 +116,7 @@ def plot(out: epath.Path, rows: Mapping[str, Mapping[str, float]], by_bit: Mappi
     curves = {}
     for key, metrics in rows.items():
         records = metrics_lib.read_jsonl(out / 'm2' / key / 'metrics.jsonl')
+        records = records[1:] or records  # the first step, untrained, would set the scale
         bits = np.array([r['loss'] for r in records]) / np.log(2) / metrics['bytes_per_token']
         done = np.array([r['step'] for r in records]) / records[-1]['step']
         curves[ROWS[key][0]] = (100 * done, bits)

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tokenization import toy
-from tokenization import codebook
-from tokenization import equal_info, ngram, tokenizer, windows
+from tokenization import codebook, equal_info, ngram, tokenizer, windows
 from tokenization.longest_match import Strings
 from tokenization.windows import WindowConfig
 
