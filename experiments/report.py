@@ -31,7 +31,7 @@ def write_json_atomic(path: epath.PathLike, obj: Any) -> None:
       ValueError: a number is not finite (JSON has no word for it).
     """
     file = epath.Path(path)
-    text = json.dumps(_jsonable(obj), indent=2, sort_keys=True, allow_nan=False) + '\n'
+    text = to_json(obj) + '\n'
     # The same folder, so that the rename stays within one file system.
     partial = file.parent / f'.{file.name}.{os.getpid()}.partial'
     try:
@@ -40,6 +40,11 @@ def write_json_atomic(path: epath.PathLike, obj: Any) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def to_json(obj: Any) -> str:
+    """Returns what `write_json_atomic` writes."""
+    return json.dumps(_jsonable(obj), indent=2, sort_keys=True, allow_nan=False)
 
 
 def _jsonable(value: Any) -> Any:

@@ -4,7 +4,8 @@ An experiment is a package `experiments/NAME` with
 
   config.py  a docstring (command, hardware, time, expected numbers), a frozen dataclass `Config`,
              and `SCALES`, a dict from scale to Config whose first entry is the default scale.
-             A field that only the user can give has the value `tyro.MISSING`.
+             A field that only the user can give has the value `tyro.MISSING`. With `RESUMES = True`
+             a run picks up what DIR holds, and another config is refused there.
   main.py    `main(config, out) -> metrics or None`: writes into the folder `out`, prints a table.
   README.md  the results.
 
@@ -35,7 +36,7 @@ import experiments
 from experiments import report
 
 # What a user can cause and mend: one line, no traceback. Anything else is a bug and keeps its own.
-USER_ERRORS = (ValueError, OSError)
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
 TRACEBACK = 'TESSERA_TRACEBACK'
 
 
@@ -156,13 +157,17 @@ def run(name: str, scale: str, config: Any, out: epath.Path) -> dict[str, float]
     # Imported late: --help and usage errors need no JAX.
     import jax
 
+    from experiments import resume
     from lm import mesh
 
-    experiment = importlib.import_module(f'experiments.{name}.main')
     mesh.start()
+    settings = importlib.import_module(f'experiments.{name}.config')
+    experiment = importlib.import_module(f'experiments.{name}.main')
     first = jax.process_index() == 0  # the other hosts compute, and write only their checkpoints
     out.mkdir(parents=True, exist_ok=True)
     if first:
+        if getattr(settings, 'RESUMES', False):
+            resume.claim(out, config)
         description = {'experiment': name, 'scale': scale, 'config': config}
         surroundings = {**report.environment(), **report.devices()}
         report.write_json_atomic(out / 'config.json', {**description, **surroundings})

@@ -1,6 +1,7 @@
 """One jitted training step, and the loop that drives it through kills and resumes."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -130,8 +131,10 @@ def run(
     if start:
         state = checkpoints.restore(start, state, iterator)
     step_fn = jax.jit(
-        lambda state, batch: train_step(loss, optimizer, config.seed, state, batch),
+        functools.partial(train_step, loss, optimizer, config.seed),
         donate_argnums=0,
+        # the state stays where it is: otherwise some leaves move, and the second step recompiles
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     )
     writer = Writer(folder, start)
     rate = optimizer_lib.schedule(config.optimizer, config.steps)
@@ -168,13 +171,15 @@ class _Log:
             return
         (step, metrics), self._pending = self._pending, None
         values = {name: float(value) for name, value in metrics.items()}
-        if not np.isfinite(values['loss']):
+        if not np.isfinite(values['loss'] + values['gradient_norm']):
             raise FloatingPointError(
-                f'step {step}: the loss is {values["loss"]}; lower the learning rate, or start '
+                f'step {step}: the loss is {values["loss"]} and the norm of its gradient '
+                f'{values["gradient_norm"]}; lower the learning rate, or start '
                 'again from an earlier checkpoint'
             )
-        self._tokens += values.pop('tokens')
-        values.pop('nats')
+        tokens = values.pop('tokens')
+        self._tokens += tokens
+        values['nats_per_token'] = values.pop('nats') / max(tokens, 1.0)
         self._progress.update(step, f'loss {values["loss"]:.3f}')
         if step % self._config.log_every == 0 or step in (1, self._config.steps):
             now = time.monotonic()

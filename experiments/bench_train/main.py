@@ -86,18 +86,18 @@ def _step(model: ModelConfig, config: Config) -> Callable[[], None]:
     state: Any = train.init_state(init(jax.random.key(0)), adamw, mesh)
     shape = (config.batch_size, config.length)
     batch = {
-        'tokens': jnp.zeros(shape, jnp.int32),
-        'targets': jnp.ones(shape, jnp.int32),
+        'tokens': jax.random.randint(jax.random.key(1), shape, 0, _VOCABULARY),
+        'targets': jax.random.randint(jax.random.key(2), shape, 0, _VOCABULARY),
         'segments': jnp.ones(shape, jnp.int32),
         'positions': jnp.broadcast_to(jnp.arange(config.length), shape),
         'weights': jnp.ones(shape),
     }
     loss = language_model.loss_fn(model, 1e-4)
-    step = jax.jit(lambda state: train.train_step(loss, adamw, 0, state, batch), donate_argnums=0)
+    step = jax.jit(functools.partial(train.train_step, loss, adamw, 0), donate_argnums=0)
 
     def run():
         nonlocal state
-        state, metrics = step(state)
+        state, metrics = step(state, batch)
         jax.block_until_ready(metrics)
 
     return run

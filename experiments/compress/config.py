@@ -1,6 +1,6 @@
 """Compresses a file with a byte model: exact, streaming, readable with the same model alone.
 
-    python -m experiments.run compress FILE --model out/equal_info-demo/ngram
+    python -m experiments.run compress FILE --model out/demo/ngram
     python -m experiments.run compress FILE --model out/pretrain-demo/bundle --to FILE.tess
 
 The model is an n-gram or a bundle over bytes. Memory does not grow with the file. On 2 cores an

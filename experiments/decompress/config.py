@@ -1,6 +1,6 @@
 """Restores a file that `compress` made, with the model that it was made with.
 
-    python -m experiments.run decompress FILE.tess --model out/equal_info-demo/ngram
+    python -m experiments.run decompress FILE.tess --model out/demo/ngram
 
 A file made with another model, a truncated or damaged one, and one whose probabilities come out
 differently on this machine are refused, each with its reason; nothing is left half-written.

@@ -42,7 +42,8 @@ class Config:
       mesh: devices, as in `data=4,model=2`; all on the data axis if not given.
       fit_bytes: of training text that the n-gram, M1 and BPE are fitted to.
       train_bytes: of training text that is encoded for the M2s.
-      valid_bytes: of held-out text that everything is measured on.
+      held_out_bytes: of validation text, which picks the codec's model, and of test text, on which
+        everything is measured.
       ngram_order: context bytes of the n-gram.
       window_bytes: most bytes in a window, and what M1 reads before it is reset.
       bpe_vocab_size: entries of the BPE vocabulary.
@@ -57,7 +58,7 @@ class Config:
     mesh: str | None = None
     fit_bytes: int = 16_000_000
     train_bytes: int = 6_000_000
-    valid_bytes: int = 150_000
+    held_out_bytes: int = 150_000
     ngram_order: int = 3
     window_bytes: int = 64
     bpe_vocab_size: int = 65_536
@@ -71,7 +72,7 @@ class Config:
     )
 
     def __post_init__(self):
-        for name in ('fit_bytes', 'train_bytes', 'valid_bytes', 'window_bytes'):
+        for name in ('fit_bytes', 'train_bytes', 'held_out_bytes', 'window_bytes'):
             if getattr(self, name) < 1:
                 raise ValueError(f'--{name}: {getattr(self, name)}; expected at least 1')
         if self.window_bytes >= self.m1.max_length:
@@ -79,29 +80,40 @@ class Config:
                 f'--window_bytes: {self.window_bytes}; expected less than the {self.m1.max_length} '
                 'positions that M1 is made for'
             )
+        if self.m1_train.length != self.window_bytes:
+            raise ValueError(
+                f'--m1_train.length: {self.m1_train.length}; expected window_bytes = '
+                f'{self.window_bytes}: M1 is trained on what it reads between resets'
+            )
+        if self.m2_train.length > self.m2.max_length or self.m2_train.length % 2:
+            raise ValueError(
+                f'--m2_train.length: {self.m2_train.length}; expected an even number up to '
+                f'{self.m2.max_length}, the positions that M2 is made for'
+            )
 
 
 _RSQRT = OptimizerConfig(
     'adafactor', learning_rate=1e-2, schedule='rsqrt', warmup_steps=10_000, weight_decay=0.0
 )
 
+RESUMES = True
 SCALES = {
     'demo': Config(),
     'tiny': Config(
         fit_bytes=40_000,
         train_bytes=20_000,
-        valid_bytes=2_000,
+        held_out_bytes=2_000,
         ngram_order=1,
         window_bytes=8,
         bpe_vocab_size=300,
         m1=dataclasses.replace(presets.tiny(), d_model=16, d_ff=16, unroll=2),
-        m1_train=TrainConfig(steps=2, batch_size=2, length=16),
+        m1_train=TrainConfig(steps=2, batch_size=2, length=8),
         m2=dataclasses.replace(presets.tiny(), n_layers=1, d_model=16, d_ff=16),
         m2_train=TrainConfig(steps=3, batch_size=2, length=16),
     ),
     'cpu': Config(
         train_bytes=14_000_000,
-        valid_bytes=300_000,
+        held_out_bytes=300_000,
         m1=_model(192, 3, 768, 128),
         m1_train=TrainConfig(steps=800, batch_size=32, length=64, checkpoint_every=200),
         m2=_model(192, 4, 768, 128),
@@ -110,7 +122,7 @@ SCALES = {
     'gpu': Config(
         train_bytes=64_000_000,
         fit_bytes=64_000_000,
-        valid_bytes=1_000_000,
+        held_out_bytes=1_000_000,
         ngram_order=4,
         m1=dataclasses.replace(presets.m1_3m(), unroll=3),
         m1_train=TrainConfig(steps=5000, batch_size=256, length=64, checkpoint_every=1000),
@@ -121,10 +133,11 @@ SCALES = {
         tfds='c4/en:3.1.0',
         fit_bytes=10**12,
         train_bytes=10**13,
-        valid_bytes=10**7,
+        held_out_bytes=10**7,
         ngram_order=5,
+        window_bytes=512,
         m1=presets.m1_3m(),
-        m1_train=TrainConfig(2_500_000, 128, 1024, _RSQRT, checkpoint_every=10_000),
+        m1_train=TrainConfig(2_500_000, 128, 512, _RSQRT, checkpoint_every=10_000),
         m2=presets.m2_2b(),
         m2_train=TrainConfig(200_000, 256, 512, _RSQRT, checkpoint_every=5_000),
     ),

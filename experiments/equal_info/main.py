@@ -1,6 +1,5 @@
 """Trains one M2 per representation of the same text and compares bits per byte."""
 
-import dataclasses
 import functools
 import json
 import time
@@ -12,7 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-from experiments import corpora, language_model, report
+from experiments import corpora, language_model, report, resume
 from experiments.equal_info import measure, models, results, tokenizers
 from experiments.equal_info.config import Config
 from experiments.language_model import Fitted
@@ -22,7 +21,8 @@ from tokenization.tokenizer import Tokenizer
 
 _PAPER_RULE_BYTES = 50_000
 _BIT_ROWS = ('equal_info_16_256', 'equal_info_16_65k')
-_BIT_BATCHES = 8
+_BIT_ROWS_PER_DEVICE = 2  # all logits of a row exist at once
+_BIT_BATCHES = 32
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
@@ -30,56 +30,42 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     begin = time.monotonic()
     console = Console()
     mesh = mesh_lib.make(config.mesh)
-    claim(out, config)
     corpus = corpora.open_corpus(config.data, config.tfds)
     fit_text = corpora.first_bytes(corpus.train, config.fit_bytes)
     train_text = corpora.first_bytes(corpus.train, config.train_bytes)
-    valid = corpora.first_bytes(corpus.valid, config.valid_bytes)
-    sizes = [sum(map(len, text)) / 1e6 for text in (fit_text, train_text, valid)]
-    console.print('{}: {:.1f} MB for tokenizers, {:.1f} MB for M2, {:.2f} MB held out'.format(
+    valid = corpora.first_bytes(corpus.valid, config.held_out_bytes)
+    test = corpora.first_bytes(corpus.test, config.held_out_bytes)
+    sizes = [sum(map(len, text)) / 1e6 for text in (fit_text, train_text, test)]
+    console.print('{}: {:.1f} MB for tokenizers, {:.1f} MB for M2, {:.2f} MB for testing'.format(
         corpus.name, *sizes))  # fmt: skip
     first = models.first_models(config, fit_text, valid, out, mesh)
-    codecs = tokenizers.best_codec(config, first, valid)
-    codec_model = max(codecs, key=lambda name: codecs[name])
-    console.print(
-        f'bits per byte, reset every {config.window_bytes} bytes: n-gram {first.ngram_bits:.3f}, '
-        f'M1 {first.m1_bits:.3f}; bytes per 16-bit window: n-gram {codecs["ngram"]:.2f}, '
-        f'M1 {codecs["m1"]:.2f}: codecs are compiled from the {codec_model}'
-    )
+    codecs = tokenizers.compiled(config, first, valid)
+    best = max(codecs, key=lambda name: codecs[name].bytes_per_code)
+    for name, codec in codecs.items():
+        console.print(
+            f'{name}: {first.bits[name]:.3f} bits per byte when reset every {config.window_bytes} '
+            f'bytes, {codec.bytes_per_code:.2f} bytes per 16-bit window'
+        )
+    console.print(f'the codecs are compiled from the {best}')
     rows, by_bit = {}, {}
-    for name, tokenizer in tokenizers.build(config, first, codec_model, fit_text, out).items():
-        rows[name], by_bit[name] = compare(config, name, tokenizer, train_text, valid, out, mesh)
-    model = first.next_byte(codec_model, config)
-    paper_text = corpora.first_bytes(valid, _PAPER_RULE_BYTES)
-    paper_rule = measure.paper_rule_round_trip(model, paper_text, config.window_bytes)
-    show(rows, paper_rule, first.ngram_bits_whole, out)
+    for name, tokenizer in tokenizers.build(config, first, codecs[best], fit_text, out).items():
+        rows[name], by_bit[name] = compare(config, name, tokenizer, train_text, test, out, mesh)
+    by_itself = first.ngram.bits_per_byte(test)
+    paper_text = corpora.first_bytes(test, _PAPER_RULE_BYTES)
+    paper_rule = measure.paper_rule_round_trip(codecs[best].model, paper_text, config.window_bytes)
+    show(rows, paper_rule, by_itself, out)
     results.plot(out, rows, {name: by_bit[name] for name in _BIT_ROWS})
     console.print(f'plots, bundles and result.json: {out}')
-    return {
+    metrics = {
         **results.flat(rows),
         report.key('round_trip_fraction', 'paper_rule'): paper_rule,
-        report.key('bits_per_byte', 'ngram'): first.ngram_bits_whole,
-        report.key('bits_per_byte_reset', 'ngram'): first.ngram_bits,
-        report.key('bits_per_byte_reset', 'm1'): first.m1_bits,
-        report.key('bytes_per_window', 'ngram'): codecs['ngram'],
-        report.key('bytes_per_window', 'm1'): codecs['m1'],
+        report.key('bits_per_byte', 'ngram'): by_itself,
         report.key('seconds', 'this_process'): time.monotonic() - begin,
     }
-
-
-def claim(out: epath.Path, config: Config) -> None:
-    """Makes `out` the folder of this config.
-
-    Raises:
-      ValueError: it holds parts of a run with another config, which must not be mixed.
-    """
-    file = out / 'started.json'
-    fields = json.loads(json.dumps(dataclasses.asdict(config)))
-    if file.exists() and json.loads(file.read_text()) != fields:
-        raise ValueError(
-            f'{out}: holds a run with other settings; give another --out, or remove the folder'
-        )
-    report.write_json_atomic(file, fields)
+    for name, codec in codecs.items():
+        metrics[report.key('bits_per_byte_reset', name)] = first.bits[name]
+        metrics[report.key('bytes_per_window', name)] = codec.bytes_per_code
+    return metrics
 
 
 def compare(
@@ -87,7 +73,7 @@ def compare(
     name: str,
     tokenizer: Tokenizer,
     train_text: Sequence[bytes],
-    valid: Sequence[bytes],
+    test: Sequence[bytes],
     out: epath.Path,
     mesh: Mesh,
 ) -> tuple[dict[str, float], list[float]]:
@@ -96,14 +82,14 @@ def compare(
     if file.exists():
         saved = json.loads(file.read_text())
         return saved['metrics'], saved['accuracy_by_bit']
-    documents = tokenizers.encoded_once(
+    documents = resume.encoded_once(
         tokenizer, train_text, out / 'encoded' / name, f'encoding {name}'
     )
-    held_out = measure.encoded(tokenizer, valid)
+    held_out = measure.encoded(tokenizer, test)
     fitted = models.second_model(
         config, documents, tokenizer.vocab_size, out / 'm2' / name, mesh, name
     )
-    n_bytes = sum(map(len, valid))
+    n_bytes = sum(map(len, test))
     run = models.same_compute(config, tokenizer.vocab_size)
     batches = language_model.evaluation(
         held_out.ids, tokenizer.vocab_size, run.batch_size, run.length
@@ -123,7 +109,13 @@ def compare(
         * held_out.metrics['bytes_per_token'] / 1e6,
         'train_seconds': fitted.seconds,
     }  # fmt: skip
-    by_bit = accuracy_by_bit(fitted, batches, mesh) if name in _BIT_ROWS else []
+    by_bit = []
+    if name in _BIT_ROWS:
+        few = language_model.evaluation(
+            held_out.ids, tokenizer.vocab_size, mesh.shape['data'] * _BIT_ROWS_PER_DEVICE,
+            run.length,
+        )  # fmt: skip
+        by_bit = accuracy_by_bit(fitted, few, mesh)
     bundle.save(out / 'bundles' / name, fitted.config, fitted.params, tokenizer, metrics)
     file.parent.mkdir(exist_ok=True)
     report.write_json_atomic(file, {'metrics': metrics, 'accuracy_by_bit': by_bit})

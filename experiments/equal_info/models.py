@@ -1,7 +1,7 @@
 """The models of the comparison: n-gram, M1 and one M2 per representation."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,31 +17,23 @@ from lm.train import TrainConfig
 from tokenization import neural, ngram
 from tokenization.byte import ByteTokenizer
 from tokenization.next_byte import NextByteModel
+from tokenization.ngram import NGram
 
 BYTES = 256
 
 
 class FirstModels(NamedTuple):
-    """The candidates for the codec's model.
+    """The models that a codec may be compiled from.
 
     Attributes:
       ngram: the byte n-gram.
-      m1: the byte transformer.
-      ngram_bits, m1_bits: bits per byte of each on held-out text, reset every `window_bytes`.
-      ngram_bits_whole: of the n-gram over whole documents.
+      candidates: the n-gram and M1 as next-byte models, `ngram` and `m1`.
+      bits: bits per byte of each on validation text, reset every `window_bytes`.
     """
 
-    ngram: ngram.NGram
-    m1: Fitted
-    ngram_bits: float
-    m1_bits: float
-    ngram_bits_whole: float
-
-    def next_byte(self, name: str, config: Config) -> NextByteModel:
-        """Returns the model called `ngram` or `m1`."""
-        if name == 'ngram':
-            return self.ngram.model()
-        return neural.model(self.m1.params, self.m1.config, config.window_bytes)
+    ngram: NGram
+    candidates: dict[str, NextByteModel]
+    bits: dict[str, float]
 
 
 def first_models(
@@ -51,25 +43,29 @@ def first_models(
     out: epath.Path,
     mesh: Mesh,
 ) -> FirstModels:
-    """Counts the n-gram, trains M1, measures both as a codec uses them, and saves both.
-
-    M1 reads pieces of `window_bytes` bytes, each after BOS: the state in which a window's reset
-    leaves it.
-    """
+    """Counts the n-gram, trains M1, measures both as a codec uses them, and saves both."""
     counted = ngram.count(train, config.ngram_order)
     counted.save(out / 'ngram')
     size = config.window_bytes
+    # Rows of one piece each, all starting with BOS: the state that a window's reset leaves.
+    whole = [piece for piece in pieces(train, size) if len(piece) == size]
     m1 = language_model.fit(
-        config.m1, config.m1_train, pieces(train, size), BYTES, out / 'm1', mesh, 'M1 over bytes'
+        config.m1, config.m1_train, whole, BYTES, out / 'm1', mesh, 'M1 over bytes'
     )
-    held_out = language_model.evaluation(pieces(valid, size), BYTES, 32, config.m1_train.length)
+    batches = padded_batches(pieces(valid, size), size, config.m1_train.batch_size)
     n_bytes = sum(map(len, valid))
-    m1_bits = losses.bits_per_byte(language_model.nats(m1, held_out, mesh), n_bytes)
-    bits = -sum(float(counted.log2_probabilities(text, size).sum()) for text in valid)
-    metrics = {'bits_per_byte_reset': m1_bits}
+    log2 = sum(float(counted.log2_probabilities(text, size).sum()) for text in valid)
+    bits = {
+        'ngram': -log2 / n_bytes,
+        'm1': losses.bits_per_byte(language_model.nats(m1, batches, mesh), n_bytes),
+    }
+    metrics = {'bits_per_byte_reset': bits['m1']}
     bundle.save(out / 'bundles' / 'm1', m1.config, m1.params, ByteTokenizer(), metrics)
-    whole = counted.bits_per_byte(valid)
-    return FirstModels(counted, m1, bits / n_bytes, m1_bits, whole)
+    candidates = {
+        'ngram': counted.model(),
+        'm1': neural.model(m1.params, m1.config, size),
+    }
+    return FirstModels(counted, candidates, bits)
 
 
 def pieces(documents: Sequence[bytes], size: int) -> list[np.ndarray]:
@@ -79,6 +75,25 @@ def pieces(documents: Sequence[bytes], size: int) -> list[np.ndarray]:
         for document in documents
         for i in range(0, len(document), size)
     ]
+
+
+def padded_batches(
+    rows: Sequence[np.ndarray], length: int, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields batches of one byte string per row, each after BOS; padding has weight 0."""
+    for i in range(0, len(rows), batch_size):
+        targets = np.zeros((batch_size, length), np.int32)
+        weights = np.zeros((batch_size, length), np.float32)
+        for row, piece in enumerate(rows[i : i + batch_size]):
+            targets[row, : len(piece)], weights[row, : len(piece)] = piece, 1
+        tokens = np.concatenate([np.full((batch_size, 1), BYTES), targets[:, :-1]], axis=1)
+        yield {
+            'tokens': tokens.astype(np.int32),
+            'targets': targets,
+            'weights': weights,
+            'segments': np.ones_like(targets),
+            'positions': np.broadcast_to(np.arange(length, dtype=np.int32), targets.shape),
+        }
 
 
 def second_model(

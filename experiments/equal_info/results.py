@@ -33,8 +33,8 @@ COLUMNS = (
     Column('below_uniform', 'gain', '.1%'),
     Column('megaflops_per_byte', 'MFLOP/B', '.3g'),
     Column('train_megabytes', 'read MB', '.2f'),
-    Column('encode_mb_per_s', 'enc MB/s', '.3g'),
-    Column('decode_mb_per_s', 'dec MB/s', '.3g'),
+    Column('encode_mb_per_s', 'enc MB/s', ',.2f'),
+    Column('decode_mb_per_s', 'dec MB/s', ',.2f'),
     Column('round_trip_fraction', 'exact', '.2%'),
     Column('paper_bits_per_byte', 'paper M2', '.2f'),
     Column('paper_bytes_per_token', 'paper B/token', '.2f'),
@@ -117,7 +117,11 @@ def plot(out: epath.Path, rows: Mapping[str, Mapping[str, float]], by_bit: Mappi
     for key, metrics in rows.items():
         records = metrics_lib.read_jsonl(out / 'm2' / key / 'metrics.jsonl')
         records = records[1:] or records  # the first step, untrained, would set the scale
-        bits = np.array([r['loss'] for r in records]) / np.log(2) / metrics['bytes_per_token']
+        bits = (
+            np.array([r['nats_per_token'] for r in records])
+            / np.log(2)
+            / metrics['bytes_per_token']
+        )
         done = np.array([r['step'] for r in records]) / records[-1]['step']
         curves[ROWS[key][0]] = (100 * done, bits)
     plots.curves(

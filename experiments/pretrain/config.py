@@ -2,7 +2,7 @@
 
     python -m experiments.run pretrain                                    # bytes, 2 cores: 3 min
     python -m experiments.run pretrain --tokenizer bpe --vocab_size 8192
-    python -m experiments.run pretrain --tokenizer out/equal_info-demo/tokenizers/tunstall_65k
+    python -m experiments.run pretrain --tokenizer out/demo/tokenizers/tunstall_65k
     python -m experiments.run pretrain --scale gpu --data 'my/*.txt'
 
 Expected at `demo` on the standard library: about 2.9 bits per byte over bytes.
@@ -48,6 +48,7 @@ class Config:
     )
 
 
+RESUMES = True
 SCALES = {
     'demo': Config(),
     'tiny': Config(

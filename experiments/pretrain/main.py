@@ -7,11 +7,10 @@ from etils import epath
 from rich.console import Console
 
 import tokenization
-from experiments import corpora, language_model, report
+from experiments import corpora, language_model, report, resume
 from experiments.pretrain.config import Config
 from lm import bundle, losses, params
 from lm import mesh as mesh_lib
-from lm.metrics import ProgressLine
 from tokenization.bpe import BPETokenizer
 from tokenization.byte import ByteTokenizer
 from tokenization.tokenizer import Tokenizer
@@ -22,11 +21,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     mesh = mesh_lib.make(config.mesh)
     corpus = corpora.open_corpus(config.data, config.tfds)
     tokenizer = open_tokenizer(config, corpus.train, out)
-    with ProgressLine('encoding', len(corpus.train)) as progress:
-        documents = []
-        for i in range(len(corpus.train)):
-            documents.append(tokenizer.encode(corpus.train[i]))
-            progress.update(i + 1)
+    documents = resume.encoded_once(tokenizer, corpus.train, out / 'encoded', 'encoding')
     fitted = language_model.fit(
         config.model, config.train, documents, tokenizer.vocab_size, out, mesh, 'training'
     )
@@ -41,8 +36,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     metrics = {
         'bits_per_byte': losses.bits_per_byte(nats, n_bytes),
         'bytes_per_token': bytes_per_token,
-        'flops_per_byte': params.flops_per_token(fitted.config, config.train.length)
-        / bytes_per_token,
+        'flops_per_byte': 2 * params.count_body(fitted.config) / bytes_per_token,
         'train_seconds': fitted.seconds,
     }
     if jax.process_index() == 0:
@@ -61,7 +55,6 @@ def open_tokenizer(config: Config, train: Sequence[bytes], out: epath.Path) -> T
     if config.tokenizer != 'bpe':
         folder = epath.Path(config.tokenizer)
         return tokenization.load(folder / 'tokenizer' if (folder / 'params').exists() else folder)
-    folder = out / f'bpe-{config.vocab_size}'
-    if not folder.exists():
-        BPETokenizer.train(train, config.vocab_size).save(folder)
-    return tokenization.load(folder)
+    return resume.tokenizer_once(
+        out / 'tokenizer', lambda: BPETokenizer.train(train, config.vocab_size)
+    )

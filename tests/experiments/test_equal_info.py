@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import language_model
+from experiments import language_model, resume
 from experiments.equal_info import config as config_lib
-from experiments.equal_info import main, measure, models, results
+from experiments.equal_info import measure, models, results
 from lm import losses, params, presets, transformer
 from tokenization.byte import ByteTokenizer
 
@@ -61,6 +61,15 @@ def test_pieces_join_to_the_documents():
     assert b''.join(part.astype(np.uint8).tobytes() for part in parts) == b''.join(documents)
 
 
+def test_padded_batches_hold_each_piece_once_after_bos():
+    rows = models.pieces([b'abcdef', b'xy'], 4)
+    batches = list(models.padded_batches(rows, 4, 2))
+    targets = np.concatenate([b['targets'][b['weights'] > 0] for b in batches])
+    assert targets.astype(np.uint8).tobytes() == b'abcdefxy'
+    assert all((b['tokens'][:, 0] == 256).all() for b in batches)
+    np.testing.assert_array_equal(batches[0]['tokens'][:, 1:], batches[0]['targets'][:, :-1])
+
+
 def test_unigram_bits_per_byte_by_hand():
     # counts plus one: 3, 2, 1, 1 of 7; the held-out ids 0 and 2 cost log2(7/3) + log2(7)
     train, held_out = [np.array([0, 0, 1])], [np.array([0, 2])]
@@ -80,10 +89,10 @@ def test_a_round_trip_that_fails_is_counted():
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     config = config_lib.SCALES['tiny']
-    main.claim(tmp_path, config)
-    main.claim(tmp_path, config)
-    with pytest.raises(ValueError, match='other settings'):
-        main.claim(tmp_path, dataclasses.replace(config, ngram_order=2))
+    resume.claim(tmp_path, config)
+    resume.claim(tmp_path, config)
+    with pytest.raises(ValueError, match='another ngram_order'):
+        resume.claim(tmp_path, dataclasses.replace(config, ngram_order=2))
 
 
 def test_claims_that_do_not_hold_say_so():
