@@ -1,9 +1,10 @@
 """Byte models on disk, as the coder wants them."""
 
+import jax
 from etils import epath
 
 import tokenization
-from lm import bundle
+from lm import bundle, mesh
 from tokenization import neural
 from tokenization.byte import ByteTokenizer
 from tokenization.next_byte import NextByteModel
@@ -22,7 +23,8 @@ def open_byte_model(path: epath.PathLike, precision: int = 16) -> NextByteModel:
         if not folder.exists() or not any(folder.iterdir()):
             raise FileNotFoundError(f'{path}: no model here; `experiments.run pretrain` makes one')
         return NGram.load(folder).model(precision)
-    loaded = bundle.load(folder)
+    # one device: float sums, and so the bits of the code, would depend on how many there are
+    loaded = bundle.load(folder, mesh.make(devices=jax.devices()[:1]))
     if not isinstance(tokenization.load(loaded.tokenizer_path), ByteTokenizer):
         raise ValueError(f'{path}: a model over other symbols than bytes cannot code a file')
     return neural.model(loaded.params, loaded.config, loaded.config.max_length - 1, precision)

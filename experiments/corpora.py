@@ -121,28 +121,24 @@ def standard_library() -> Corpus:
     return _split_files('standard_library', {name: os.path.join(root, name) for name in names})
 
 
-def text_files(*patterns: str) -> Corpus:
-    """Returns the files that match glob patterns, local or on `gs://`, as a corpus.
+def text_files(pattern: str) -> Corpus:
+    """Returns the files that match a glob pattern, local or on `gs://`, as a corpus.
 
     Three files or more are split by a hash of their names (relative to the folder before the
     first wildcard); fewer are each divided by position, 90/5/5, at line breaks. Files over
     64 KiB become several documents, cut at line breaks.
 
     Raises:
-      ValueError: a pattern matches no file, or a split would be empty.
+      ValueError: the pattern matches no file, or a split would be empty.
       OSError: a file cannot be read; names it.
     """
-    files: dict[str, str] = {}
-    for pattern in patterns:
-        matches = dict(_match(pattern))
-        if not matches:
-            hint = f'; for the files of a folder write {pattern.rstrip("/")}/*'
-            raise ValueError(
-                f'{pattern!r} matches no file{hint if epath.Path(pattern).is_dir() else ""}'
-            )
-        # A path is a document once, though several patterns may match it.
-        files.update({name: p for name, p in matches.items() if p not in files.values()})
-    return _split_files(' '.join(patterns), files)
+    files = dict(_match(pattern))
+    if not files:
+        hint = f'; for the files of a folder write {pattern.rstrip("/")}/*'
+        raise ValueError(
+            f'{pattern!r} matches no file{hint if epath.Path(pattern).is_dir() else ""}'
+        )
+    return _split_files(pattern, files)
 
 
 def tfds_source(name: str, data_dir: epath.PathLike | None = None) -> Corpus:

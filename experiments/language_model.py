@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import data, losses, params, train
+from lm import data, losses, params, train, transformer
 from lm.config import Config
 from lm.data import Documents
 from lm.params import Params
@@ -78,6 +78,10 @@ def fit(
     model = with_vocabulary(model, vocab_size)
     if config.length > model.max_length:
         raise ValueError(f'length {config.length}: the model is made for {model.max_length}')
+    if mesh.shape['data'] % jax.process_count():
+        raise ValueError(
+            f'data={mesh.shape["data"]}: must divide over {jax.process_count()} processes'
+        )
     if config.batch_size % mesh.shape['data']:
         raise ValueError(
             f'batch_size {config.batch_size}: not a multiple of data={mesh.shape["data"]} devices'
@@ -127,14 +131,10 @@ def bit_losses(
       f32 `[bits]` twice: bits of loss summed over targets, and how often the likelier value of
       the bit was the right one.
     """
-    from lm import transformer
-
-    x_BLD = transformer.embed(weights['tables'], config, batch['tokens'])
-    h_BLD, _ = transformer.body(
-        weights['body'], config, x_BLD, batch['positions'], segments_BL=batch['segments']
+    logits = transformer.forward(
+        weights, config, batch['tokens'], batch['positions'], batch['segments']
     )
-    logits = transformer.unembed(weights['tables'], config, h_BLD)[..., : 1 << bits]
-    level, loss, right = logits, [], []
+    level, loss, right = logits[..., : 1 << bits], [], []
     for bit in range(bits):  # from the last bit to the first, halving the ids each time
         pairs = level.reshape(*level.shape[:-1], -1, 2)
         prefix = batch['targets'] >> (bit + 1)

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ import rich.console
 import rich.table
 import rich.text
 from etils import epath
+
+from lm import provenance
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MISSING = '–'
@@ -88,7 +89,7 @@ def environment() -> dict[str, Any]:
     The keys: `commit` and `dirty` (None outside a git checkout), `date` (UTC), `python`,
     `jax`, `jaxlib`, `numpy` (versions), `platform`, `cpu`, `cpu_cores` that this process may use.
     """
-    commit, dirty = _commit()
+    commit, dirty = provenance.commit()
     return {
         'commit': commit,
         'dirty': dirty,
@@ -115,20 +116,6 @@ def devices() -> dict[str, Any]:
         'device_count': jax.device_count(),
         'process_count': jax.process_count(),
     }
-
-
-def _commit() -> tuple[str | None, bool | None]:
-    def git(*arguments: str) -> str:
-        command = ['git', '-C', str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # An installed copy may lie within somebody else's checkout, whose commit says nothing.
-        if pathlib.Path(git('rev-parse', '--show-toplevel')).resolve() != ROOT:
-            return None, None
-        return git('rev-parse', 'HEAD'), bool(git('status', '--porcelain'))
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
 
 
 def _cpu() -> str:

@@ -1,5 +1,6 @@
 """Attention over keys that each carry their own position."""
 
+import chex
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ class Mask:
       query_position: int32 `[B, L]`.
       key_position: int32 `[B, K or 1, S]`; negative marks a row that holds no key.
       query_segment, key_segment: int32 `[B, L]`, `[B, S]`: equal ones see each other.
-      ancestors: bool `[B, L, S]`: a further condition per query and key; draft trees.
+      ancestors: bool `[B, L, L]`: which of the new nodes, a draft tree, each one sees; older keys
+        are seen by all. New node i is key `first_node + i`.
+      first_node: int32 `[B]`.
       window: a query sees keys less than this far behind; an int or an int32 scalar.
       causal: a query sees no key of a later position.
 
@@ -33,6 +36,7 @@ class Mask:
     query_segment: jax.Array | None = None
     key_segment: jax.Array | None = None
     ancestors: jax.Array | None = None
+    first_node: jax.Array | None = None
     window: jax.Array | int | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=True)
 
@@ -48,8 +52,11 @@ def visible(mask: Mask) -> jax.Array:
         result &= query - key < mask.window
     if mask.query_segment is not None and mask.key_segment is not None:
         result &= mask.query_segment[:, None, :, None] == mask.key_segment[:, None, None, :]
-    if mask.ancestors is not None:
-        result &= mask.ancestors[:, None]
+    if mask.ancestors is not None and mask.first_node is not None:
+        node_BS = jnp.arange(key.shape[-1]) - mask.first_node[:, None]
+        index_BS = jnp.clip(node_BS, 0, mask.ancestors.shape[-1] - 1)
+        among_nodes = jnp.take_along_axis(mask.ancestors, index_BS[:, None], axis=2)
+        result &= (among_nodes | (node_BS < 0)[:, None])[:, None]
     return result
 
 
@@ -68,7 +75,10 @@ def attention(
     gives zeros.
     """
     b, l, h, c = q_BLHC.shape
-    k = k_BKSC.shape[1]
+    k, s = k_BKSC.shape[1:3]
+    chex.assert_shape([k_BKSC, v_BKSC], (b, k, s, c))
+    chex.assert_shape(mask.query_position, (b, l))
+    chex.assert_is_divisible(h, k)
     q_BLKGC = q_BLHC.reshape(b, l, k, h // k, c)
     precision = jax.lax.Precision.HIGHEST if q_BLHC.dtype == jnp.float32 else None
     logits = jnp.einsum(

@@ -7,7 +7,6 @@ PATH/params/        Orbax
 
 import hashlib
 import json
-import subprocess
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +19,7 @@ from jax.sharding import Mesh
 from lm import config as config_lib
 from lm import mesh as mesh_lib
 from lm import params as params_lib
+from lm import provenance
 from lm.config import Config
 from lm.params import Params
 
@@ -35,11 +35,19 @@ class Saves(Protocol):
 
 
 class Bundle(NamedTuple):
-    """A loaded model; `tokenization.load(bundle.tokenizer_path)` gives its tokenizer."""
+    """A loaded model; `tokenization.load(bundle.tokenizer_path)` gives its tokenizer.
+
+    Attributes:
+      config, params: the model.
+      tokenizer_path: folder of its tokenizer.
+      bos: the id that starts a document, not one of the tokenizer's; None if there is none.
+      metrics: as they were saved.
+    """
 
     config: Config
     params: Params
     tokenizer_path: epath.Path
+    bos: int | None
     metrics: dict[str, float]
 
 
@@ -48,12 +56,22 @@ def save(
     config: Config,
     params: Params,
     tokenizer: Saves,
+    bos: int | None,
     metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Writes a bundle, replacing an older one at `path`; a failure leaves the older one.
 
+    Args:
+      path: a folder, local or on `gs://`.
+      config: of the model.
+      params: its parameters.
+      tokenizer: writes itself into the bundle.
+      bos: the input-only id in front of each document that the model was trained on, or None.
+      metrics: what is known of the model.
+
     Raises:
       FileExistsError: `path` is there and is no bundle.
+      OSError: the bundle could not be written; says why.
     """
     target = epath.Path(path) if '://' in str(path) else epath.Path(path).resolve()
     if target.exists() and not (target / 'config.json').exists():
@@ -61,6 +79,7 @@ def save(
     temporary = target.parent / f'{target.name}.tmp'
     if temporary.exists():
         temporary.rmtree()
+    old = target.parent / f'{target.name}.old'
     try:
         temporary.mkdir(parents=True)
         tokenizer.save(temporary / 'tokenizer')
@@ -69,16 +88,24 @@ def save(
         described = {
             'format': FORMAT,
             'model': config_lib.to_dict(config),
+            'bos': bos,
             'metrics': dict(metrics or {}),
-            'commit': _commit(),
+            'commit': provenance.commit()[0],
         }
         (temporary / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
+        # two renames, so that a kill leaves the older bundle or the newer one, whole
+        old.rmtree(missing_ok=True)
         if target.exists():
-            target.rmtree()
+            target.rename(old)
         temporary.rename(target)
-    except OSError as error:
+        old.rmtree(missing_ok=True)
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # what tensorstore raises for a full disk is a ValueError
         temporary.rmtree(missing_ok=True)
-        raise OSError(f'{path}: could not save the bundle: {error}') from error
+        reason = str(error).strip().partition('\n')[0]
+        raise OSError(f'{path}: could not save the bundle: {reason}') from error
 
 
 def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
@@ -112,7 +139,9 @@ def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
             params = checkpointer.restore(folder / 'params', abstract)
         except Exception as error:
             raise ValueError(f'{path}: params cannot be read; copy them again: {error}') from error
-    return Bundle(config, params, folder / 'tokenizer', described.get('metrics', {}))
+    return Bundle(
+        config, params, folder / 'tokenizer', described.get('bos'), described.get('metrics', {})
+    )
 
 
 def _check_leaves(path, checkpointer, folder: epath.Path, abstract: Params) -> None:
@@ -121,12 +150,17 @@ def _check_leaves(path, checkpointer, folder: epath.Path, abstract: Params) -> N
         saved = checkpointer.metadata(folder).item_metadata.tree
     except Exception as error:
         raise ValueError(f'{path}: params/ is missing or damaged: {error}') from None
-    have = {_name(p): tuple(x.shape) for p, x in jax.tree_util.tree_leaves_with_path(saved)}
-    want = {_name(p): x.shape for p, x in jax.tree_util.tree_leaves_with_path(abstract)}
+    have, want = (
+        {
+            _name(p): f'{x.dtype}{list(x.shape)}'
+            for p, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (saved, abstract)
+    )
     problems = [f'{name} is missing' for name in sorted(set(want) - set(have))]
     problems += [f'{name} is not part of this model' for name in sorted(set(have) - set(want))]
     problems += [
-        f'{name} has shape {have[name]}, expected {want[name]}'
+        f'{name} is {have[name]}, expected {want[name]}'
         for name in sorted(set(want) & set(have))
         if have[name] != want[name]
     ]
@@ -147,14 +181,3 @@ def digest(config: Config, params: Params) -> str:
         result.update(f'{_name(path)} {leaf.shape} {leaf.dtype}'.encode())
         result.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     return result.hexdigest()
-
-
-def _commit() -> str:
-    """Returns the commit of the source tree, or an empty string outside a checkout."""
-    here = epath.Path(__file__).parent
-    command = ['git', '-C', str(here), 'rev-parse', 'HEAD']
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ''
-    return done.stdout.strip()

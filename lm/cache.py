@@ -15,14 +15,14 @@ class Cache:
 
     Attributes:
       k_NBKSC, v_NBKSC: rows; only the first `length_B` of the S rows hold anything.
-      position_BKS: int32: position in the text of each row; a policy may keep different rows
-        for different heads.
+      position_NBKS: int32: position in the text of each row, negative where there is none; a
+        policy may keep different rows for different layers and heads.
       length_B: int32: rows in use, per batch row; also where the next row is written.
     """
 
     k_NBKSC: jax.Array
     v_NBKSC: jax.Array
-    position_BKS: jax.Array
+    position_NBKS: jax.Array
     length_B: jax.Array
 
 
@@ -32,7 +32,7 @@ def init(config: Config, batch: int, rows: int) -> Cache:
     return Cache(
         k_NBKSC=jnp.zeros(shape, config.dtype),
         v_NBKSC=jnp.zeros(shape, config.dtype),
-        position_BKS=jnp.zeros((batch, config.n_kv_heads, rows), jnp.int32),
+        position_NBKS=jnp.full(shape[:-1], -1, jnp.int32),
         length_B=jnp.zeros((batch,), jnp.int32),
     )
 
@@ -45,10 +45,10 @@ def write_positions(cache: Cache, positions_BL: jax.Array) -> Cache:
     b, l = positions_BL.shape
     rows_BL = cache.length_B[:, None] + jnp.arange(l)
     batch = jnp.arange(b)[:, None]
-    position_BKS = cache.position_BKS.at[batch, :, rows_BL].set(
-        positions_BL[:, :, None], mode='drop'
+    position_NBKS = cache.position_NBKS.at[:, batch, :, rows_BL].set(
+        positions_BL[:, :, None, None], mode='drop'
     )
-    return dataclasses.replace(cache, position_BKS=position_BKS, length_B=cache.length_B + l)
+    return dataclasses.replace(cache, position_NBKS=position_NBKS, length_B=cache.length_B + l)
 
 
 def write(rows_NBKSC: jax.Array, layer: jax.Array | int, start_B: jax.Array, new_BKLC: jax.Array):
@@ -60,10 +60,10 @@ def write(rows_NBKSC: jax.Array, layer: jax.Array | int, start_B: jax.Array, new
     return rows_NBKSC.at[layer, batch, :, rows_BL].set(new_BLKC, mode='drop')
 
 
-def key_positions(cache: Cache) -> jax.Array:
+def key_positions(cache: Cache, layer: jax.Array | int) -> jax.Array:
     """Returns int32 `[B, K, S]`: each row's position, -1 where the row holds nothing."""
-    rows = jnp.arange(cache.position_BKS.shape[-1])
-    return jnp.where(rows < cache.length_B[:, None, None], cache.position_BKS, -1)
+    rows = jnp.arange(cache.position_NBKS.shape[-1])
+    return jnp.where(rows < cache.length_B[:, None, None], cache.position_NBKS[layer], -1)
 
 
 def truncate(cache: Cache, length_B: jax.Array) -> Cache:
@@ -76,6 +76,6 @@ def take(cache: Cache, rows_M: jax.Array) -> Cache:
     return Cache(
         k_NBKSC=cache.k_NBKSC[:, rows_M],
         v_NBKSC=cache.v_NBKSC[:, rows_M],
-        position_BKS=cache.position_BKS[rows_M],
+        position_NBKS=cache.position_NBKS[:, rows_M],
         length_B=cache.length_B[rows_M],
     )

@@ -3,7 +3,6 @@
 from typing import Any
 
 import grain
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -32,17 +31,18 @@ class Checkpoints:
         )
 
     def restore(self, step: int, like: Any, batches: grain.DatasetIterator) -> Any:
-        """Returns the state of a step, sharded as `like`, and sets `batches` to its place.
+        """Returns the state of a step and sets `batches` to its place.
+
+        `like` holds a `jax.ShapeDtypeStruct` with its sharding per leaf.
 
         Raises:
           ValueError: the saved state does not have the leaves and shapes of `like`.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         try:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract),
+                    state=ocp.args.StandardRestore(like),
                     data=grain.checkpoint.CheckpointRestore(batches),
                 ),
             )

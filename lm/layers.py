@@ -3,17 +3,20 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from lm.config import Config, RopeScaling
 
 
-def einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """Contracts activations with a matrix, in the activations' dtype.
+def einsum(spec: str, x: jax.Array, w: jax.Array, out: DTypeLike | None = None) -> jax.Array:
+    """Contracts activations with a matrix, in the activations' dtype; the result's may be wider.
 
     f32 means f32: accelerators would otherwise round the operands to bf16 or tf32.
     """
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(spec, x, w.astype(x.dtype), precision=precision)
+    return jnp.einsum(
+        spec, x, w.astype(x.dtype), precision=precision, preferred_element_type=out or x.dtype
+    )
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float, unit_offset: bool) -> jax.Array:

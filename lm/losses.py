@@ -53,7 +53,7 @@ def _chunks(table_VD: jax.Array, chunk: int) -> tuple[jax.Array, int]:
 
 
 def _chunk_logits(h_TD, rows_CD, first, vocab_size, softcap):
-    logits = layers.softcap(layers.einsum('td,cd->tc', h_TD, rows_CD).astype(jnp.float32), softcap)
+    logits = layers.softcap(layers.einsum('td,cd->tc', h_TD, rows_CD, jnp.float32), softcap)
     exists = first + jnp.arange(rows_CD.shape[0]) < vocab_size
     return jnp.where(exists, logits, -jnp.inf)
 
@@ -100,9 +100,9 @@ def _backward(softcap, chunk, saved, cotangent: TokenLosses):
             slope = 1 - (jnp.where(jnp.isfinite(logits), logits, 0.0) / softcap) ** 2
             d_logits *= slope
         d_logits = d_logits.astype(h_TD.dtype)
-        dh_TD += layers.einsum('tc,cd->td', d_logits, rows_CD).astype(jnp.float32)
-        d_rows_CD = layers.einsum('tc,td->cd', d_logits, h_TD).astype(table_VD.dtype)
-        return dh_TD, d_rows_CD
+        dh_TD += layers.einsum('tc,cd->td', d_logits, rows_CD, jnp.float32)
+        d_rows_CD = layers.einsum('tc,td->cd', d_logits, h_TD, jnp.float32)
+        return dh_TD, d_rows_CD.astype(table_VD.dtype)
 
     indices = jnp.arange(rows_nCD.shape[0])
     start = jnp.zeros(h_TD.shape, jnp.float32)

@@ -21,9 +21,10 @@ RULES = {
 
 
 def start() -> None:
-    """Joins the other hosts where the environment says there are several (TPU pods, clusters).
+    """Joins the other hosts where the environment names several; else does nothing.
 
-    Call it once, before any other use of JAX. Does nothing on a single host.
+    Several are named by TPU_WORKER_HOSTNAMES (set on the VMs of a TPU slice) or by
+    JAX_COORDINATOR_ADDRESS. Call it once, before any other use of JAX.
     """
     # libtpu writes a warning into this variable on machines that are no TPU VM
     hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
@@ -47,7 +48,10 @@ def parse(text: str | None, devices: int) -> tuple[int, int]:
         if axis not in AXES or not size.isdigit() or int(size) < 1:
             raise ValueError(f'--mesh {text!r}: {part!r} is not one of data=SIZE, model=SIZE')
         sizes[axis] = int(size)
-    model = sizes.get('model', 1)
+    if 'data' in sizes:
+        model = sizes.get('model', max(devices // sizes['data'], 1))
+    else:
+        model = sizes.get('model', 1)
     data = sizes.get('data', max(devices // model, 1))
     if data * model != devices:
         raise ValueError(f'--mesh {text!r}: data={data} x model={model}, but {devices} devices')
@@ -79,5 +83,17 @@ def sharding(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of batches: rows over the data axis."""
-    return NamedSharding(mesh, PartitionSpec('data'))
+    """Returns the sharding of batches: rows over their mesh axis."""
+    return NamedSharding(mesh, PartitionSpec(RULES['batch']))
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Returns `x`, laid out over the mesh in use (`jax.set_mesh`) by its logical axes.
+
+    Without a mesh in use, or on one device, does nothing. Activations need it: parameters are
+    sharded over `data`, too, and the compiler may otherwise follow them and not the batch.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape).spec)

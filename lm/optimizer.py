@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -49,7 +50,9 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         case 'rsqrt':
 
             def after(step):
-                return config.learning_rate * (max(warmup, 1) / (step + max(warmup, 1))) ** 0.5
+                # evaluated during the warm-up, too, where `step` is negative
+                since = jnp.maximum(step, 0) + max(warmup, 1)
+                return config.learning_rate * (max(warmup, 1) / since) ** 0.5
 
         case 'constant':
             after = optax.constant_schedule(config.learning_rate)
@@ -69,13 +72,28 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
             rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed
         )
     elif config.name == 'adafactor':
-        optimizer = optax.adafactor(
-            rate, weight_decay_rate=config.weight_decay or None, weight_decay_mask=decayed
-        )
+        # optax's own decay for it is not scaled by the learning rate
+        optimizer = optax.chain(optax.adafactor(rate), _decay(rate, config.weight_decay))
     else:
         raise ValueError(f'OptimizerConfig.name: {config.name!r}; expected adamw or adafactor')
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, optimizer)
+
+
+def _decay(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
+    """Subtracts `rate * weight_decay * w` from the updates of matrices, as AdamW does."""
+
+    def init(params):
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        shrink = rate(state.count) * weight_decay
+        updates = jax.tree.map(
+            lambda u, p, on: u - shrink * p if on else u, updates, params, decayed(params)
+        )
+        return updates, optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformation(init, update)
 
 
 def decayed(params: Any) -> Any:

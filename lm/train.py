@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -129,7 +130,9 @@ def run(
     iterator = iter(batches)
     start = checkpoints.latest_step() or 0
     if start:
-        state = checkpoints.restore(start, state, iterator)
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        del state  # two states at once might not fit
+        state = checkpoints.restore(start, like, iterator)
     step_fn = jax.jit(
         functools.partial(train_step, loss, optimizer, config.seed),
         donate_argnums=0,
@@ -139,7 +142,7 @@ def run(
     writer = Writer(folder, start)
     rate = optimizer_lib.schedule(config.optimizer, config.steps)
     try:
-        with ProgressLine(label, config.steps, start) as progress:
+        with ProgressLine(label, config.steps, start) as progress, jax.set_mesh(mesh):
             log = _Log(config, writer, progress, rate, start)
             for step in range(start + 1, config.steps + 1):
                 batch = put(next(iterator), mesh)
@@ -202,9 +205,10 @@ def evaluate(
     step = jax.jit(lambda params, batch: loss(params, batch, jax.random.key(0))[1])
     totals: dict[str, float] = {}
     pending = None
-    for batch in batches:
-        sums = step(params, put(batch, mesh))
-        totals, pending = _add(totals, pending), sums
+    with jax.set_mesh(mesh):
+        for batch in batches:
+            sums = step(params, put(batch, mesh))
+            totals, pending = _add(totals, pending), sums
     return _add(totals, pending)
 
 

@@ -12,16 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from lm import cache as cache_lib
-from lm import layers
+from lm import layers, mesh
 from lm.attention import Mask, attention
 from lm.cache import Cache
 from lm.config import Config
 from lm.params import Params
 
+ACTIVATIONS = ('batch', 'length', 'embed')
+
 
 def embed(tables: Params, config: Config, tokens_BL: jax.Array) -> jax.Array:
     """Returns the vectors of tokens, `[B, L, D]`."""
     x_BLD = tables['input_VD'][tokens_BL].astype(config.dtype)
+    x_BLD = mesh.constrain(x_BLD, ACTIVATIONS)
     return x_BLD * config.d_model**0.5 if config.scale_embeddings else x_BLD
 
 
@@ -32,8 +35,8 @@ def output_table(tables: Params) -> jax.Array:
 
 def unembed(tables: Params, config: Config, h_BLD: jax.Array) -> jax.Array:
     """Returns logits, f32 `[..., V]`."""
-    logits = layers.einsum('...d,vd->...v', h_BLD, output_table(tables))
-    return layers.softcap(logits.astype(jnp.float32), config.logit_softcap)
+    logits = layers.einsum('...d,vd->...v', h_BLD, output_table(tables), jnp.float32)
+    return layers.softcap(logits, config.logit_softcap)
 
 
 def body(
@@ -69,8 +72,14 @@ def body(
 
     def run_block(carry, inputs):
         x_BLD, kv = carry
+        x_BLD = mesh.constrain(x_BLD, ACTIVATIONS)
         layer, block_params, frequencies, window = inputs
-        layer_mask = mask if config.window is None else dataclasses.replace(mask, window=window)
+        layer_mask = mask
+        if config.window is not None:
+            layer_mask = dataclasses.replace(layer_mask, window=window)
+        if cache is not None:
+            keys = cache_lib.key_positions(cache, layer)
+            layer_mask = dataclasses.replace(layer_mask, key_position=keys)
 
         def attend(q_BLHC, k_BLKC, v_BLKC):
             q_BLHC = layers.rope(q_BLHC, positions_BL, frequencies)
@@ -111,22 +120,14 @@ def _per_layer(params: Params, config: Config) -> tuple[Any, ...]:
     )
 
 
-def _mask(positions_BL, segments_BL, ancestors_BLL, cache, start_B, causal) -> Mask:
-    """Builds the mask over the new nodes alone, or over all rows of the cache."""
+def _mask(positions_BL, segments_BL, ancestors_BLL, cache, first_B, causal) -> Mask:
+    """Returns the mask over the new nodes alone, or over the rows of the cache's first layer."""
     if cache is None:
-        return Mask(
-            positions_BL, positions_BL[:, None], segments_BL, segments_BL, ancestors_BLL,
-            causal=causal,
-        )  # fmt: skip
-    key_position = cache_lib.key_positions(cache)
-    ancestors_BLS = None
-    if ancestors_BLL is not None:
-        # row s of the cache is new node s - start, or older: those are seen by all
-        node_BS = jnp.arange(key_position.shape[-1]) - start_B[:, None]
-        index = jnp.clip(node_BS, 0, positions_BL.shape[1] - 1)
-        picked = jnp.take_along_axis(ancestors_BLL, index[:, None, :], axis=2)
-        ancestors_BLS = picked | (node_BS < 0)[:, None]
-    return Mask(positions_BL, key_position, ancestors=ancestors_BLS, causal=causal)
+        first_B = jnp.zeros_like(positions_BL[:, 0])
+        keys = positions_BL[:, None]
+    else:
+        keys = cache_lib.key_positions(cache, 0)
+    return Mask(positions_BL, keys, segments_BL, segments_BL, ancestors_BLL, first_B, causal=causal)
 
 
 def _with_cache(kv, layer, start_B, k_BKLC, v_BKLC):

@@ -16,7 +16,7 @@ from etils import epath
 from tokenization import arithmetic, byte_coder
 from tokenization.next_byte import NextByteModel
 from tokenization.ngram import NGram
-from tokenization.tokenizer import read_kind, write_kind
+from tokenization.tokenizer import check_ids, read_kind, write_kind
 
 _KIND = 'arithmetic'
 _BATCH = 64
@@ -125,7 +125,7 @@ class ArithmeticTokenizer:
             raise ValueError(f'{path}: a tokenizer of kind {fields["kind"]!r}, expected {_KIND!r}')
         missing = {'bits_per_token', 'precision'} - fields.keys()
         if missing:
-            raise ValueError(f'{path}: tokenizer.json lacks {sorted(missing)}; save it again')
+            raise ValueError(f'{path}: tessera.json lacks {sorted(missing)}; save it again')
         ngram = NGram.load(epath.Path(path) / 'ngram')
         return cls(ngram, fields['bits_per_token'], fields['precision'])
 
@@ -153,15 +153,9 @@ class ArithmeticTokenizer:
 
     def _parse(self, ids: np.ndarray) -> tuple[int, bytes]:
         """Returns the document's length and its code, or raises ValueError."""
-        if ids.ndim != 1:
-            raise ValueError(f'ids have shape {ids.shape}; expected one dimension')
+        ids = check_ids(ids, self.vocab_size)
         if not len(ids):
             return 0, b''
-        bad = np.flatnonzero((ids < 0) | (ids >= self.vocab_size))
-        if len(bad):
-            raise ValueError(
-                f'id {ids[bad[0]]} at position {bad[0]}: expected 0 to {self.vocab_size - 1}'
-            )
         data = ids.astype(f'>u{self.bits_per_token // 8}').tobytes()
         length, size = _read_varint(data)
         code = data[size:]

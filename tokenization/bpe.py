@@ -162,11 +162,11 @@ class BPETokenizer(OneByOne):
         if fields['kind'] != 'bpe':
             raise ValueError(f'{path}: a tokenizer of kind {fields["kind"]!r}, expected "bpe"')
         if not isinstance(fields.get('pattern'), str):
-            raise ValueError(f'{path}: tokenizer.json lacks the field "pattern"')
+            raise ValueError(f'{path}: tessera.json lacks the field "pattern"')
         loaded = cls.from_tiktoken_file(epath.Path(path) / _RANKS, fields['pattern'])
         if loaded.vocab_size != fields.get('vocab_size'):
             raise ValueError(
-                f'{path}: {_RANKS} has {loaded.vocab_size} tokens, tokenizer.json expects '
+                f'{path}: {_RANKS} has {loaded.vocab_size} tokens, tessera.json expects '
                 f'{fields.get("vocab_size")}; the file is cut short or of another tokenizer'
             )
         return loaded

@@ -33,6 +33,7 @@ _CHUNK = struct.Struct('<IIII')
 _TOTAL = struct.Struct('<Q')
 _CRC = struct.Struct('<I')
 _GROUP_LIMIT = 1 << 30
+_LANES_LIMIT = 4096
 
 
 class ContainerError(ValueError):
@@ -86,10 +87,10 @@ def compress(
     Raises:
       ValueError: lanes or chunk are out of range.
     """
-    if not (lanes >= 1 and chunk >= 1 and lanes * chunk <= _GROUP_LIMIT):
+    if not _fits(lanes, chunk):
         raise ValueError(
-            f'lanes {lanes}, chunk {chunk}: expected 1 or more each, and at most {_GROUP_LIMIT} '
-            'bytes in a group'
+            f'lanes {lanes}, chunk {chunk}: expected 1 or more each, at most {_LANES_LIMIT} lanes '
+            f'and {_GROUP_LIMIT} bytes in a group'
         )
     header = Header(model.precision, lanes, chunk, model.digest, _made_with())
     total, written = 0, _write(writer, _pack_header(header))
@@ -188,11 +189,15 @@ def read_header(reader: BinaryIO) -> Header:
     rest = _read_exactly(reader, _FIELDS.size + _CRC.size, 'its header')
     _check_crc(start + rest, 'the header')
     precision, lanes, chunk, digest, made_with = _FIELDS.unpack(rest[: _FIELDS.size])
-    if not (lanes >= 1 and chunk >= 1 and lanes * chunk <= _GROUP_LIMIT):
+    if not _fits(lanes, chunk):
         raise ContainerError(f'header: {lanes} lanes of {chunk} bytes are out of range')
     return Header(
         precision, lanes, chunk, digest.hex(), made_with.rstrip(b'\0').decode('ascii', 'replace')
     )
+
+
+def _fits(lanes: int, chunk: int) -> bool:
+    return 1 <= lanes <= _LANES_LIMIT and chunk >= 1 and lanes * chunk <= _GROUP_LIMIT
 
 
 def _pack_header(header: Header) -> bytes:

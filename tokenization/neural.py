@@ -71,12 +71,7 @@ def model(params: Params, config: Config, context: int, precision: int = 14) -> 
         cache = dataclasses.replace(state.cache, length_B=mark[0])
         return dataclasses.replace(state, cache=cache, cdf_BV=mark[1])
 
-    def take(state: State, rows: jax.Array) -> State:
-        return dataclasses.replace(
-            state, cache=cache_lib.take(state.cache, rows), cdf_BV=state.cdf_BV[rows]
-        )
-
     return NextByteModel(
-        start, lambda state: state.cdf_BV, read, mark, rewind, take, precision, context,
+        start, lambda state: state.cdf_BV, read, mark, rewind, precision, context,
         bundle.digest(config, params),
     )  # fmt: skip

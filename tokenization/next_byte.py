@@ -32,7 +32,6 @@ class NextByteModel(NamedTuple):
         row's own history.
       rewind: `(state, mark) -> state`: back to a mark taken earlier on the same rows. Marks of
         different points may be mixed row by row with `jnp.where`; `mark(start(B))` resets.
-      take: `(state, rows: int32[M]) -> state` of M rows, copies of the given rows.
       precision: bits of the CDF, at most 16.
       context: bytes a row may read after its last reset; a longer row is an error of the caller.
       digest: hex SHA-256 that names the model: equal digests give equal integers on one machine.
@@ -43,7 +42,6 @@ class NextByteModel(NamedTuple):
     step: Callable[[State, jax.Array], State]
     mark: Callable[[State], Mark]
     rewind: Callable[[State, Mark], State]
-    take: Callable[[State, jax.Array], State]
     precision: int
     context: int
     digest: str

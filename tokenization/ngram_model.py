@@ -60,10 +60,7 @@ def model(
     def rewind(state: State, mark: tuple[jax.Array, jax.Array]) -> State:
         return dataclasses.replace(state, history_BL=mark[0], length_B=mark[1])
 
-    def take(state: State, rows: jax.Array) -> State:
-        return rewind(state, (state.history_BL[rows], state.length_B[rows]))
-
-    return NextByteModel(start, cdf, step, mark, rewind, take, precision, UNLIMITED, digest)
+    return NextByteModel(start, cdf, step, mark, rewind, precision, UNLIMITED, digest)
 
 
 def _node(state: State) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
-_FILE = 'tokenizer.json'
+_FILE = 'tessera.json'
 
 
 class Tokenizer(Protocol):

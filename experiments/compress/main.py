@@ -17,9 +17,9 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     if source.is_dir():
         raise IsADirectoryError(f'{source}: is a folder; give a file')
     size = source.stat().length
-    model = byte_models.open_byte_model(config.model)
     target = epath.Path(config.to or f'{config.file}{SUFFIX}')
     partial = byte_models.atomically(target)
+    model = byte_models.open_byte_model(config.model)
     begin = time.monotonic()
     done = 0
     try:

@@ -116,7 +116,14 @@ def compare(
             run.length,
         )  # fmt: skip
         by_bit = accuracy_by_bit(fitted, few, mesh)
-    bundle.save(out / 'bundles' / name, fitted.config, fitted.params, tokenizer, metrics)
+    bundle.save(
+        out / 'bundles' / name,
+        fitted.config,
+        fitted.params,
+        tokenizer,
+        tokenizer.vocab_size,
+        metrics,
+    )
     file.parent.mkdir(exist_ok=True)
     report.write_json_atomic(file, {'metrics': metrics, 'accuracy_by_bit': by_bit})
     return metrics, by_bit

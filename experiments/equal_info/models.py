@@ -60,7 +60,7 @@ def first_models(
         'm1': losses.bits_per_byte(language_model.nats(m1, batches, mesh), n_bytes),
     }
     metrics = {'bits_per_byte_reset': bits['m1']}
-    bundle.save(out / 'bundles' / 'm1', m1.config, m1.params, ByteTokenizer(), metrics)
+    bundle.save(out / 'bundles' / 'm1', m1.config, m1.params, ByteTokenizer(), BYTES, metrics)
     candidates = {
         'ngram': counted.model(),
         'm1': neural.model(m1.params, m1.config, size),

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
 from etils import epath
 from rich.console import Console
 
@@ -39,8 +38,9 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         'flops_per_byte': 2 * params.count_body(fitted.config) / bytes_per_token,
         'train_seconds': fitted.seconds,
     }
-    if jax.process_index() == 0:
-        bundle.save(out / 'bundle', fitted.config, fitted.params, tokenizer, metrics)
+    bundle.save(
+        out / 'bundle', fitted.config, fitted.params, tokenizer, tokenizer.vocab_size, metrics
+    )
     Console().print(
         f'{metrics["bits_per_byte"]:.3f} bits per byte, {bytes_per_token:.2f} bytes per token; '
         f'bundle: {out / "bundle"}'

@@ -18,7 +18,8 @@ def models(tmp_path_factory):
     config = presets.tiny()
     import jax
 
-    bundle.save(folder / 'm1', config, params.init(config, jax.random.key(0)), ByteTokenizer())
+    weights = params.init(config, jax.random.key(0))
+    bundle.save(folder / 'm1', config, weights, ByteTokenizer(), 256)
     return folder
 
 

@@ -82,12 +82,6 @@ def test_one_big_file_is_divided_by_position(tmp_path, line):
     assert pickle.loads(pickle.dumps(corpus)) == corpus
 
 
-def test_patterns_that_match_one_file_twice_give_it_once(tmp_path):
-    folder = write(tmp_path, {f'a{i}.txt': b'%d' % i for i in range(5)})
-    corpus = corpora.text_files(f'{folder}/*.txt', f'{folder}/a*')
-    assert sorted(contents(corpus)) == [b'0', b'1', b'2', b'3', b'4']
-
-
 def test_what_cannot_be_a_corpus_is_named(tmp_path):
     with pytest.raises(ValueError, match=r'nothing\*.*matches no file'):
         corpora.text_files(str(tmp_path / 'nothing*'))

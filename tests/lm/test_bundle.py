@@ -15,14 +15,14 @@ CONFIG = presets.tiny(40)
 class FakeTokenizer:
     def save(self, path):
         path.mkdir(parents=True)
-        (path / 'tokenizer.json').write_text('{"kind": "byte"}')
+        (path / 'tessera.json').write_text('{"kind": "byte"}')
 
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp('bundles') / 'model'
     weights = params.init(CONFIG, jax.random.key(3))
-    bundle.save(path, CONFIG, weights, FakeTokenizer(), {'bits_per_byte': 1.5})
+    bundle.save(path, CONFIG, weights, FakeTokenizer(), 40, {'bits_per_byte': 1.5})
     return path, weights
 
 
@@ -40,8 +40,8 @@ def edit(path, change):
 def test_a_bundle_loads_as_it_was_saved(saved):
     loaded = bundle.load(saved[0])
     assert loaded.config == CONFIG
-    assert loaded.metrics == {'bits_per_byte': 1.5}
-    assert (loaded.tokenizer_path / 'tokenizer.json').exists()
+    assert loaded.metrics == {'bits_per_byte': 1.5} and loaded.bos == 40
+    assert (loaded.tokenizer_path / 'tessera.json').exists()
     jax.tree.map(np.testing.assert_array_equal, loaded.params, saved[1])
     assert bundle.digest(CONFIG, loaded.params) == bundle.digest(CONFIG, saved[1])
 
@@ -68,7 +68,7 @@ def test_leaves_missing_left_over_and_misshapen_are_all_named(saved, tmp_path):
     message = str(error.value)
     assert 'body/layers/bq_NHC is missing' in message
     assert 'tables/output_VD is not part of this model' in message
-    assert 'body/layers/w_up_NDF has shape (2, 64, 128), expected (2, 64, 100)' in message
+    assert 'body/layers/w_up_NDF is float32[2, 64, 128], expected float32[2, 64, 100]' in message
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_the_older_bundle(saved, tmp_path):
             raise OSError(28, 'No space left on device')
 
     with pytest.raises(OSError, match='No space left'):
-        bundle.save(path, CONFIG, saved[1], Full())
+        bundle.save(path, CONFIG, saved[1], Full(), 40)
     assert [p.name for p in tmp_path.iterdir()] == ['copy']
     assert bundle.load(path).metrics == {'bits_per_byte': 1.5}
 
@@ -111,4 +111,4 @@ def test_a_full_disk_leaves_the_older_bundle(saved, tmp_path):
 def test_another_folder_is_never_overwritten(saved, tmp_path):
     (tmp_path / 'thesis').mkdir()
     with pytest.raises(FileExistsError, match='is no bundle'):
-        bundle.save(tmp_path / 'thesis', CONFIG, saved[1], FakeTokenizer())
+        bundle.save(tmp_path / 'thesis', CONFIG, saved[1], FakeTokenizer(), 40)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import cache, params, presets, transformer
+from lm import cache, losses, params, presets, transformer
 from lm.config import Config, RopeScaling
 
 # Every optional feature at once, in three layers of which the middle one sees all keys.
@@ -119,10 +119,27 @@ def test_rope_makes_attention_depend_on_distance_alone():
 
 def test_an_f32_config_computes_in_f32_everywhere(tokens):
     weights = params.init(FULL, jax.random.key(0))
-    jaxpr = jax.make_jaxpr(lambda w: transformer.forward(w, FULL, tokens))(weights)
-    assert 'bf16' not in str(jaxpr)
-    dots = [line for line in str(jaxpr).splitlines() if 'dot_general' in line]
-    assert dots and str(jaxpr).count('HIGHEST') > 0
+
+    def loss(weights):
+        batch = {'tokens': tokens, 'targets': tokens, 'weights': jnp.ones(tokens.shape)}
+        batch |= {'segments': jnp.ones_like(tokens), 'positions': jnp.zeros_like(tokens)}
+        return losses.next_token_loss(weights, FULL, batch)[0]
+
+    def step(weights):
+        return transformer.step(weights, FULL, tokens, cache.init(FULL, 2, 16))[0]
+
+    for traced in (jax.make_jaxpr(jax.grad(loss))(weights), jax.make_jaxpr(step)(weights)):
+        text = str(traced)
+        assert 'bf16' not in text
+        exact = text.count('precision=(Precision.HIGHEST, Precision.HIGHEST)')
+        assert exact == text.count('dot_general[') > 0
+
+
+def test_logits_of_a_bf16_model_are_not_rounded_to_bf16(tokens):
+    config = dataclasses.replace(PLAIN, dtype='bfloat16')
+    logits = transformer.forward(params.init(config, jax.random.key(0)), config, tokens)
+    assert logits.dtype == jnp.float32
+    assert (logits.astype(jnp.bfloat16).astype(jnp.float32) != logits).mean() > 0.5
 
 
 @pytest.mark.parametrize('preset', presets.PRESETS, ids=lambda f: f.__name__)

@@ -152,7 +152,7 @@ def test_reads_rank_files_of_tiktoken(tmp_path, tokenizer):
         (lambda lines: [*lines[:9], lines[8], *lines[10:]], 'line 10: rank 8 or its token'),
         (lambda lines: [*lines[:300], *lines[301:]], 'rank 300 is missing'),
         (lambda lines: lines[:200], '56 of the 256 single bytes are missing'),
-        (lambda lines: lines[:-1], 'has 799 tokens, tokenizer.json expects 800'),
+        (lambda lines: lines[:-1], 'has 799 tokens, tessera.json expects 800'),
         (lambda lines: [], '256 of the 256 single bytes are missing'),
     ],
 )

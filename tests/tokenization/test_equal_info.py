@@ -160,7 +160,7 @@ def test_save_and_load(tmp_path, bits):
 
 def test_damaged_files_are_named(tmp_path):
     compiled('tunstall').save(tmp_path)
-    file, head = tmp_path / 'table.npz', tmp_path / 'tokenizer.json'
+    file, head = tmp_path / 'table.npz', tmp_path / 'tessera.json'
     good, fields = file.read_bytes(), json.loads(head.read_text())
     for bad in (b'', good[:-9], good[:500] + b'?' + good[501:]):
         file.write_bytes(bad)

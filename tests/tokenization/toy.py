@@ -1,7 +1,6 @@
 """Next-byte models small enough to check by hand: one of integers, one of floats."""
 
 import hashlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,6 @@ def table_model(
         step=lambda last_B, byte_B: byte_B.astype(jnp.int32),
         mark=lambda last_B: last_B,
         rewind=lambda last_B, mark_B: mark_B,
-        take=lambda last_B, rows_M: last_B[rows_M],
         precision=precision,
         context=context,
         digest=_digest('table', seed, precision, context, concentration),
@@ -56,16 +54,12 @@ def float_model(seed: int = 0, precision: int = 14, context: int = 2**30) -> Nex
         late_B = state['read'] >= context
         return {'h': jnp.where(late_B[:, None], jnp.nan, h_BD), 'read': state['read'] + 1}
 
-    def take(state: Any, rows_M: jax.Array) -> Any:
-        return jax.tree.map(lambda x: x[rows_M], state)
-
     return NextByteModel(
         start=start,
         cdf=lambda state: cdf.logits_to_cdf(state['h'] @ u_DV, precision),
         step=step,
         mark=lambda state: state,
         rewind=lambda state, mark: mark,
-        take=take,
         precision=precision,
         context=context,
         digest=_digest('float', seed, precision, context),

@@ -1,0 +1,39 @@
+"""Schedules at their corners, and what weight decay touches."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import optimizer
+from lm.optimizer import OptimizerConfig
+
+
+@pytest.mark.parametrize(('kind', 'last'), [('cosine', 0.1), ('constant', 1.0), ('rsqrt', None)])
+def test_schedules_rise_to_the_rate_and_end_where_they_should(kind, last):
+    config = OptimizerConfig(learning_rate=2.0, schedule=kind, warmup_steps=10)
+    rate = optimizer.schedule(config, 100)
+    values = [float(rate(step)) for step in range(101)]
+    assert 0 < values[0] < 0.3 and values[10] == pytest.approx(2.0)
+    assert (np.diff(values[:10]) > 0).all()
+    expected = 2.0 * last if last else 2.0 * (10 / 100) ** 0.5
+    assert values[100] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize('name', ['adamw', 'adafactor'])
+def test_decay_is_scaled_by_the_rate_and_spares_tables_and_norms(name):
+    config = OptimizerConfig(
+        name, learning_rate=0.5, schedule='constant', warmup_steps=0, weight_decay=0.1
+    )
+    chain = optimizer.make(config, 10)
+    params = {'wq_NDHC': jnp.full((2, 3), 4.0), 'norm_D': jnp.full(3, 4.0), 'table': jnp.ones(3)}
+    zero = {name: jnp.zeros_like(value) for name, value in params.items()}
+    updates, _ = chain.update(zero, chain.init(params), params)
+    np.testing.assert_allclose(updates['wq_NDHC'], -0.5 * 0.1 * 4.0, rtol=1e-6)
+    assert (updates['norm_D'] == 0).all() and (updates['table'] == 0).all()
+
+
+def test_bad_settings_name_the_field():
+    with pytest.raises(ValueError, match='learning_rate'):
+        OptimizerConfig(learning_rate=0.0)
+    with pytest.raises(ValueError, match='schedule'):
+        optimizer.schedule(OptimizerConfig(schedule='step'), 10)
