@@ -1,5 +1,7 @@
 """Byte models on disk, as the coder wants them."""
 
+import os
+
 import jax
 from etils import epath
 
@@ -38,4 +40,6 @@ def atomically(target: epath.Path) -> epath.Path:
     """
     if target.exists():
         raise FileExistsError(f'{target}: exists; give another --to, or remove it')
-    return target.with_name(f'{target.name}.partial')
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f'{target.parent}: no such folder')
+    return target.with_name(f'.{target.name}.{os.getpid()}.partial')

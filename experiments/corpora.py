@@ -155,6 +155,8 @@ def tfds_source(name: str, data_dir: epath.PathLike | None = None) -> Corpus:
       ValueError: no such dataset, no (single) text feature, no train split, or a dataset that
         cannot be prepared without TensorFlow.
     """
+    if not name or name.startswith('huggingface:'):
+        raise ValueError(f'{name!r}: expected the name of a TFDS dataset of its own')
     import tensorflow_datasets as tfds  # takes seconds to import
 
     try:
@@ -164,6 +166,8 @@ def tfds_source(name: str, data_dir: epath.PathLike | None = None) -> Corpus:
             name.split('/')[0].split(':')[0], tfds.list_builders(with_community_datasets=False)
         )
         raise ValueError(f'{name!r}: no TFDS dataset of this name{near}') from None
+    except (AssertionError, ValueError) as error:  # no such version or config
+        raise ValueError(f'{name!r}: {" ".join(str(error).split())[:300]}') from None
     features = builder.info.features
     texts = [k for k in features or () if isinstance(features[k], tfds.features.Text)]
     feature = 'text' if 'text' in texts else texts[0] if len(texts) == 1 else None

@@ -51,6 +51,23 @@ def loss_fn(config: Config, z_loss: float) -> train.LossFn:
     return loss
 
 
+def check(model: Config, config: TrainConfig, mesh: Mesh, name: str) -> None:
+    """Raises ValueError unless the run called `name` fits its model and the devices."""
+    if config.length > model.max_length:
+        raise ValueError(
+            f'{name}.length {config.length}: the model is made for {model.max_length} positions'
+        )
+    if mesh.shape['data'] % jax.process_count():
+        raise ValueError(
+            f'data={mesh.shape["data"]}: expected a multiple of {jax.process_count()} processes'
+        )
+    if config.batch_size % mesh.shape['data']:
+        raise ValueError(
+            f'{name}.batch_size {config.batch_size}: expected a multiple of the '
+            f'data={mesh.shape["data"]} devices'
+        )
+
+
 def fit(
     model: Config,
     config: TrainConfig,
@@ -72,20 +89,10 @@ def fit(
       label: what the progress line calls the run.
 
     Raises:
-      ValueError: the batch does not divide over processes and devices, or the model is not meant
-        for rows of that length.
+      ValueError: what `check` raises.
     """
+    check(model, config, mesh, label)
     model = with_vocabulary(model, vocab_size)
-    if config.length > model.max_length:
-        raise ValueError(f'length {config.length}: the model is made for {model.max_length}')
-    if mesh.shape['data'] % jax.process_count():
-        raise ValueError(
-            f'data={mesh.shape["data"]}: must divide over {jax.process_count()} processes'
-        )
-    if config.batch_size % mesh.shape['data']:
-        raise ValueError(
-            f'batch_size {config.batch_size}: not a multiple of data={mesh.shape["data"]} devices'
-        )
     batches = data.training_batches(
         documents, None, batch_size=config.batch_size // jax.process_count(),
         length=config.length, bos=vocab_size, seed=config.seed,

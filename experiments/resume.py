@@ -1,6 +1,8 @@
 """Parts of a long run that are made once and found again when the run is resumed."""
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,20 +10,24 @@ from etils import epath
 
 import tokenization
 from experiments import report
+from experiments.corpora import Corpus
 from lm.data import EncodedDocuments
 from lm.metrics import ProgressLine
 from tokenization.tokenizer import Tokenizer
 
 _ENCODE_AT_ONCE = 128
-_DONE = 'done'  # written last: a folder without it was left by a kill
+_SAMPLE = 64
 
 
 def claim(out: epath.Path, config: Any) -> None:
     """Makes `out` the folder of this config.
 
     Raises:
-      ValueError: it holds parts of a run with another config, which must not be mixed.
+      ValueError: it holds parts of a run with another config, which must not be mixed; or it is
+        not a local folder.
     """
+    if '://' in os.fspath(out):
+        raise ValueError(f'--out {out}: a run that can be resumed needs a local folder')
     file = out / 'started.json'
     fields = json.loads(report.to_json(config))
     if file.exists():
@@ -35,13 +41,33 @@ def claim(out: epath.Path, config: Any) -> None:
     report.write_json_atomic(file, fields)
 
 
+def claim_corpus(out: epath.Path, corpus: Corpus) -> None:
+    """Makes `out` the folder of this text, known by its size and a sample of its documents.
+
+    Raises:
+      ValueError: the files behind the same name have changed since the run was started.
+    """
+    seen = hashlib.sha256()
+    for split in (corpus.train, corpus.valid, corpus.test):
+        seen.update(f'{len(split)} '.encode())
+        for i in range(0, len(split), max(len(split) // _SAMPLE, 1)):
+            seen.update(hashlib.sha256(split[i]).digest())
+    file = out / 'corpus.json'
+    fields = {'name': corpus.name, 'sha256_of_sample': seen.hexdigest()}
+    if file.exists() and json.loads(file.read_text()) != fields:
+        raise ValueError(
+            f'{out}: holds a run on other text than {corpus.name} has now; give another --out, or '
+            'remove the folder'
+        )
+    report.write_json_atomic(file, fields)
+
+
 def tokenizer_once(folder: epath.Path, make: Callable[[], Tokenizer]) -> Tokenizer:
     """Returns the tokenizer saved in `folder`, or makes it and saves it there."""
-    if (folder / _DONE).exists():
+    if folder.exists():
         return tokenization.load(folder)
     tokenizer = make()
     tokenizer.save(folder)
-    (folder / _DONE).write_text('')
     return tokenizer
 
 

@@ -16,10 +16,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
+from lm import atomic, provenance
 from lm import config as config_lib
 from lm import mesh as mesh_lib
 from lm import params as params_lib
-from lm import provenance
 from lm.config import Config
 from lm.params import Params
 
@@ -73,39 +73,22 @@ def save(
       FileExistsError: `path` is there and is no bundle.
       OSError: the bundle could not be written; says why.
     """
-    target = epath.Path(path) if '://' in str(path) else epath.Path(path).resolve()
+    target = atomic.absolute(path)
     if target.exists() and not (target / 'config.json').exists():
         raise FileExistsError(f'{path}: exists and is no bundle (it has no config.json)')
-    temporary = target.parent / f'{target.name}.tmp'
-    if temporary.exists():
-        temporary.rmtree()
-    old = target.parent / f'{target.name}.old'
-    try:
-        temporary.mkdir(parents=True)
-        tokenizer.save(temporary / 'tokenizer')
+    with atomic.new_folder(path) as folder:
+        tokenizer.save(folder / 'tokenizer')
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(temporary / 'params', params)
+            checkpointer.save(folder / 'params', params)
         described = {
             'format': FORMAT,
             'model': config_lib.to_dict(config),
+            'digest': digest(config, params),
             'bos': bos,
             'metrics': dict(metrics or {}),
             'commit': provenance.commit()[0],
         }
-        (temporary / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
-        # two renames, so that a kill leaves the older bundle or the newer one, whole
-        old.rmtree(missing_ok=True)
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        old.rmtree(missing_ok=True)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # what tensorstore raises for a full disk is a ValueError
-        temporary.rmtree(missing_ok=True)
-        reason = str(error).strip().partition('\n')[0]
-        raise OSError(f'{path}: could not save the bundle: {reason}') from error
+        (folder / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
 
 
 def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
@@ -115,22 +98,25 @@ def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
 
     Raises:
       FileNotFoundError: no bundle at `path`.
-      ValueError: the format is unknown, or leaves are missing, left over or of another shape.
+      ValueError: the format is unknown; leaves are missing, left over or of another shape; or a
+        byte of them has changed.
     """
-    folder = epath.Path(path) if '://' in str(path) else epath.Path(path).resolve()
+    folder = atomic.absolute(path)
+    if not folder.exists() and folder.with_name(f'{folder.name}.old').exists():
+        folder = folder.with_name(f'{folder.name}.old')  # killed while it was replaced
     file = folder / 'config.json'
     if not file.exists():
         raise FileNotFoundError(f'{path}: no bundle here (config.json is missing)')
     try:
         described = json.loads(file.read_text())
-        version = described['format']
+        version, model = described['format'], described['model']
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{file}: not the config of a bundle') from None
     if version != FORMAT:
         raise ValueError(f'{file}: format {version!r}; this version reads format {FORMAT}')
     try:
-        config = config_lib.from_dict(described['model'])
-    except (ValueError, KeyError) as error:
+        config = config_lib.from_dict(model)
+    except ValueError as error:
         raise ValueError(f'{file}: {error}') from None
     abstract = params_lib.abstract(config, mesh or mesh_lib.make())
     with ocp.StandardCheckpointer() as checkpointer:
@@ -139,6 +125,8 @@ def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
             params = checkpointer.restore(folder / 'params', abstract)
         except Exception as error:
             raise ValueError(f'{path}: params cannot be read; copy them again: {error}') from error
+    if 'digest' in described and described['digest'] != digest(config, params):
+        raise ValueError(f'{path}: params/ is not what was saved: damaged; copy the bundle again')
     return Bundle(
         config, params, folder / 'tokenizer', described.get('bos'), described.get('metrics', {})
     )
@@ -148,8 +136,8 @@ def _check_leaves(path, checkpointer, folder: epath.Path, abstract: Params) -> N
     """Compares what is saved with what the config asks for, and names every difference."""
     try:
         saved = checkpointer.metadata(folder).item_metadata.tree
-    except Exception as error:
-        raise ValueError(f'{path}: params/ is missing or damaged: {error}') from None
+    except Exception:
+        raise ValueError(f'{path}: params/ is missing or damaged; copy the bundle again') from None
     have, want = (
         {
             _name(p): f'{x.dtype}{list(x.shape)}'

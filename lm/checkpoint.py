@@ -1,10 +1,13 @@
 """Checkpoints of a run: the train state and the place in the data, saved as one step by Orbax."""
 
+import contextlib
 from typing import Any
 
 import grain
 import orbax.checkpoint as ocp
 from etils import epath
+
+from lm import atomic
 
 
 class Checkpoints:
@@ -13,9 +16,7 @@ class Checkpoints:
     def __init__(self, folder: epath.PathLike, keep: int = 2):
         self._folder = epath.Path(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        # Orbax wants an absolute path; gs:// paths are
-        path = self._folder if '://' in str(folder) else self._folder.resolve()
-        self._manager = ocp.CheckpointManager(path, options=options)
+        self._manager = ocp.CheckpointManager(atomic.absolute(folder), options=options)
 
     def latest_step(self) -> int | None:
         """Returns the newest step saved, or None."""
@@ -23,12 +24,11 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, batches: grain.DatasetIterator) -> None:
         """Saves in the background; arrays may be donated as soon as this returns."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(batches)
-            ),
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(batches)
         )
+        with self._naming_the_folder():
+            self._manager.save(step, args=args)
 
     def restore(self, step: int, like: Any, batches: grain.DatasetIterator) -> Any:
         """Returns the state of a step and sets `batches` to its place.
@@ -55,5 +55,13 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for saves under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with self._naming_the_folder():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _naming_the_folder(self):
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise OSError(f'{self._folder}: {atomic.cannot_write(error)}') from error

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import types
+import typing
 from typing import Any, Literal
 
 DTYPES = ('float32', 'bfloat16')
@@ -104,6 +106,8 @@ class Config:
         _check(self, 'activation', self.activation in ACTIVATIONS, f'one of {ACTIVATIONS}')
         for name in ('dtype', 'param_dtype'):
             _check(self, name, getattr(self, name) in DTYPES, f'one of {DTYPES}')
+        for name in ('rope_theta', 'norm_epsilon'):
+            _check(self, name, getattr(self, name) > 0, 'a positive number')
         _check(self, 'window', self.window is None or self.window >= 1, 'at least 1, or none')
         _check(self, 'window_pattern', len(self.window_pattern) >= 1, 'at least one entry')
 
@@ -144,6 +148,10 @@ def from_dict(fields: dict[str, Any]) -> Config:
     if unknown or missing:
         raise ValueError(f'model config: unknown fields {unknown}, missing fields {missing}')
     values = dict(fields)
+    for name, value in fields.items():
+        if not _fits(known[name].type, value):
+            kind = getattr(known[name].type, '__name__', known[name].type)
+            raise ValueError(f'model config: {name}: {value!r}; expected {kind}')
     try:
         if values.get('rope_scaling') is not None:
             values['rope_scaling'] = RopeScaling(**values['rope_scaling'])
@@ -152,3 +160,17 @@ def from_dict(fields: dict[str, Any]) -> Config:
         return Config(**values)
     except TypeError as error:
         raise ValueError(f'model config: a value has the wrong type: {error}') from None
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a JSON value can stand in a field of this type."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is types.UnionType:
+        return any(_fits(part, value) for part in parts)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(parts[0], item) for item in value)
+    if typing.get_origin(kind) is Literal:
+        return value in parts
+    if kind is RopeScaling:
+        return isinstance(value, dict)
+    return type(value) in ((int, float) if kind is float else (kind,))

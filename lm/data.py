@@ -106,7 +106,8 @@ def evaluation_batches(
     Raises:
       ValueError: as `training_batches`.
     """
-    _check(documents, batch_size, length, bos, shard_index, shard_count)
+    # every process reads all documents: there may be fewer of them than processes
+    _check(documents, batch_size, length, bos, 0, 1)
     source = grain.MapDataset.source(_Encoded(documents, encode, bos))
     stream = source.to_iter_dataset(_read_options())
     packed = PackedBatches(stream, Packing(shard_count * batch_size, length, bos, None))
@@ -177,6 +178,7 @@ class EncodedDocuments:
 
     def __init__(self, folder: epath.PathLike):
         """Names the folder; raises FileNotFoundError if `write` never finished it."""
+        _check_local(folder)
         self._folder = pathlib.Path(folder)
         for name in ('ids.npy', 'offsets.npy'):
             if not (self._folder / name).exists():
@@ -192,6 +194,7 @@ class EncodedDocuments:
           FileExistsError: the folder exists.
           ValueError: a document is not a vector of integers in [0, vocab_size); names it.
         """
+        _check_local(folder)
         folder = pathlib.Path(folder)
         if folder.exists():
             raise FileExistsError(f'{folder}: exists; remove it to encode the documents again')
@@ -249,6 +252,11 @@ class EncodedDocuments:
     def tokens(self) -> int:
         """Number of ids in all documents."""
         return int(self._arrays[1][-1])
+
+
+def _check_local(folder: epath.PathLike) -> None:
+    if '://' in str(folder):
+        raise ValueError(f'{folder}: encoded documents are memory-mapped: give a local folder')
 
 
 def _write_header(file: BinaryIO, count: int, dtype: np.dtype) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
+from lm import atomic
 from tokenization import arithmetic, byte_coder
 from tokenization.next_byte import NextByteModel
 from tokenization.ngram import NGram
@@ -107,10 +108,9 @@ class ArithmeticTokenizer:
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the n-gram and the settings into the folder `path`."""
-        folder = write_kind(
-            path, _KIND, bits_per_token=self.bits_per_token, precision=self.precision
-        )
-        self.ngram.save(folder / 'ngram')
+        with atomic.new_folder(path) as folder:
+            write_kind(folder, _KIND, bits_per_token=self.bits_per_token, precision=self.precision)
+            self.ngram.save(folder / 'ngram')
 
     @classmethod
     def load(cls, path: epath.PathLike) -> 'ArithmeticTokenizer':

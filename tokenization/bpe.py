@@ -21,6 +21,7 @@ import tokenizers
 from etils import epath
 from tokenizers import models, pre_tokenizers, trainers
 
+from lm import atomic
 from tokenization.tokenizer import OneByOne, check_ids, read_kind, write_kind
 
 # The split of GPT-2: contractions, words and numbers with the space before them, signs, blanks.
@@ -145,11 +146,10 @@ class BPETokenizer(OneByOne):
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the folder `path`: its description and the ranks in tiktoken's format."""
-        folder = epath.Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
         lines = [f'{base64.b64encode(t).decode()} {i}\n' for i, t in enumerate(self.tokens)]
-        (folder / _RANKS).write_text(''.join(lines))
-        write_kind(path, 'bpe', vocab_size=self.vocab_size, pattern=self.pattern)
+        with atomic.new_folder(path) as folder:
+            (folder / _RANKS).write_text(''.join(lines))
+            write_kind(folder, 'bpe', vocab_size=self.vocab_size, pattern=self.pattern)
 
     @classmethod
     def load(cls, path: epath.PathLike) -> 'BPETokenizer':

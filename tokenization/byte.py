@@ -3,6 +3,7 @@
 import numpy as np
 from etils import epath
 
+from lm import atomic
 from tokenization.tokenizer import OneByOne, check_ids, read_kind, write_kind
 
 
@@ -28,7 +29,8 @@ class ByteTokenizer(OneByOne):
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the folder `path`."""
-        write_kind(path, 'byte')
+        with atomic.new_folder(path) as folder:
+            write_kind(folder, 'byte')
 
     @classmethod
     def load(cls, path: epath.PathLike) -> 'ByteTokenizer':

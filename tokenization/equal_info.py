@@ -15,6 +15,7 @@ from concurrent import futures
 import numpy as np
 from etils import epath
 
+from lm import atomic
 from tokenization import tokenizer
 from tokenization.longest_match import LongestMatch, Strings
 
@@ -112,16 +113,17 @@ class EqualInfoTokenizer(tokenizer.OneByOne):
             offsets=self.strings.offsets.astype(np.int32),
             written=self.written,
         )
-        folder = tokenizer.write_kind(
-            path,
-            _KIND,
-            version=_VERSION,
-            rule=self.rule,
-            bits_per_token=self.bits_per_token,
-            model_digest=self.model_digest,
-            table_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
-        )
-        (folder / _ARRAYS).write_bytes(file.getvalue())
+        with atomic.new_folder(path) as folder:
+            tokenizer.write_kind(
+                folder,
+                _KIND,
+                version=_VERSION,
+                rule=self.rule,
+                bits_per_token=self.bits_per_token,
+                model_digest=self.model_digest,
+                table_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
+            )
+            (folder / _ARRAYS).write_bytes(file.getvalue())
 
     @classmethod
     def load(cls, path: epath.PathLike) -> 'EqualInfoTokenizer':

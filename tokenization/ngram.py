@@ -25,6 +25,7 @@ from collections.abc import Iterable
 import numpy as np
 from etils import epath
 
+from lm import atomic
 from tokenization import ngram_model, witten_bell
 from tokenization.next_byte import SYMBOLS, NextByteModel
 
@@ -121,17 +122,16 @@ class NGram:
 
     def save(self, path: epath.PathLike) -> None:
         """Writes `ngram.npz` and `ngram.json` into the folder `path`."""
-        folder = epath.Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
         arrays = {}
         for level in range(self.order + 1):
             for name in ('children', 'pairs', 'counts'):
                 arrays[f'{name}_{level}'] = getattr(self, name)[level]
         file = io.BytesIO()
         np.savez_compressed(file, **arrays)
-        (folder / 'ngram.npz').write_bytes(file.getvalue())
         head = {'version': _VERSION, 'order': self.order, 'digest': self.digest}
-        (folder / 'ngram.json').write_text(json.dumps(head, indent=2) + '\n')
+        with atomic.new_folder(path) as folder:
+            (folder / 'ngram.npz').write_bytes(file.getvalue())
+            (folder / 'ngram.json').write_text(json.dumps(head, indent=2) + '\n')
 
     @classmethod
     def load(cls, path: epath.PathLike) -> 'NGram':

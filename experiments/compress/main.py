@@ -7,6 +7,7 @@ from rich.console import Console
 
 from experiments import byte_models
 from experiments.compress.config import SUFFIX, Config
+from lm import atomic
 from lm.metrics import ProgressLine
 from tokenization import container
 
@@ -36,6 +37,8 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
 
             written = container.compress(reader, writer, model, progress=progress)
         partial.rename(target)
+    except OSError as error:
+        raise OSError(f'{target}: {atomic.cannot_write(error)}') from None
     finally:
         partial.unlink(missing_ok=True)
     seconds = time.monotonic() - begin

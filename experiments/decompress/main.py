@@ -8,6 +8,7 @@ from rich.console import Console
 from experiments import byte_models
 from experiments.compress.config import SUFFIX
 from experiments.decompress.config import Config
+from lm import atomic
 from lm.metrics import ProgressLine
 from tokenization import container
 
@@ -31,17 +32,16 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         with (
             source.open('rb') as reader,
             partial.open('wb') as writer,
-            ProgressLine('decompressing', 0) as line,
+            ProgressLine('decompressing', source.stat().length) as line,
         ):
-            done = 0
 
             def progress(count: int) -> None:
-                nonlocal done
-                done += count
-                line.update(done, 'bytes')
+                line.update(reader.tell())
 
             size = container.decompress(reader, writer, model, progress=progress)
         partial.rename(target)
+    except OSError as error:
+        raise OSError(f'{target}: {atomic.cannot_write(error)}') from None
     except container.ContainerError as error:
         raise container.ContainerError(f'{source}: {error}') from None
     finally:

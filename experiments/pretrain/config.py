@@ -47,6 +47,11 @@ class Config:
         default_factory=lambda: TrainConfig(400, 16, 128, checkpoint_every=100)
     )
 
+    def __post_init__(self):
+        for name in ('vocab_size', 'valid_bytes'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'--{name}: {getattr(self, name)}; expected at least 1')
+
 
 RESUMES = True
 SCALES = {

@@ -18,7 +18,9 @@ from tokenization.tokenizer import Tokenizer
 def main(config: Config, out: epath.Path) -> dict[str, float]:
     """Trains, evaluates and saves; resumes what `out` holds."""
     mesh = mesh_lib.make(config.mesh)
+    language_model.check(config.model, config.train, mesh, 'train')
     corpus = corpora.open_corpus(config.data, config.tfds)
+    resume.claim_corpus(out, corpus)
     tokenizer = open_tokenizer(config, corpus.train, out)
     documents = resume.encoded_once(tokenizer, corpus.train, out / 'encoded', 'encoding')
     fitted = language_model.fit(

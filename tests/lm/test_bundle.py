@@ -78,6 +78,11 @@ def test_leaves_missing_left_over_and_misshapen_are_all_named(saved, tmp_path):
         (lambda f: f['model'].update(n_heads=3), 'n_heads'),
         (lambda f: f['model'].update(colour='red'), 'colour'),
         (lambda f: f['model'].pop('d_model'), 'd_model'),
+        (lambda f: f['model'].update(d_model='16'), "d_model: '16'; expected int"),
+        (lambda f: f['model'].update(rope_theta=None), 'rope_theta: None'),
+        (lambda f: f['model'].update(rope_theta=-1), 'rope_theta'),
+        (lambda f: f['model'].update(window_pattern='ab'), 'window_pattern'),
+        (lambda f: f.pop('model'), 'not the config of a bundle'),
     ],
 )
 def test_a_bad_config_names_the_field(saved, tmp_path, change, message):
@@ -92,6 +97,22 @@ def test_missing_params_are_named(saved, tmp_path):
     shutil.rmtree(path / 'params')
     with pytest.raises(ValueError, match='params/ is missing'):
         bundle.load(path)
+
+
+def test_a_flipped_bit_is_noticed(saved, tmp_path):
+    path = copy(saved, tmp_path)
+    largest = max((f for f in path.rglob('d/*') if f.is_file()), key=lambda f: f.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    with pytest.raises(ValueError, match='copy'):
+        bundle.load(path)
+
+
+def test_a_bundle_killed_while_it_was_replaced_still_loads(saved, tmp_path):
+    path = copy(saved, tmp_path)
+    path.rename(tmp_path / 'copy.old')
+    assert bundle.load(path).metrics == {'bits_per_byte': 1.5}
 
 
 def test_a_full_disk_leaves_the_older_bundle(saved, tmp_path):

@@ -100,13 +100,24 @@ def test_each_code_stands_for_what_the_streaming_decoder_says(rule):
     assert all(len(tok.strings[cell]) for cell in range(1 << 16)), 'every cell decodes'
 
 
-def test_delay_is_greedy_over_the_strings_of_the_streaming_rule():
+def test_delay_writes_strings_of_the_streaming_rule_and_decodes_its_codes():
     config = WindowConfig(16, 'delay', 'every', MAX_BYTES, batch=8)
     tok = compiled('delay')
-    [(codes, counts)] = windows.encode(NGRAM, [TEXT], config)
-    assert tok.decode(codes.astype(np.int32) @ [256, 1])[: len(TEXT)] == TEXT
-    assert tok.written[codes[:-1].astype(np.int32) @ [256, 1]].all()
-    assert len(tok.encode(TEXT)[0:1]) and len(tok.token_bytes(tok.encode(TEXT)[0])) >= counts[0]
+    [(codes, _)] = windows.encode(NGRAM, [TEXT], config)
+    ids = codes.astype(np.int32) @ [256, 1]
+    assert tok.decode(ids)[: len(TEXT)] == TEXT
+    assert tok.written[ids[:-1]].all()
+
+
+def test_encoding_takes_the_longest_string_at_every_place():
+    tok = compiled('delay')
+    strings = {tok.strings[code]: code for code in np.flatnonzero(tok.written)}
+    at, expected = 0, []
+    while at < len(TEXT):
+        size = max(n for n in range(1, MAX_BYTES + 1) if TEXT[at : at + n] in strings)
+        expected.append(strings[TEXT[at : at + size]])
+        at += len(TEXT[at : at + size])
+    np.testing.assert_array_equal(tok.encode(TEXT), expected)
 
 
 def test_written_strings_are_distinct_and_hold_all_single_bytes():

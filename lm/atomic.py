@@ -1,0 +1,47 @@
+"""Folders and files that appear on disk whole, or not at all."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from etils import epath
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Returns a local path as an absolute one, which Orbax asks for; `gs://` paths are."""
+    return epath.Path(path) if '://' in os.fspath(path) else epath.Path(path).resolve()
+
+
+@contextlib.contextmanager
+def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a folder to fill; at the end it takes the place of `path`.
+
+    If filling it fails, an older folder at `path` stays as it was. A kill leaves the older one or
+    the newer one, or, in the moment between two renames, the older one as `path.old`.
+
+    Raises:
+      OSError: the folder could not be written; names `path`, and says what to do.
+    """
+    target = absolute(path)
+    partial, old = (target.parent / f'{target.name}.{end}' for end in ('tmp', 'old'))
+    partial.rmtree(missing_ok=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        old.rmtree(missing_ok=True)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        old.rmtree(missing_ok=True)
+    except BaseException as error:
+        partial.rmtree(missing_ok=True)
+        # tensorstore reports a full disk as a ValueError
+        if isinstance(error, OSError) or 'RESOURCE_EXHAUSTED' in str(error):
+            raise OSError(f'{path}: {cannot_write(error)}') from error
+        raise
+
+
+def cannot_write(error: BaseException) -> str:
+    """Returns what kept a file from being written, and what the user can do."""
+    reason = getattr(error, 'strerror', None) or str(error).strip().partition('\n')[0]
+    return f'could not be written: {reason}; free some space there, or write elsewhere'
