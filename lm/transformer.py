@@ -74,12 +74,7 @@ def body(
         x_BLD, kv = carry
         x_BLD = mesh.constrain(x_BLD, ACTIVATIONS)
         layer, block_params, frequencies, window = inputs
-        layer_mask = mask
-        if config.window is not None:
-            layer_mask = dataclasses.replace(layer_mask, window=window)
-        if cache is not None:
-            keys = cache_lib.key_positions(cache, layer)
-            layer_mask = dataclasses.replace(layer_mask, key_position=keys)
+        layer_mask = _mask_of_layer(mask, cache, layer, None if config.window is None else window)
 
         def attend(q_BLHC, k_BLKC, v_BLKC):
             q_BLHC = layers.rope(q_BLHC, positions_BL, frequencies)
@@ -128,6 +123,12 @@ def _mask(positions_BL, segments_BL, ancestors_BLL, cache, first_B, causal) -> M
     else:
         keys = cache_lib.key_positions(cache, 0)
     return Mask(positions_BL, keys, segments_BL, segments_BL, ancestors_BLL, first_B, causal=causal)
+
+
+def _mask_of_layer(mask: Mask, cache: Cache | None, layer, window) -> Mask:
+    """Returns the mask with a layer's own window, over its own rows of the cache."""
+    keys = mask.key_position if cache is None else cache_lib.key_positions(cache, layer)
+    return dataclasses.replace(mask, key_position=keys, window=window)
 
 
 def _with_cache(kv, layer, start_B, k_BKLC, v_BKLC):
