@@ -15,9 +15,8 @@ import rich.table
 import rich.text
 from etils import epath
 
-from lm import provenance
+from lm import atomic, provenance
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 MISSING = '–'
 _WIDTH = 160  # columns of a table that goes to a file or a pipe
 
@@ -38,8 +37,10 @@ def write_json_atomic(path: epath.PathLike, obj: Any) -> None:
     try:
         partial.write_text(text)
         partial.replace(file)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f'{file}: {atomic.cannot_write(error)}') from error
         raise
 
 

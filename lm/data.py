@@ -7,10 +7,7 @@ rows of L and numbers the pieces within a row as segments, which attention never
 
 import dataclasses
 import functools
-import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from typing import Any, BinaryIO, Protocol
 
@@ -18,6 +15,7 @@ import grain
 import numpy as np
 from etils import epath
 
+from lm import atomic
 from lm.packing import PackedBatches, Packing, Window
 
 Encode = Callable[[bytes], np.ndarray]
@@ -198,11 +196,9 @@ class EncodedDocuments:
         folder = pathlib.Path(folder)
         if folder.exists():
             raise FileExistsError(f'{folder}: exists; remove it to encode the documents again')
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f'{folder.name}.', dir=folder.parent))
-        try:
+        with atomic.new_folder(folder) as partial:
             sizes = [0]
-            with open(partial / 'ids.npy', 'wb') as file:
+            with (partial / 'ids.npy').open('wb') as file:
                 dtype = np.min_scalar_type(vocab_size - 1)
                 dtype = dtype if vocab_size <= 1 << 16 else np.dtype(np.int32)
                 _write_header(file, 0, dtype)
@@ -213,11 +209,6 @@ class EncodedDocuments:
                 file.seek(0)
                 _write_header(file, sum(sizes), dtype)
             np.save(partial / 'offsets.npy', np.cumsum(sizes, dtype=np.int64))
-            os.chmod(partial, 0o755)  # mkdtemp's folders are private
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
         return cls(folder)
 
     @functools.cached_property

@@ -1,6 +1,6 @@
 """A plain language model over any tokenizer: train, evaluate, save a bundle.
 
-    python -m experiments.run pretrain                                    # bytes; 2 cores: 3 minutes
+    python -m experiments.run pretrain                               # bytes; 2 cores: 3 minutes
     python -m experiments.run pretrain --tokenizer bpe --vocab_size 8192
     python -m experiments.run pretrain --tokenizer out/demo/tokenizers/tunstall_65k
     python -m experiments.run pretrain --scale gpu --data 'my/*.txt'

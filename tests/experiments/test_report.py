@@ -14,6 +14,7 @@ from matplotlib import image
 from matplotlib.text import Text
 
 from experiments import plots, report
+from lm import provenance
 
 COLUMNS = [
     report.Column('row', 'tokenizer'),
@@ -81,7 +82,7 @@ def test_keys_refuse_what_would_not_split_again(parts):
 def test_environment_names_the_commit():
     found = report.environment()
     top = subprocess.run(
-        ['git', '-C', report.ROOT, 'rev-parse', 'HEAD'], capture_output=True, text=True
+        ['git', '-C', provenance.ROOT, 'rev-parse', 'HEAD'], capture_output=True, text=True
     )
     assert found['commit'] == (top.stdout.strip() or None)
     assert found['cpu_cores'] >= 1 and found['cpu']
@@ -89,7 +90,7 @@ def test_environment_names_the_commit():
 
 
 def test_no_commit_outside_a_checkout(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, 'ROOT', tmp_path)
+    monkeypatch.setattr(provenance, 'ROOT', tmp_path)
     found = report.environment()
     assert found['commit'] is None and found['dirty'] is None
 

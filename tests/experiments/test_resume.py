@@ -7,8 +7,7 @@ import time
 
 import pytest
 
-from experiments import report
-from lm import metrics
+from lm import metrics, provenance
 
 
 def command(out, steps):
@@ -20,7 +19,7 @@ def command(out, steps):
 
 
 def finish(out, steps=400):
-    done = subprocess.run(command(out, steps), cwd=report.ROOT, capture_output=True, text=True)
+    done = subprocess.run(command(out, steps), cwd=provenance.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((out / 'result.json').read_text())['bits_per_byte/model']
     records = metrics.read_jsonl(out / 'metrics.jsonl')
@@ -37,7 +36,7 @@ def texts(tmp_path):
 
 def test_sigkill_changes_nothing(texts):
     run = subprocess.Popen(
-        command(texts / 'killed', 400), cwd=report.ROOT, stdout=subprocess.DEVNULL,
+        command(texts / 'killed', 400), cwd=provenance.ROOT, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -54,7 +53,7 @@ def test_another_config_is_refused_before_anything_is_written(texts):
     finish(texts / 'run', steps=2)
     before = (texts / 'run' / 'config.json').read_text()
     done = subprocess.run(
-        command(texts / 'run', 3), cwd=report.ROOT, capture_output=True, text=True
+        command(texts / 'run', 3), cwd=provenance.ROOT, capture_output=True, text=True
     )  # fmt: skip
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]

@@ -9,7 +9,8 @@ import textwrap
 import pytest
 
 import experiments
-from experiments import report, run
+from experiments import run
+from lm import provenance
 
 CONFIG = '''
 """Adds numbers.
@@ -197,4 +198,4 @@ def test_what_needs_no_jax_does_not_import_it(arguments):
         "sys.exit('jax' in sys.modules)"
     )
     command = [sys.executable, '-c', program, *arguments]
-    assert subprocess.run(command, capture_output=True, cwd=report.ROOT).returncode == 0
+    assert subprocess.run(command, capture_output=True, cwd=provenance.ROOT).returncode == 0

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from experiments import report, run
+from experiments import run
+from lm import provenance
 
 
 def tiny(name: str) -> bool:
@@ -19,7 +20,7 @@ def tiny(name: str) -> bool:
 @pytest.mark.parametrize('name', [name for name in run.folders() if tiny(name)])
 def test_runs_at_tiny_scale(name, tmp_path):
     command = [sys.executable, '-m', 'experiments.run', name, '--scale', 'tiny', '--out', tmp_path]
-    done = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=provenance.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / 'result.json').read_text())
     assert metrics and all(math.isfinite(value) for value in metrics.values())
