@@ -1,7 +1,6 @@
 """One jitted training step, and the loop that drives it through kills and resumes."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -133,17 +132,22 @@ def run(
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         del state  # two states at once might not fit
         state = checkpoints.restore(start, like, iterator)
+    rate = optimizer_lib.schedule(config.optimizer, config.steps)
+
+    def step_with_rate(state, batch):
+        after, metrics = train_step(loss, optimizer, config.seed, state, batch)
+        return after, {**metrics, 'learning_rate': rate(state.step)}
+
     step_fn = jax.jit(
-        functools.partial(train_step, loss, optimizer, config.seed),
+        step_with_rate,
         donate_argnums=0,
         # the state stays where it is: otherwise some leaves move, and the second step recompiles
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     )
     writer = Writer(folder, start)
-    rate = optimizer_lib.schedule(config.optimizer, config.steps)
     try:
         with ProgressLine(label, config.steps, start) as progress, jax.set_mesh(mesh):
-            log = _Log(config, writer, progress, rate, start)
+            log = _Log(config, writer, progress)
             for step in range(start + 1, config.steps + 1):
                 batch = put(next(iterator), mesh)
                 state, metrics = step_fn(state, batch)
@@ -160,10 +164,10 @@ def run(
 class _Log:
     """Reads each step's metrics only once the next step is under way, so devices never wait."""
 
-    def __init__(self, config, writer, progress, rate, start):
-        self._config, self._writer, self._progress, self._rate = config, writer, progress, rate
+    def __init__(self, config: TrainConfig, writer: Writer, progress: ProgressLine):
+        self._config, self._writer, self._progress = config, writer, progress
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._since, self._since_step, self._tokens = time.monotonic(), start, 0.0
+        self._since, self._tokens = time.monotonic(), 0.0
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self.finish()
@@ -187,7 +191,6 @@ class _Log:
         if step % self._config.log_every == 0 or step in (1, self._config.steps):
             now = time.monotonic()
             values['tokens_per_second'] = self._tokens / max(now - self._since, 1e-9)
-            values['learning_rate'] = float(self._rate(step - 1))
             self._writer.write(step, values)
             self._since, self._tokens = now, 0.0
 
