@@ -35,10 +35,17 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
         old.rmtree(missing_ok=True)
     except BaseException as error:
         partial.rmtree(missing_ok=True)
-        # tensorstore reports a full disk as a ValueError
-        if isinstance(error, OSError) or 'RESOURCE_EXHAUSTED' in str(error):
+        if is_failed_write(error):
             raise OSError(f'{path}: {cannot_write(error)}') from error
         raise
+
+
+def is_failed_write(error: BaseException) -> bool:
+    """Returns whether an error says that a file could not be written.
+
+    tensorstore reports a full disk as a ValueError.
+    """
+    return isinstance(error, OSError) or 'RESOURCE_EXHAUSTED' in str(error)
 
 
 def cannot_write(error: BaseException) -> str:

@@ -64,4 +64,6 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:
+            if not atomic.is_failed_write(error):
+                raise
             raise OSError(f'{self._folder}: {atomic.cannot_write(error)}') from error

@@ -23,24 +23,21 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     model = byte_models.open_byte_model(config.model)
     begin = time.monotonic()
     done = 0
-    try:
-        with (
-            source.open('rb') as reader,
-            partial.open('wb') as writer,
-            ProgressLine('compressing', size) as line,
-        ):
+    with source.open('rb') as reader:
+        try:
+            with partial.open('wb') as writer, ProgressLine('compressing', size) as line:
 
-            def progress(count: int) -> None:
-                nonlocal done
-                done += count
-                line.update(done)
+                def progress(count: int) -> None:
+                    nonlocal done
+                    done += count
+                    line.update(done)
 
-            written = container.compress(reader, writer, model, progress=progress)
-        partial.rename(target)
-    except OSError as error:
-        raise OSError(f'{target}: {atomic.cannot_write(error)}') from None
-    finally:
-        partial.unlink(missing_ok=True)
+                written = container.compress(reader, writer, model, progress=progress)
+            partial.rename(target)
+        except OSError as error:
+            raise OSError(f'{target}: {atomic.cannot_write(error)}') from None
+        finally:
+            partial.unlink(missing_ok=True)
     seconds = time.monotonic() - begin
     metrics = {
         'compressed_bytes/file': float(written),

@@ -1,6 +1,8 @@
 """Restores one compressed file."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 from etils import epath
 from rich.console import Console
@@ -24,28 +26,32 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         raise ValueError(f'{source}: does not end in {SUFFIX}; name the restored file with --to')
     target = epath.Path(config.to or config.file.removesuffix(SUFFIX))
     partial = byte_models.atomically(target)
+    with _naming(source), source.open('rb') as reader:
+        container.read_header(reader)  # a foreign file is refused before a model is loaded
+    model = byte_models.open_byte_model(config.model)
     begin = time.monotonic()
-    try:
-        with source.open('rb') as reader:
-            container.read_header(reader)  # a foreign file is refused before a model is loaded
-        model = byte_models.open_byte_model(config.model)
-        with (
-            source.open('rb') as reader,
-            partial.open('wb') as writer,
-            ProgressLine('decompressing', source.stat().length) as line,
-        ):
-
-            def progress(count: int) -> None:
-                line.update(reader.tell())
-
-            size = container.decompress(reader, writer, model, progress=progress)
-        partial.rename(target)
-    except OSError as error:
-        raise OSError(f'{target}: {atomic.cannot_write(error)}') from None
-    except container.ContainerError as error:
-        raise container.ContainerError(f'{source}: {error}') from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with _naming(source), source.open('rb') as reader:
+        try:
+            with (
+                partial.open('wb') as writer,
+                ProgressLine('decompressing', source.stat().length) as line,
+            ):
+                size = container.decompress(
+                    reader, writer, model, progress=lambda _: line.update(reader.tell())
+                )
+            partial.rename(target)
+        except OSError as error:
+            raise OSError(f'{target}: {atomic.cannot_write(error)}') from None
+        finally:
+            partial.unlink(missing_ok=True)
     seconds = time.monotonic() - begin
     Console().print(f'{target}: {size:,} bytes, {size / seconds / 1e6:.2f} MB/s', highlight=False)
     return {'mb_per_s/file': size / seconds / 1e6}
+
+
+@contextlib.contextmanager
+def _naming(source: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except container.ContainerError as error:
+        raise container.ContainerError(f'{source}: {error}') from None

@@ -5,7 +5,7 @@ Reproduces the comparison of Lester et al., Training LLMs over Neurally Compress
 `m2_train.steps` steps on raw bytes, output table included.
 
     python -m experiments.run equal_info --scale demo        # 2 cores: about 10 minutes
-    python -m experiments.run equal_info --scale cpu         # 2 cores: about an hour, resumable
+    python -m experiments.run equal_info --scale cpu         # 2 cores: about 40 minutes, resumable
     python -m experiments.run equal_info --scale gpu         # one GPU: minutes
     python -m experiments.run equal_info --data 'my/*.txt'   # one's own text
 

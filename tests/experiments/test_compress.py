@@ -88,6 +88,19 @@ def test_missing_and_foreign_inputs_are_named(models, file, tmp_path, capsys):
     assert '.tess' in refused(capsys, 'decompress', file, '--model', models / 'ngram')
 
 
+def test_what_decompress_cannot_find_is_named_and_not_blamed_on_the_disk(
+    models, file, tmp_path, capsys
+):
+    assert call('compress', file, '--model', models / 'ngram') == 0
+    packed = file.with_name('text.tess')
+    to = ('--to', tmp_path / 'back')
+    for source, model in ((packed, tmp_path / 'nowhere'), (tmp_path / 'gone', models / 'ngram')):
+        error = refused(capsys, 'decompress', source, '--model', model, *to)
+        assert str(model if source == packed else source) in error
+        assert 'could not be written' not in error
+    assert not (tmp_path / 'back').exists()
+
+
 def test_a_full_disk_leaves_nothing(models, file, capsys, monkeypatch):
     from tokenization import container
 
