@@ -5,7 +5,8 @@ Shape suffixes, used in the names of arrays and of parameter leaves everywhere:
     B batch          L query length     S key length        N layers
     D model width    H query heads      K key/value heads   C head channels
     F feed-forward   V vocabulary       T tokens, or nodes of a draft tree
-    W window bits    M rows of a batch that were picked from another
+    W window bits, or words of 32 packed bits
+    M rows of a batch that were picked from another
 
 `x_BLD` is an array of shape [B, L, D]; a leaf `wq_NDHC` has shape [N, D, H, C].
 """

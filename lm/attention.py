@@ -1,95 +1,241 @@
-"""Attention over keys that each carry their own position."""
+"""Attention for every path of a model: picks the kernel, and runs it on each device's own part.
+
+On CPU everything is XLA. On TPU and GPU the kernels of `lm.kernels` run: `flash` for training and
+prefill, `decode` for one new node against a cache, `tree` for several. Named on another platform
+than its own, a kernel is interpreted: slow, for tests.
+"""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable
+from typing import Any, Literal
 
 import chex
-import flax.struct
 import jax
-import jax.numpy as jnp
 
-from lm import layers
+from lm.kernels import flash, mosaic, triton, xla
+from lm.kernels.mask import Mask
+from lm.kernels.sparse import SparseIndex
+from lm.per_device import Axes, per_device
+
+Implementation = Literal['xla', 'mosaic', 'triton']
+OF_PLATFORM: dict[str, Implementation] = {'tpu': 'mosaic', 'gpu': 'triton', 'cuda': 'triton'}
+AMPERE = 8  # compute capability: the first NVIDIA GPUs with matrix units for bf16
+KERNELS = {'mosaic': mosaic, 'triton': triton}
+# Up to this many queries per KV head stay whole beside each block of keys; flash cuts them.
+TREE_ROWS = 1024
+
+QUERIES = Axes('batch', None, 'heads', None)
+LSE = Axes('batch', None, 'heads')
 
 
-@flax.struct.dataclass
-class Mask:
-    """Which keys each query sees: those for which every condition given here holds.
+def platform() -> str:
+    """Returns the platform of the mesh in use (`jax.set_mesh`), or of the default device.
 
-    Attributes:
-      query_position: int32 `[B, L]`.
-      key_position: int32 `[B, K or 1, S]`; negative marks a row that holds no key.
-      query_segment, key_segment: int32 `[B, L]`, `[B, S]`: equal ones see each other.
-      ancestors: bool `[B, L, L]`: which of the new nodes, a draft tree, each one sees; older keys
-        are seen by all. New node i is key `first_node + i`.
-      first_node: int32 `[B]`.
-      window: a query sees keys less than this far behind; an int or an int32 scalar.
-      causal: a query sees no key of a later position.
-
-    A chain of three new nodes after two cached keys, in a cache of six rows:
-
-        query_position [2 3 4]   key_position [0 1 2 3 4 -1]
-
-        visible  1 1 1 0 0 0
-                 1 1 1 1 0 0
-                 1 1 1 1 1 0
+    A mesh of a topology that this host does not have counts: what is compiled ahead of time for
+    it gets its kernels.
     """
-
-    query_position: jax.Array
-    key_position: jax.Array
-    query_segment: jax.Array | None = None
-    key_segment: jax.Array | None = None
-    ancestors: jax.Array | None = None
-    first_node: jax.Array | None = None
-    window: jax.Array | int | None = None
-    causal: bool = flax.struct.field(pytree_node=False, default=True)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        return mesh.abstract_device.platform
+    return jax.default_backend()
 
 
-def visible(mask: Mask) -> jax.Array:
-    """Returns the mask in full, bool `[B, K or 1, L, S]`."""
-    query = mask.query_position[:, None, :, None]
-    key = mask.key_position[:, :, None, :]
-    result = jnp.broadcast_to(key >= 0, jnp.broadcast_shapes(query.shape, key.shape))
-    if mask.causal:
-        result &= key <= query
-    if mask.window is not None:
-        result &= query - key < mask.window
-    if mask.query_segment is not None and mask.key_segment is not None:
-        result &= mask.query_segment[:, None, :, None] == mask.key_segment[:, None, None, :]
-    if mask.ancestors is not None and mask.first_node is not None:
-        node_BS = jnp.arange(key.shape[-1]) - mask.first_node[:, None]
-        index_BS = jnp.clip(node_BS, 0, mask.ancestors.shape[-1] - 1)
-        among_nodes = jnp.take_along_axis(mask.ancestors, index_BS[:, None], axis=2)
-        result &= (among_nodes | (node_BS < 0)[:, None])[:, None]
-    return result
+def best() -> Implementation:
+    """Returns the implementation for the platform in use: its kernels, or 'xla'.
+
+    The GPU kernels are for NVIDIA's Ampere and later. GPUs of a mesh that this host does not have
+    are taken to be such.
+    """
+    name = OF_PLATFORM.get(platform(), 'xla')
+    if name != 'triton' or jax.default_backend() != 'gpu':
+        return name
+    major = jax.local_devices()[0].compute_capability.partition('.')[0]
+    return name if major.isdecimal() and int(major) >= AMPERE else 'xla'
 
 
 def attention(
     q_BLHC: jax.Array,
-    k_BKSC: jax.Array,
-    v_BKSC: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     mask: Mask,
+    implementation: Implementation | None = None,
     *,
+    layer: jax.Array | int | None = None,
     scale: float,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Returns softmax(scale q . k) v, `[B, L, H, C]`, in the dtype of `q`.
+    """Returns softmax(scale q . k) v over the keys that each query sees, in the dtype of `q`.
 
     Query head h reads key/value head `h // (H / K)`. Softmax in f32. A query that sees no key
     gives zeros.
+
+    Args:
+      q_BLHC: queries.
+      k, v: `[B, K, S, C]`; with `layer`, the stacked caches `[N, B, K, S, C]` of which that layer
+        is read, where it lies.
+      mask: see `Mask`; with `length`, `k` and `v` are a cache.
+      implementation: `None` for `best()`.
+      layer: index into the stack.
+      scale: what multiplies q . k.
+      softcap: logits become `cap * tanh(logits / cap)` (Gemma 2).
+
+    Raises:
+      ValueError: `implementation` is unknown.
     """
-    b, l, h, c = q_BLHC.shape
-    k, s = k_BKSC.shape[1:3]
-    chex.assert_shape([k_BKSC, v_BKSC], (b, k, s, c))
-    chex.assert_shape(mask.query_position, (b, l))
-    chex.assert_is_divisible(h, k)
-    q_BLKGC = q_BLHC.reshape(b, l, k, h // k, c)
-    precision = jax.lax.Precision.HIGHEST if q_BLHC.dtype == jnp.float32 else None
-    logits = jnp.einsum(
-        'blkgc,bksc->bkgls', q_BLKGC, k_BKSC, precision=precision,
-        preferred_element_type=jnp.float32,
+    return attention_and_lse(
+        q_BLHC, k, v, mask, implementation, layer=layer, scale=scale, softcap=softcap
+    )[0]
+
+
+def attention_and_lse(
+    q_BLHC: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    implementation: Implementation | None = None,
+    *,
+    layer: jax.Array | int | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what `attention` does, and f32 `[B, L, H]`: log sum exp of each query's logits.
+
+    With it, results over parts of the keys can be merged. It is -inf where no key is seen.
+    """
+    name = _checked(q_BLHC, k, v, layer, implementation)
+    chex.assert_shape(mask.query_position, q_BLHC.shape[:2])
+    settings: dict[str, Any] = {'scale': scale, 'softcap': softcap}
+    formula: Callable[..., Any] = functools.partial(xla.attention, **settings)
+    if name == 'xla':
+        return formula(q_BLHC, k, v, mask, layer=layer)
+    settings['interpret'] = interpreted(name)
+    queries = q_BLHC.shape[1] * q_BLHC.shape[2] // k.shape[-3]
+    if mask.ancestors is None and (mask.length is None or queries > TREE_ROWS):
+        if layer is not None:  # many queries read each key: the copy costs little beside them
+            k, v, layer = k[layer], v[layer], None
+        call: Callable[..., Any] = functools.partial(flash.flash, backend=name, **settings)
+    else:
+        one = q_BLHC.shape[1] == 1 and mask.ancestors is None
+        kernel = KERNELS[name].decode.decode if one else KERNELS[name].tree.tree
+        call = _with_gradients(functools.partial(kernel, **settings), formula)
+    axes = (QUERIES, _keys(layer), _keys(layer), _mask_axes(mask))
+    return per_device(call, (q_BLHC, k, v, mask), layer, axes, (QUERIES, LSE))
+
+
+def column_sums(
+    q_BLHC: jax.Array,
+    k: jax.Array,
+    lse_BLH: jax.Array,
+    mask: Mask,
+    row_mask_BL: jax.Array,
+    implementation: Implementation | None = None,
+    *,
+    layer: jax.Array | int | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Returns the attention that each key received, f32 `[B, K, S]`; it has no gradients.
+
+    Summed over the query heads of a KV head, and over the queries that `row_mask_BL` counts:
+    rejected nodes of a draft tree should not.
+
+    Args:
+      q_BLHC, k, mask, implementation, layer, scale, softcap: as for `attention`.
+      lse_BLH: what `attention_and_lse` returned for the same queries and keys.
+      row_mask_BL: bool.
+    """
+    name = _checked(q_BLHC, k, k, layer, implementation)
+    chex.assert_shape([lse_BLH, row_mask_BL], [q_BLHC.shape[:3], q_BLHC.shape[:2]])
+    operands = (q_BLHC, k, lse_BLH, mask, row_mask_BL)
+    if name == 'xla':
+        return xla.column_sums(*operands, layer=layer, scale=scale, softcap=softcap)
+    kernel = functools.partial(
+        KERNELS[name].column_sums.column_sums, scale=scale, softcap=softcap,
+        interpret=interpreted(name),
     )  # fmt: skip
-    seen = visible(mask)[:, :, None]
-    logits = jnp.where(seen, layers.softcap(logits * scale, softcap), -jnp.inf)
-    highest = jnp.max(logits, axis=-1, keepdims=True, initial=-1e30)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(highest))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = (weights / jnp.maximum(total, 1e-30)).astype(v_BKSC.dtype)
-    out = jnp.einsum('bkgls,bksc->blkgc', weights, v_BKSC, precision=precision)
-    return out.reshape(b, l, h, c).astype(q_BLHC.dtype)
+    axes = (QUERIES, _keys(layer), LSE, _mask_axes(mask), Axes('batch'))
+    return per_device(kernel, operands, layer, axes, Axes('batch', 'kv_heads'))
+
+
+def sparse_decode(
+    q_BLHC: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    index: SparseIndex,
+    implementation: Implementation | None = None,
+    *,
+    layer: jax.Array | int | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns attention of one query per row over the kept rows of each KV head, and its LSE.
+
+    Every row that the index keeps is seen, whatever its position; see `attention_and_lse`.
+    """
+    name = _checked(q_BLHC, k, v, layer, implementation)
+    chex.assert_axis_dimension(q_BLHC, 1, 1)
+    settings: dict[str, Any] = {'scale': scale, 'softcap': softcap}
+    formula: Callable[..., Any] = functools.partial(xla.sparse_decode, **settings)
+    if name == 'xla':
+        return formula(q_BLHC, k, v, index, layer=layer)
+    settings['interpret'] = interpreted(name)
+    kernel = functools.partial(KERNELS[name].sparse_decode.sparse_decode, **settings)
+    per_head = jax.tree.map(lambda _: Axes('batch', 'kv_heads'), index)
+    axes = (QUERIES, _keys(layer), _keys(layer), per_head)
+    call = _with_gradients(kernel, formula)
+    return per_device(call, (q_BLHC, k, v, index), layer, axes, (QUERIES, LSE))
+
+
+def interpreted(implementation: str) -> bool:
+    """Returns whether kernels of this kind have to be interpreted on the platform in use."""
+    return OF_PLATFORM.get(platform()) != implementation
+
+
+def _checked(
+    q_BLHC: jax.Array, k: jax.Array, v: jax.Array, layer: Any, implementation: str | None
+) -> Any:
+    """Returns the implementation to use, once the shapes fit."""
+    b, _, h, c = q_BLHC.shape
+    stack = () if layer is None else (None,)
+    n_kv, s = k.shape[-3:-1]
+    chex.assert_shape([k, v], (*stack, b, n_kv, s, c))
+    chex.assert_is_divisible(h, n_kv)
+    name = implementation or best()
+    known = typing.get_args(Implementation)
+    if name not in known:
+        raise ValueError(f'attention: no implementation {name!r}; there are: {", ".join(known)}')
+    return name
+
+
+def _keys(layer: Any) -> Axes:
+    axes = ('batch', 'kv_heads', None, None)
+    return Axes(*axes) if layer is None else Axes('layers', *axes)
+
+
+def _mask_axes(mask: Mask) -> Mask:
+    """Returns the logical axes of the fields that a mask has."""
+    known = dataclasses.replace(
+        jax.tree.map(lambda _: Axes('batch'), mask), key_position=Axes('batch', 'kv_heads')
+    )
+    return known if mask.window is None else dataclasses.replace(known, window=Axes())
+
+
+def _with_gradients(kernel: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a kernel made for inference, with the gradients of the formula that it computes."""
+
+    @jax.custom_vjp
+    def call(q, k, v, seen, layer):
+        return kernel(q, k, v, seen, layer=layer)
+
+    def forward(*operands):
+        return call(*operands), operands
+
+    def backward(operands, cotangents):
+        q, k, v, seen, layer = operands
+        _, vjp = jax.vjp(lambda q, k, v: formula(q, k, v, seen, layer=layer), q, k, v)
+        return *vjp(cotangents), None, None
+
+    call.defvjp(forward, backward)
+    return lambda q, k, v, seen, *, layer=None: call(q, k, v, seen, layer)

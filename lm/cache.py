@@ -60,10 +60,29 @@ def write(rows_NBKSC: jax.Array, layer: jax.Array | int, start_B: jax.Array, new
     return rows_NBKSC.at[layer, batch, :, rows_BL].set(new_BLKC, mode='drop')
 
 
-def key_positions(cache: Cache, layer: jax.Array | int) -> jax.Array:
-    """Returns int32 `[B, K, S]`: each row's position, -1 where the row holds nothing."""
-    rows = jnp.arange(cache.position_NBKS.shape[-1])
-    return jnp.where(rows < cache.length_B[:, None, None], cache.position_NBKS[layer], -1)
+def keep(cache: Cache, start_B: jax.Array, rows_BM: jax.Array, count_B: jax.Array) -> Cache:
+    """Keeps an accepted path: row `start + rows[i]` moves to `start + i`, for i below `count`.
+
+    What lay behind `start + count` is given up. All rows are read before any is written.
+
+    Args:
+      cache: its last rows are the nodes of a draft tree.
+      start_B: int32, the first node's row.
+      rows_BM: int32, nodes of the path, counted from `start_B`; at least `count_B` of them matter.
+      count_B: int32, at most M.
+    """
+    m = rows_BM.shape[1]
+    batch = jnp.arange(rows_BM.shape[0])[:, None]
+    source = start_B[:, None] + rows_BM
+    target = start_B[:, None] + jnp.arange(m)
+    target = jnp.where(jnp.arange(m) < count_B[:, None], target, cache.position_NBKS.shape[-1])
+
+    def move(rows):
+        return rows.at[:, batch, :, target].set(rows[:, batch, :, source], mode='drop')
+
+    return Cache(
+        move(cache.k_NBKSC), move(cache.v_NBKSC), move(cache.position_NBKS), start_B + count_B
+    )
 
 
 def truncate(cache: Cache, length_B: jax.Array) -> Cache:

@@ -6,16 +6,19 @@ The body knows nothing of tokens: other tables may stand before and after it.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm import cache as cache_lib
 from lm import layers, mesh
-from lm.attention import Mask, attention
+from lm.attention import attention
 from lm.cache import Cache
 from lm.config import Config
+from lm.kernels.mask import Mask
 from lm.params import Params
 
 ACTIVATIONS = ('batch', 'length', 'embed')
@@ -46,7 +49,8 @@ def body(
     positions_BL: jax.Array,
     *,
     segments_BL: jax.Array | None = None,
-    ancestors_BLL: jax.Array | None = None,
+    ancestors_BLW: jax.Array | None = None,
+    nodes: int | None = None,
     cache: Cache | None = None,
     causal: bool = True,
 ) -> tuple[jax.Array, Cache | None]:
@@ -57,18 +61,55 @@ def body(
       x_BLD: vectors of L new nodes.
       positions_BL: int32, each node's position in its text.
       segments_BL: int32; without a cache, nodes of different segments do not see each other.
-      ancestors_BLL: bool; which of the new nodes each new node sees, itself included; all those
-        of no later position where not given. With it, one call verifies a draft tree.
+      ancestors_BLW: which nodes of a draft tree each new node sees, itself included, as packed
+        bits (`lm.kernels.mask.pack_bits`); all those of no later position where not given. With
+        it, one call verifies a draft tree.
+      nodes: nodes of the tree, the last rows of the cache with the L new ones; L by default.
       cache: what the nodes also see; they are appended to it.
       causal: whether positions forbid looking ahead.
 
     Returns:
       Hidden states `[B, L, D]`, ready for `unembed`, and the longer cache.
     """
-    start_B = None if cache is None else cache.length_B
+    mask = Mask(
+        positions_BL, positions_BL[:, None], segments_BL, segments_BL, None, ancestors_BLW,
+        causal=causal, nodes=nodes,
+    )  # fmt: skip
     if cache is not None:
         cache = cache_lib.write_positions(cache, positions_BL)
-    mask = _mask(positions_BL, segments_BL, ancestors_BLL, cache, start_B, causal)
+        mask = dataclasses.replace(mask, query_segment=None, key_segment=None)
+    x_BLD, cache = blocks(params, config, x_BLD, mask, cache)
+    return final_norm(params, config, x_BLD), cache
+
+
+def final_norm(params: Params, config: Config, x_BLD: jax.Array) -> jax.Array:
+    """Returns hidden states, ready for `unembed`, from what the blocks left."""
+    return layers.rms_norm(x_BLD, params['final_norm_D'], config.norm_epsilon, config.unit_offset)
+
+
+def blocks(
+    params: Params,
+    config: Config,
+    x_BLD: jax.Array,
+    mask: Mask,
+    cache: Cache | None = None,
+    only: tuple[int, int] | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """Runs all blocks, or those of a range, without the final norm.
+
+    Args:
+      params, config, x_BLD: see `body`.
+      mask: over the new nodes alone; with a cache, its keys and length are the cache's own.
+      cache: its last L rows in use are those of the new nodes, with their positions written
+        (`cache.write_positions`) and their keys and values yet to be.
+      only: first block and one past the last; reads and writes just their rows of the cache.
+
+    Returns:
+      The stream after the last block `[B, L, D]`, and the cache with the rows filled in.
+    """
+    positions_BL = mask.query_position
+    start_B: Any = None if cache is None else cache.length_B - positions_BL.shape[1]
+    look = functools.partial(attention, scale=config.query_scale, softcap=config.attention_softcap)
 
     def run_block(carry, inputs):
         x_BLD, kv = carry
@@ -79,25 +120,32 @@ def body(
         def attend(q_BLHC, k_BLKC, v_BLKC):
             q_BLHC = layers.rope(q_BLHC, positions_BL, frequencies)
             k_BKLC = layers.rope(k_BLKC, positions_BL, frequencies).swapaxes(1, 2)
-            keys, values, written = _with_cache(kv, layer, start_B, k_BKLC, v_BLKC.swapaxes(1, 2))
-            out_BLHC = attention(
-                q_BLHC, keys, values, layer_mask, scale=config.query_scale,
-                softcap=config.attention_softcap,
-            )  # fmt: skip
-            return out_BLHC, written
+            v_BKLC = v_BLKC.swapaxes(1, 2)
+            if kv is None:
+                return look(q_BLHC, k_BKLC, v_BKLC, layer_mask), None
+            k_NBKSC = cache_lib.write(kv[0], layer, start_B, k_BKLC)
+            v_NBKSC = cache_lib.write(kv[1], layer, start_B, v_BKLC)
+            out_BLHC = look(q_BLHC, k_NBKSC, v_NBKSC, layer_mask, layer=layer)
+            return out_BLHC, (k_NBKSC, v_NBKSC)
 
         return block(block_params, config, x_BLD, attend), None
 
     if config.remat:
         run_block = jax.checkpoint(run_block)
     kv = None if cache is None else (cache.k_NBKSC, cache.v_NBKSC)
-    (x_BLD, kv), _ = jax.lax.scan(
-        run_block, (x_BLD, kv), _per_layer(params, config), unroll=config.unroll
-    )
+    carry = x_BLD, kv
+    if isinstance(params['layers'], tuple):  # `weights_first.prepare`
+        for inputs in list(zip(*_per_layer(params, config)))[slice(*(only or (None,)))]:
+            carry, _ = run_block(carry, inputs)
+    else:
+        per_layer = _per_layer(params, config)
+        if only is not None:
+            per_layer = jax.tree.map(lambda x: x[slice(*only)], per_layer)
+        carry, _ = jax.lax.scan(run_block, carry, per_layer, unroll=config.unroll)
+    x_BLD, kv = carry
     if cache is not None and kv is not None:
         cache = dataclasses.replace(cache, k_NBKSC=kv[0], v_NBKSC=kv[1])
-    h_BLD = layers.rms_norm(x_BLD, params['final_norm_D'], config.norm_epsilon, config.unit_offset)
-    return h_BLD, cache
+    return x_BLD, cache
 
 
 def _per_layer(params: Params, config: Config) -> tuple[Any, ...]:
@@ -108,36 +156,19 @@ def _per_layer(params: Params, config: Config) -> tuple[Any, ...]:
     unlimited = jnp.iinfo(jnp.int32).max
     windows = [config.window if w else unlimited for w in config.windowed_layers]
     return (
-        jnp.arange(config.n_layers),
+        np.arange(config.n_layers),
         params['layers'],
-        jnp.asarray(layers.rope_frequencies(config)),
-        jnp.asarray(windows, jnp.int32),
+        layers.rope_frequencies(config),
+        np.asarray(windows, np.int32),
     )
-
-
-def _mask(positions_BL, segments_BL, ancestors_BLL, cache, first_B, causal) -> Mask:
-    """Returns the mask over the new nodes alone, or over the rows of the cache's first layer."""
-    if cache is None:
-        first_B = jnp.zeros_like(positions_BL[:, 0])
-        keys = positions_BL[:, None]
-    else:
-        keys = cache_lib.key_positions(cache, 0)
-    return Mask(positions_BL, keys, segments_BL, segments_BL, ancestors_BLL, first_B, causal=causal)
 
 
 def _mask_of_layer(mask: Mask, cache: Cache | None, layer, window) -> Mask:
     """Returns the mask with a layer's own window, over its own rows of the cache."""
-    keys = mask.key_position if cache is None else cache_lib.key_positions(cache, layer)
-    return dataclasses.replace(mask, key_position=keys, window=window)
-
-
-def _with_cache(kv, layer, start_B, k_BKLC, v_BKLC):
-    """Returns the keys and values to attend to, and the caches with the new rows written."""
-    if kv is None:
-        return k_BKLC, v_BKLC, None
-    k_NBKSC = cache_lib.write(kv[0], layer, start_B, k_BKLC)
-    v_NBKSC = cache_lib.write(kv[1], layer, start_B, v_BKLC)
-    return k_NBKSC[layer], v_NBKSC[layer], (k_NBKSC, v_NBKSC)
+    if cache is None:
+        return dataclasses.replace(mask, window=window)
+    keys = cache.position_NBKS[layer]
+    return dataclasses.replace(mask, key_position=keys, length=cache.length_B, window=window)
 
 
 def block(p: Params, config: Config, x_BLD: jax.Array, attend: Any) -> tuple[jax.Array, Any]:
@@ -192,7 +223,8 @@ def step(
     cache: Cache,
     *,
     positions_BL: jax.Array | None = None,
-    ancestors_BLL: jax.Array | None = None,
+    ancestors_BLW: jax.Array | None = None,
+    nodes: int | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Runs L new nodes against a cache: prefill, decoding and the verification of draft trees.
 
@@ -200,7 +232,7 @@ def step(
       tokens_BL: the new nodes' tokens.
       cache: what each row has read so far; rows may have different lengths.
       positions_BL: by default the nodes continue each row as a chain.
-      ancestors_BLL: bool; see `body`.
+      ancestors_BLW, nodes: see `body`.
 
     Returns:
       Logits f32 `[B, L, V]` after each node, and the cache with L more rows. To take nodes back
@@ -210,7 +242,8 @@ def step(
         positions_BL = cache.length_B[:, None] + jnp.arange(tokens_BL.shape[1])
     x_BLD = embed(params['tables'], config, tokens_BL)
     h_BLD, longer = body(
-        params['body'], config, x_BLD, positions_BL, ancestors_BLL=ancestors_BLL, cache=cache
-    )
+        params['body'], config, x_BLD, positions_BL, ancestors_BLW=ancestors_BLW, nodes=nodes,
+        cache=cache,
+    )  # fmt: skip
     assert longer is not None
     return unembed(params['tables'], config, h_BLD), longer

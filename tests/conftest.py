@@ -1,4 +1,4 @@
-"""Settings of all tests: which devices JAX shows, and how hypothesis draws its examples."""
+"""Settings of all tests: devices, how hypothesis draws its examples, a line on the kernels."""
 
 import os
 
@@ -22,3 +22,16 @@ hypothesis.settings.register_profile(
     'ci', deadline=None, max_examples=50, derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile('ci' if os.environ.get('CI') else 'default')
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says which attention kernels were compiled and which interpreted, where their tests ran."""
+    ran = [report for kind in ('passed', 'failed') for report in terminalreporter.getreports(kind)]
+    if not any(report.nodeid.startswith('tests/lm/kernels/') for report in ran):
+        return
+    backend = jax.default_backend()
+    found = [
+        f'{name} compiled' if backend == platform else f'{name} interpreted (no {platform.upper()})'
+        for name, platform in (('mosaic', 'tpu'), ('triton', 'gpu'))
+    ]
+    terminalreporter.write_line(f'attention kernels: {", ".join(found)}')

@@ -1,11 +1,17 @@
 """Attention against the formula, row by row."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from lm.attention import Mask, attention
+from lm import attention as attention_lib
+from lm import mesh as mesh_lib
+from lm.attention import attention
+from lm.kernels.mask import Mask
 
 B, L, S, C = 2, 5, 9, 8
 
@@ -61,3 +67,22 @@ def test_shapes_that_do_not_fit_are_refused():
     mask = Mask(jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 1, 3), jnp.int32))
     with pytest.raises(AssertionError):
         attention(q, k, k[:, :, :2], mask, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ('capability', 'expected'),
+    [('7.5', 'xla'), ('8.0', 'triton'), ('12.0', 'triton'), ('gfx942', 'xla')],
+)
+def test_kernels_are_for_recent_gpus(monkeypatch, capability, expected):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+    assert attention_lib.best() == expected
+
+
+@pytest.mark.parametrize(('platform', 'expected'), [('gpu', 'triton'), ('tpu', 'mosaic')])
+def test_a_mesh_that_this_host_does_not_have_gets_its_kernels(platform, expected):
+    device = AbstractDevice('a recent one', 1, platform)
+    mesh = AbstractMesh((2, 2), mesh_lib.AXES, abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert attention_lib.best() == expected

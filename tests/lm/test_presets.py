@@ -51,11 +51,11 @@ def test_train_step(config):
 def test_decode_step(config, nodes):
     weights = params.abstract(config, MESH)
     before = jax.eval_shape(lambda: cache.init(config, ROWS, KEYS))
-    ancestors = jax.ShapeDtypeStruct((ROWS, nodes, nodes), jnp.bool_)
+    ancestors = integers(ROWS, nodes, -(-nodes // 32))
 
-    def step(weights, tokens_BL, before, ancestors_BLL):
+    def step(weights, tokens_BL, before, ancestors_BLW):
         return transformer.step(
-            weights, config, tokens_BL, before, ancestors_BLL=ancestors_BLL
+            weights, config, tokens_BL, before, ancestors_BLW=ancestors_BLW
         )  # fmt: skip
 
     logits, after = jax.eval_shape(step, weights, integers(ROWS, nodes), before, ancestors)

@@ -9,6 +9,7 @@ import pytest
 
 from lm import cache, losses, params, presets, transformer
 from lm.config import Config, RopeScaling
+from lm.kernels.mask import pack_bits
 
 # Every optional feature at once, in three layers of which the middle one sees all keys.
 FULL = Config(
@@ -91,7 +92,7 @@ def test_each_path_of_a_tree_gets_the_logits_of_that_path_alone(model, tokens):
     logits, _ = transformer.step(
         weights, config, nodes, state,
         positions_BL=jnp.broadcast_to(4 + depth, (2, 5)),
-        ancestors_BLL=jnp.broadcast_to(ancestors, (2, 5, 5)),
+        ancestors_BLW=pack_bits(jnp.broadcast_to(ancestors, (2, 5, 5))),
     )  # fmt: skip
     for path in ([0, 1, 3], [0, 2, 4]):
         text = jnp.concatenate([prefix, nodes[:, jnp.asarray(path)]], 1)

@@ -1,0 +1,48 @@
+"""Block sizes of a kernel, checked against a chip's fast memory before anything is compiled."""
+
+import dataclasses
+
+MIB = 2**20
+# What every supported chip has to give one kernel. Compiling a kernel that does not fit can take
+# minutes to be refused.
+VMEM = 48 * MIB  # TPU v5e, v5p, v6e: 64 MiB or more of vector memory per core
+SMEM = 512 * 1024  # TPU: scalar memory
+SHARED = 227 * 1024  # NVIDIA, from Ampere's largest on: shared memory per block of threads
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """How a kernel cuts its work.
+
+    Attributes:
+      query: queries per block; kernels of one or few queries take them all and ignore it.
+      key: keys per block.
+      splits: GPU: parts of a row's keys that run side by side, merged by their LSE.
+      warps, stages: GPU: warps per block of threads, depth of the load pipeline.
+    """
+
+    query: int = 128
+    key: int = 128
+    splits: int = 1
+    warps: int = 4
+    stages: int = 2
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                value = getattr(self, field.name)
+                raise ValueError(f'BlockSizes.{field.name}: {value}; expected at least 1')
+
+
+def check(kernel: str, sizes: BlockSizes, memory: str, needed: int, limit: int) -> None:
+    """Refuses block sizes that need more of a memory than there is.
+
+    Raises:
+      ValueError: in one line, with what is needed, what there is, and what to make smaller.
+    """
+    if needed > limit:
+        raise ValueError(
+            f'{kernel}: blocks of {sizes.query} queries and {sizes.key} keys need '
+            f'{needed / MIB:.2f} MiB of {memory}, and there are {limit / MIB:.2f}; make BlockSizes '
+            'smaller'
+        )

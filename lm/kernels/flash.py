@@ -1,0 +1,76 @@
+"""Attention of many queries as one differentiable function: training and prefill."""
+
+import functools
+from typing import Literal
+
+import jax
+
+from lm.kernels.blocks import BlockSizes
+from lm.kernels.mask import Mask
+from lm.kernels.mosaic import flash as mosaic
+from lm.kernels.triton import flash as triton
+
+Backend = Literal['mosaic', 'triton']
+
+
+def flash(
+    q_BLHC: jax.Array,
+    k_BKSC: jax.Array,
+    v_BKSC: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sizes: BlockSizes | None = None,
+    backend: Backend,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """softmax(scale q . k) v and its LSE, differentiable in q, k and v through both results.
+
+    Keeps q, k, v, the output and the LSE for the backward pass, and no weights
+    (FlashAttention-2, Dao 2023).
+
+    Args:
+      q_BLHC: queries, bf16 or f32; head h reads key/value head `h // (H / K)`.
+      k_BKSC, v_BKSC: keys and values, in the dtype of `q`. Rows that hold no key may be NaN.
+      mask: which keys each query sees.
+      scale: factor on q . k.
+      softcap: cap on the logits, cap tanh(logits / cap), or None.
+      sizes: of the blocks of both passes; None for the default of the backend.
+      backend: 'mosaic' for TPU, 'triton' for NVIDIA GPUs.
+      interpret: run on any platform, slowly.
+
+    Returns:
+      `[B, L, H, C]` in the dtype of `q`, zeros where a query sees no key; f32 `[B, L, H]`, the
+      log of the sum of exp(logits), -inf there, where the gradients are zero.
+
+    Raises:
+      ValueError: the sizes or the mask are not what the backend can run.
+    """
+    return _flash(q_BLHC, k_BKSC, v_BKSC, mask, scale, softcap, sizes, backend, interpret)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
+def _flash(q_BLHC, k_BKSC, v_BKSC, mask, scale, softcap, sizes, backend, interpret):
+    kernels = {'mosaic': mosaic, 'triton': triton}[backend]
+    return kernels.forward(
+        q_BLHC, k_BKSC, v_BKSC, mask,
+        scale=scale, softcap=softcap, sizes=sizes, interpret=interpret,
+    )  # fmt: skip
+
+
+def _flash_forward(q_BLHC, k_BKSC, v_BKSC, mask, *static):
+    out_BLHC, lse_BLH = _flash(q_BLHC, k_BKSC, v_BKSC, mask, *static)
+    return (out_BLHC, lse_BLH), (q_BLHC, k_BKSC, v_BKSC, out_BLHC, lse_BLH, mask)
+
+
+def _flash_backward(scale, softcap, sizes, backend, interpret, residuals, cotangents):
+    *arrays, mask = residuals
+    kernels = {'mosaic': mosaic, 'triton': triton}[backend]
+    gradients = kernels.backward(
+        *arrays, *cotangents, mask, scale=scale, softcap=softcap, sizes=sizes, interpret=interpret
+    )
+    return *gradients, None  # the mask is all integers
+
+
+_flash.defvjp(_flash_forward, _flash_backward)

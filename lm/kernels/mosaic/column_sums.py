@@ -1,0 +1,214 @@
+"""How much attention each cached key received, per KV head.
+
+A weight exp(logit - LSE) is only known once all keys of its query have been read, so this is a
+pass of its own over q and K, after the attention. Grid (batch, KV head, blocks of keys, blocks
+of queries): a block of sums stays in vector memory while the queries that see its keys go by.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from lm.kernels.blocks import SMEM, VMEM, BlockSizes, check
+from lm.kernels.mask import Mask, blocks, span
+from lm.kernels.mosaic import block_mask, rows, tile
+from lm.kernels.mosaic.rows import Conditions, Keys
+from lm.kernels.mosaic.tile import BOUNDS, LANES, bytes_of, round_up
+
+ROWS = 512  # per block of queries: enough to fill the matrix unit
+NAME = 'column_sums'
+
+
+def block_sizes(queries: int, group: int, channels: int, dtype) -> BlockSizes:
+    """Returns the default sizes for that many queries of `group` query heads per KV head."""
+    whole = LANES // math.gcd(group, LANES)  # queries whose rows fill the lanes
+    query = max(1, ROWS // (group * whole)) * whole
+    return BlockSizes(query, rows.default_keys(min(query, queries) * group, channels, dtype))
+
+
+def column_sums(
+    q_BLHC: jax.Array,
+    k: jax.Array,
+    lse_BLH: jax.Array,
+    mask: Mask,
+    row_mask_BL: jax.Array,
+    *,
+    layer: jax.Array | int | None = None,
+    scale: float,
+    softcap: float | None = None,
+    sizes: BlockSizes | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Returns f32 `[B, K, S]`: sum exp(logits - lse) over queries and the heads of a group.
+
+    What H2O (Zhang et al. 2023) adds up to know which keys to keep.
+
+    Args:
+      q_BLHC: queries.
+      k: `[B, K, S, C]`; or with `layer`, caches `[N, B, K, S, C]`, read in place.
+      lse_BLH: f32, from the attention over the same mask; a query with -inf counts for nothing.
+      mask: see `Mask`.
+      row_mask_BL: bool, which queries count: rejected drafts do not.
+      layer: which layer of the caches; an int or an int32 scalar.
+      scale, softcap: logits are scale q . k, or cap tanh(scale q . k / cap).
+      sizes: queries and keys per block. None: `block_sizes`.
+      interpret: run in the TPU interpreter, on any platform.
+
+    Raises:
+      ValueError: sizes that need more fast memory than there is, or that the tiling forbids;
+        dtypes that differ.
+    """
+    if layer is None:
+        k, layer = k[None], 0
+    rows.one_dtype(NAME, q=q_BLHC, k=k)
+    b, l, _, c = q_BLHC.shape
+    kv_heads, s = k.shape[2:4]
+    query, n_rows, lanes, key = _blocks(sizes, q_BLHC, k, mask)
+    key_heads, key_blocks = mask.key_position.shape[1], pl.cdiv(s, key)
+    live = blocks(mask, query, key)
+    bounds, steps = block_mask.bounds(block_mask.by_key(live, ragged=False))
+    used = span(jnp.any(live.some, axis=2)).reshape(-1)
+    folded = _fold(q_BLHC, lse_BLH, mask, row_mask_BL, kv_heads, pl.cdiv(l, query), n_rows, lanes)
+    kernel = functools.partial(
+        _kernel, given=rows.conditions(mask), scale=scale, softcap=softcap, key=key,
+        key_blocks=key_blocks, key_heads=key_heads,
+    )  # fmt: skip
+    keys = rows.keys(mask)
+    sums_BK1S = pl.pallas_call(
+        kernel,
+        grid_spec=_grid_spec(
+            (b, kv_heads, key_blocks, steps), (n_rows, lanes, key, c), folded[1].shape[1], keys
+        ),
+        out_shape=jax.ShapeDtypeStruct((b, kv_heads, 1, s), jnp.float32),
+        compiler_params=tile.compiler_params('parallel', 'parallel', 'parallel', 'arbitrary'),
+        interpret=tile.interpreter(interpret),
+        name=NAME,
+    )(rows.number(layer), *rows.scalars(mask), bounds, used, *folded, keys, rows.innermost(k))
+    return sums_BK1S[:, :, 0]
+
+
+def _fold(q_BLHC, lse_BLH, mask: Mask, row_mask_BL, kv_heads, query_blocks, n_rows, lanes):
+    """Returns what the rows bring: `[B, K, R, C]`, int32 `[B, F, R]`, f32 `[B, K, 1, R]`.
+
+    Rows that do not count have queries of zeros, and an LSE of inf: exp(logit - inf) is 0.
+    """
+    counted_BLH1 = (row_mask_BL[..., None] & (lse_BLH > -jnp.inf))[..., None]
+    lse_BLH1 = jnp.where(counted_BLH1, lse_BLH[..., None], jnp.inf)
+    lse_BKR1 = rows.fold(lse_BLH1, kv_heads, query_blocks * lanes, jnp.inf)
+    q_BKRC = rows.fold(jnp.where(counted_BLH1, q_BLHC, 0), kv_heads, query_blocks * n_rows)
+    fields_BFR = rows.fields(mask, q_BLHC.shape[2] // kv_heads, query_blocks * lanes)
+    return q_BKRC, fields_BFR, lse_BKR1.swapaxes(2, 3)
+
+
+def _blocks(sizes: BlockSizes | None, q_BLHC, k, mask: Mask) -> tuple[int, int, int, int]:
+    """Returns queries per block, their rows, these in whole lanes, and keys, once they fit."""
+    b, l, h, c = q_BLHC.shape
+    kv_heads, s = k.shape[2:4]
+    sizes = sizes or block_sizes(l, h // kv_heads, c, k.dtype)
+    key = rows.key_block(NAME, sizes.key, s)
+    query, n_rows, lanes = _query_block(sizes.query, l, h // kv_heads, q_BLHC.dtype)
+    check(NAME, sizes, 'vector memory', _vector_memory(n_rows, key, c, k.dtype), VMEM)
+    n_scalars = b * mask.key_position.shape[1] * (BOUNDS * pl.cdiv(s, key) + 2) + b + 2
+    check(NAME, sizes, 'scalar memory', 4 * n_scalars, SMEM)
+    return query, n_rows, lanes, key
+
+
+def _query_block(query: int, queries: int, group: int, dtype) -> tuple[int, int, int]:
+    """Returns queries per block, their rows, and these padded to whole lanes."""
+    if query >= queries:
+        n_rows = round_up(queries * group, tile.sublanes(dtype))
+        return queries, n_rows, round_up(n_rows, LANES)
+    n_rows = query * group
+    if n_rows % LANES:
+        raise ValueError(
+            f'{NAME}: BlockSizes.query: {query}, {n_rows} rows with the {group} query heads of a '
+            f'KV head; expected a multiple of {LANES} rows'
+        )
+    return query, n_rows, n_rows
+
+
+def _vector_memory(n_rows: int, key: int, channels: int, dtype) -> int:
+    """Returns about how many bytes of vector memory a step needs."""
+    fetched = 2 * rows.cache_bytes(key, channels, dtype)  # one block in use, one on its way
+    folded = 2 * bytes_of((n_rows, channels), dtype)
+    columns = 3 * bytes_of((n_rows, 1), jnp.float32)
+    live = 4 * bytes_of((n_rows, key), jnp.float32)  # logits, words of ancestors, weights
+    return fetched + folded + columns + live
+
+
+def _grid_spec(grid, block, n_fields, keys: Keys):
+    n_rows, lanes, key, channels = block
+    key_blocks = grid[2]
+    key_heads = keys.position.shape[1]
+
+    def query_block(b, h, j, step, bounds):
+        row = rows.mask_row(b, h, key_heads) * key_blocks + j
+        return tile.visited(bounds, row, step)
+
+    def key_block(b, h, j, used):
+        # blocks that nobody sees repeat one that is seen, and so are not fetched
+        at = 2 * rows.mask_row(b, h, key_heads)
+        return jnp.clip(j, used[at], jnp.maximum(used[at + 1] - 1, 0))
+
+    def query_at(b, h, j, step, layer, window, length, bounds, used):
+        return b, h, query_block(b, h, j, step, bounds), 0
+
+    def fields_at(b, h, j, step, layer, window, length, bounds, used):
+        return b, 0, query_block(b, h, j, step, bounds)
+
+    def lse_at(b, h, j, step, layer, window, length, bounds, used):
+        return b, h, 0, query_block(b, h, j, step, bounds)
+
+    def position_at(b, h, j, step, layer, window, length, bounds, used):
+        return b, h if key_heads > 1 else 0, 0, key_block(b, h, j, used)
+
+    def segment_at(b, h, j, step, layer, window, length, bounds, used):
+        return b, 0, key_block(b, h, j, used)
+
+    def cache_at(b, h, j, step, layer, window, length, bounds, used):
+        return layer[0], b, h, key_block(b, h, j, used)
+
+    segment = None if keys.segment is None else pl.BlockSpec((None, 1, key), segment_at)
+    return pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=5,
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((None, None, n_rows, channels), query_at),
+            pl.BlockSpec((None, n_fields, lanes), fields_at),
+            pl.BlockSpec((None, None, 1, lanes), lse_at),
+            Keys(pl.BlockSpec((None, None, 1, key), position_at), segment),
+            rows.cache_spec(key, channels, cache_at),
+        ],
+        out_specs=pl.BlockSpec((None, None, 1, key), lambda b, h, j, *_: (b, h, 0, j)),
+    )
+
+
+def _kernel(
+    layer_ref, window_ref, length_ref, bounds_ref, used_ref, q_ref, fields_ref, lse_ref, keys,
+    k_ref, sums_ref,
+    *, given: Conditions, scale, softcap, key, key_blocks, key_heads,
+):  # fmt: skip
+    b, block, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    row = rows.mask_row(b, pl.program_id(1), key_heads) * key_blocks + block
+    n_rows = q_ref.shape[0]
+
+    @pl.when(step == 0)
+    def _():
+        sums_ref[...] = jnp.zeros_like(sums_ref)
+
+    def update(masked: bool) -> None:
+        lse_R1 = rows.upright(lse_ref[...])[:n_rows]
+        weights_RS = jnp.exp(rows.logits(q_ref[...], k_ref[...], scale, softcap) - lse_R1)
+        if masked:
+            keys_1S = jax.tree.map(lambda ref: ref[...], keys)
+            fields_RF = rows.upright(fields_ref[...])[:n_rows]
+            first, length, window = block * key, length_ref[b], window_ref[0]
+            seen_RS = rows.seen(given, fields_RF, keys_1S, first, length, window)
+            weights_RS = jnp.where(seen_RS, weights_RS, 0.0)
+        sums_ref[...] += jnp.sum(weights_RS, axis=0, keepdims=True)
+
+    tile.visit(bounds_ref, row, step, update)

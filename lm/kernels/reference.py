@@ -1,0 +1,103 @@
+"""The formula of each kernel in f32, straight from the equation: what the others are tested by.
+
+Every function here holds all L x S logits at once. `scale` has no default: which one is meant is
+the model's business.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.mask import Mask, visible
+from lm.kernels.sparse import SparseIndex, kept_rows
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def logits(
+    q_BLHC: jax.Array, k_BKSC: jax.Array, *, scale: float, softcap: float | None = None
+) -> jax.Array:
+    """Returns f32 `[B, K, G, L, S]`: scale q . k, or cap tanh(scale q . k / cap)."""
+    b, l, h, c = q_BLHC.shape
+    k = k_BKSC.shape[1]
+    q_BLKGC = q_BLHC.reshape(b, l, k, h // k, c).astype(jnp.float32)
+    s_BKGLS = scale * jnp.einsum(
+        'blkgc,bksc->bkgls', q_BLKGC, k_BKSC.astype(jnp.float32), precision=HIGHEST
+    )
+    return s_BKGLS if softcap is None else softcap * jnp.tanh(s_BKGLS / softcap)
+
+
+def attention(
+    q_BLHC: jax.Array,
+    k_BKSC: jax.Array,
+    v_BKSC: jax.Array,
+    mask: Mask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """o = sum_s exp(logits_s - lse) v_s and lse = log sum_s exp(logits_s), over visible keys s.
+
+    Query head h reads key/value head `h // (H / K)`.
+
+    Returns:
+      f32 `[B, L, H, C]`, zeros where a query sees no key; f32 `[B, L, H]`, there -inf.
+    """
+    s_BKGLS = logits(q_BLHC, k_BKSC, scale=scale, softcap=softcap)
+    return _softmax_sum(s_BKGLS, visible(mask), v_BKSC, q_BLHC.shape)
+
+
+def _softmax_sum(s_BKGLS, visible_BKLS, v_BKSC, shape):
+    seen = visible_BKLS[:, :, None]
+    s_BKGLS = jnp.where(seen, s_BKGLS, -jnp.inf)
+    highest = jax.lax.stop_gradient(jnp.max(s_BKGLS, axis=-1, keepdims=True, initial=-1e30))
+    weights = jnp.where(seen, jnp.exp(s_BKGLS - highest), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    # a row that nobody sees has weight 0, and 0 * NaN is NaN
+    read = jnp.any(seen, axis=(2, 3))[..., None]
+    v_BKSC = jnp.where(read, v_BKSC, 0).astype(jnp.float32)
+    out = jnp.einsum('bkgls,bksc->blkgc', weights, v_BKSC, precision=HIGHEST)
+    lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + highest, -jnp.inf)
+    lse_BLKG = jnp.moveaxis(lse[..., 0], 3, 1)
+    return out.reshape(shape), lse_BLKG.reshape(shape[:3])
+
+
+def column_sums(
+    q_BLHC: jax.Array,
+    k_BKSC: jax.Array,
+    lse_BLH: jax.Array,
+    mask: Mask,
+    row_mask_BL: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Returns f32 `[B, K, S]`: the attention that each key received, sum exp(logits - lse).
+
+    The sum runs over the queries for which `row_mask_BL` holds and over the query heads that
+    share the key/value head; H2O's score (Zhang et al. 2023) is its sum over steps. Over S it
+    adds up to the queries in the mask that see any key, times H / K.
+    """
+    b, l, h = lse_BLH.shape
+    k = k_BKSC.shape[1]
+    s_BKGLS = logits(q_BLHC, k_BKSC, scale=scale, softcap=softcap)
+    lse_BKGL1 = jnp.transpose(lse_BLH.reshape(b, l, k, h // k), (0, 2, 3, 1))[..., None]
+    counted = visible(mask)[:, :, None] & row_mask_BL[:, None, None, :, None]
+    counted &= lse_BKGL1 > -jnp.inf
+    mass = jnp.where(counted, jnp.exp(jnp.where(counted, s_BKGLS - lse_BKGL1, 0.0)), 0.0)
+    return jnp.sum(mass, axis=(2, 3))
+
+
+def sparse_decode(
+    q_BLHC: jax.Array,
+    k_BKSC: jax.Array,
+    v_BKSC: jax.Array,
+    index: SparseIndex,
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` of one query (L = 1) over exactly the rows that an index keeps."""
+    s_BKGLS = logits(q_BLHC, k_BKSC, scale=scale, softcap=softcap)
+    kept_BKLS = kept_rows(index, k_BKSC.shape[2])[:, :, None]
+    return _softmax_sum(s_BKGLS, kept_BKLS, v_BKSC, q_BLHC.shape)

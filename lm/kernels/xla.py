@@ -1,0 +1,109 @@
+"""The same functions in plain XLA: the default on CPU, and the fallback everywhere.
+
+Like `reference`, these hold a block of logits for every query and key; unlike it they multiply in
+the dtype they are given. With `layer`, `k` and `v` are stacked caches `[N, B, K, S, C]`.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from lm.kernels.mask import Mask, visible
+from lm.kernels.sparse import SparseIndex, kept_rows
+
+NOTHING = -1e30  # instead of -inf: a query that sees no key must not become NaN
+
+
+def attention(
+    q_BLHC: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    layer: jax.Array | int | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `reference.attention`; the result has the dtype of `q`, the LSE is f32."""
+    k, v = _layer(k, layer), _layer(v, layer)
+    if mask.length is not None:
+        used_BS = jnp.arange(v.shape[2]) < mask.length[:, None]
+        v = _silenced(v, used_BS[:, None])
+    return _attend(q_BLHC, k, v, visible(mask), scale, softcap)
+
+
+def sparse_decode(
+    q_BLHC: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    index: SparseIndex,
+    *,
+    layer: jax.Array | int | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """See `reference.sparse_decode`."""
+    k, v = _layer(k, layer), _layer(v, layer)
+    kept_BKS = kept_rows(index, k.shape[2])
+    v = _silenced(v, kept_BKS)
+    return _attend(q_BLHC, k, v, kept_BKS[:, :, None], scale, softcap)
+
+
+def column_sums(
+    q_BLHC: jax.Array,
+    k: jax.Array,
+    lse_BLH: jax.Array,
+    mask: Mask,
+    row_mask_BL: jax.Array,
+    *,
+    layer: jax.Array | int | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """See `reference.column_sums`."""
+    k_BKSC = _layer(k, layer)
+    b, l, h = lse_BLH.shape
+    n_kv = k_BKSC.shape[1]
+    logits = _logits(q_BLHC, k_BKSC, scale, softcap)
+    lse = jnp.transpose(lse_BLH.reshape(b, l, n_kv, h // n_kv), (0, 2, 3, 1))[..., None]
+    counted = (visible(mask) & row_mask_BL[:, None, :, None])[:, :, None] & (lse > -jnp.inf)
+    return jnp.sum(jnp.exp(jnp.where(counted, logits - lse, -jnp.inf)), axis=(2, 3))
+
+
+def _layer(rows: jax.Array, layer: jax.Array | int | None) -> jax.Array:
+    return rows if layer is None else rows[layer]
+
+
+def _silenced(v_BKSC: jax.Array, used_BKS: jax.Array) -> jax.Array:
+    """Returns values with zeros in rows not in use: a weight of 0 does not silence a NaN.
+
+    Where a layer is taken out of a stack, the select is part of that copy.
+    """
+    return jnp.where(used_BKS[..., None], v_BKSC, 0)
+
+
+def _precision(x: jax.Array) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def _logits(q_BLHC, k_BKSC, scale, softcap):
+    b, l, h, c = q_BLHC.shape
+    n_kv = k_BKSC.shape[1]
+    logits = scale * jnp.einsum(
+        'blkgc,bksc->bkgls', q_BLHC.reshape(b, l, n_kv, h // n_kv, c), k_BKSC,
+        precision=_precision(q_BLHC), preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _attend(q_BLHC, k_BKSC, v_BKSC, seen_BKLS, scale, softcap):
+    b, l, h, c = q_BLHC.shape
+    logits = _logits(q_BLHC, k_BKSC, scale, softcap)
+    logits = jnp.where(seen_BKLS[:, :, None], logits, NOTHING)
+    # jax.nn.softmax brings the gradient that keeps one array of this size, not several
+    weights = jax.nn.softmax(logits, axis=-1).astype(v_BKSC.dtype)
+    out = jnp.einsum('bkgls,bksc->blkgc', weights, v_BKSC, precision=_precision(v_BKSC))
+    any_BLK1 = jnp.any(seen_BKLS, axis=-1).swapaxes(1, 2)[..., None]
+    out = jnp.where(any_BLK1[..., None], out, 0)
+    lse_BLKG = jnp.moveaxis(jax.nn.logsumexp(logits, axis=-1), 3, 1)
+    lse_BLKG = jnp.where(any_BLK1, lse_BLKG, -jnp.inf)
+    return out.reshape(b, l, h, c).astype(q_BLHC.dtype), lse_BLKG.reshape(b, l, h)

@@ -1,0 +1,7 @@
+"""The XLA implementation."""
+
+from tests.lm.kernels.contract import AttentionContract
+
+
+class TestXla(AttentionContract):
+    implementation = 'xla'
