@@ -1,0 +1,109 @@
+"""Chips and slices: what the planner knows of devices that it does not have.
+
+Peak rates and links are Google's published ones, per chip: cloud.google.com/tpu/docs/v4, v5e, v5p
+and v6e, "System architecture". They give inter-chip bandwidth over all links and both directions
+(v5e 400 GB/s over 4 links, v5p 1,200 GB/s over 6, v6e 800 GB/s over 4); v4 has 6 links of 50 GB/s
+each way (Jouppi et al. 2023, "TPU v4", table 4). Memory is what a program may use: libtpu's
+compiler names that limit, a little under the chip's, when it refuses a program. `cpu` has nominal
+round figures, of no machine.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One device.
+
+    Attributes:
+      name: as in a topology's name.
+      hbm_bytes: memory that programs may use.
+      flops: peak bf16 FLOP/s.
+      hbm_bandwidth: bytes/s.
+      link_bandwidth: bytes/s of one inter-chip link, one way.
+      dimensions: of the torus; two links each.
+      ring: a side of a slice closes to a ring where its length is a multiple of this.
+    """
+
+    name: str
+    hbm_bytes: float
+    flops: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    dimensions: int
+    ring: int
+
+
+CHIPS = (
+    Chip('v4', 30.75 * GIB, 275e12, 1200e9, 50e9, 3, 4),
+    Chip('v5e', 15.75 * GIB, 197e12, 819e9, 50e9, 2, 16),
+    Chip('v5p', 95.74 * GIB, 459e12, 2765e9, 100e9, 3, 4),
+    Chip('v6e', 31.25 * GIB, 918e12, 1638e9, 100e9, 2, 16),
+    Chip('cpu', 16 * GIB, 1e11, 20e9, 5e9, 1, 2),
+)
+
+
+class Topology(NamedTuple):
+    """A slice: chips in a grid.
+
+    Attributes:
+      chip: of which it is made.
+      shape: chips along each side.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def devices(self) -> int:
+        """Chips in all; JAX shows each as one device."""
+        return math.prod(self.shape)
+
+    @property
+    def name(self) -> str:
+        """As in `--topology`."""
+        return f'{self.chip.name}:{"x".join(map(str, self.shape))}'
+
+
+def parse(text: str) -> Topology:
+    """Returns the slice called, say, `v5e:4x4`, `v5p:2x2x4` or `cpu:8`.
+
+    Raises:
+      ValueError: an unknown chip, or a shape that it does not come in.
+    """
+    name, _, sides = text.partition(':')
+    known = {chip.name: chip for chip in CHIPS}
+    if name not in known:
+        raise ValueError(
+            f'--topology {text!r}: unknown chip {name!r}; there are {", ".join(known)}, '
+            'as in v5e:4x4, v5p:2x2x2 or cpu:8'
+        )
+    chip = known[name]
+    form = 'x'.join(['SIDE'] * chip.dimensions)
+    shape = [int(side) for side in sides.split('x')] if re.fullmatch(r'\d+(x\d+)*', sides) else []
+    if len(shape) != chip.dimensions or min(shape) < 1:
+        raise ValueError(f'--topology {text!r}: {name} slices are written {name}:{form}')
+    return Topology(chip, tuple(shape))
+
+
+def axis_bandwidth(topology: Topology, sizes: dict[str, int]) -> dict[str, float]:
+    """Returns bytes/s that a device can send along each axis of a mesh laid over the slice.
+
+    Assumes the best placement: the larger axis takes sides of the slice, longest first, until
+    they hold it; the other takes what is left, or shares. An axis that fills sides which close to
+    rings sends both ways at once; any other moves data as fast as the one link at its end.
+    """
+    sides = sorted(topology.shape, reverse=True)
+    result = {}
+    for axis, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        taken: list[int] = []
+        while sides and math.prod(taken) < size:
+            taken.append(sides.pop(0))
+        taken = taken or [min(topology.shape)]
+        closed = math.prod(taken) == size and all(s % topology.chip.ring == 0 for s in taken)
+        links = len(taken) * (2 if closed else 1)
+        result[axis] = links * topology.chip.link_bandwidth
+    return result

@@ -1,0 +1,195 @@
+"""Collectives of a compiled program: which, how large, how often.
+
+XLA writes a loop's body once, so that counting the lines of a model scanned over its layers counts
+one layer. Here each line counts as often as the loops around it run.
+"""
+
+import collections
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.plan import hlo
+from experiments.plan.hlo import Instruction
+
+KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+_ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
+_ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'
+
+
+class Collective(NamedTuple):
+    """One collective.
+
+    Attributes:
+      kind: one of `KINDS`.
+      size: bytes of the whole array that it makes or takes, on one device: of an all-gather's
+        result, of a reduce-scatter's operand, of the others' operand.
+      devices: that exchange with each other.
+      axis: of the mesh that they lie along: `data`, `model`, or `data+model`.
+      times: it runs in one call of the program.
+      source: the operation of the traced program that it serves, innermost names last.
+    """
+
+    kind: str
+    size: float
+    devices: int
+    axis: str
+    times: int
+    source: str = ''
+
+    @property
+    def network_bytes(self) -> float:
+        """Bytes that a device sends in all runs, by a ring (Thakur et al. 2005, section 3).
+
+        (g-1)/g of the whole array for g devices, twice that for an all-reduce, which is a
+        reduce-scatter and an all-gather; all of it for a permutation.
+        """
+        share = (self.devices - 1) / self.devices
+        factor = {'all-reduce': 2 * share, 'collective-permute': 1.0}.get(self.kind, share)
+        return factor * self.size * self.times
+
+
+class Program(NamedTuple):
+    """What was found: the collectives, and remarks on what could not be read for certain."""
+
+    collectives: tuple[Collective, ...]
+    remarks: tuple[str, ...]
+
+
+def read(text: str, data: int = 1, model: int = 1) -> Program:
+    """Returns the collectives of a program compiled for a mesh of `data` by `model` devices.
+
+    Args:
+      text: of `compiled.as_text()`.
+      data, model: sizes of the mesh, devices numbered along `model` first.
+    """
+    module = hlo.parse(text)
+    remarks: collections.Counter[str] = collections.Counter()
+    # an asynchronous collective stands again in every fusion that it runs beside
+    begun = {
+        _channel(instruction)
+        for body in module.computations.values()
+        if any(_ASYNC_START in i.rest for i in body)
+        for instruction in body
+        if _kind(instruction)
+    }
+
+    @functools.cache
+    def found(name: str) -> collections.Counter[Collective]:
+        total: collections.Counter[Collective] = collections.Counter()
+        body = module.computations.get(name, [])
+        starts = any(_ASYNC_START in i.rest for i in body)
+        for instruction in body:
+            if _kind(instruction) and (starts or _channel(instruction) not in begun):
+                one, remark = _collective(instruction, data, model)
+                total[one] += 1
+                remarks.update(remark)
+            inner = [found(callee) for callee in hlo.callees(instruction)]
+            trips = hlo.trip_count(instruction, module) if instruction.opcode == 'while' else 1
+            if trips is None and any(inner):
+                remarks[f'loop {instruction.name}: trip count unknown, counted once'] += 1
+            for counter in inner:
+                for one, count in counter.items():
+                    total[one] += count * (1 if trips is None else trips)
+        return total
+
+    # equal collectives of different places are one entry
+    result = tuple(one._replace(times=count) for one, count in found(module.entry).items())
+    return Program(tuple(sorted(result, key=lambda c: -c.network_bytes)), tuple(remarks))
+
+
+def _kind(instruction: Instruction) -> str | None:
+    kind = instruction.opcode.removesuffix('-start')
+    return kind if kind in KINDS else None
+
+
+def _channel(instruction: Instruction) -> str:
+    match = re.search(r'\bchannel_id=(\d+)', instruction.rest)
+    return match[1] if match else instruction.name
+
+
+def _collective(
+    instruction: Instruction, data: int, model: int
+) -> tuple[Collective, tuple[str, ...]]:
+    kind = _kind(instruction)
+    assert kind is not None
+    arrays = [_bytes(match) for match in _ARRAY.finditer(instruction.type)]
+    remarks: tuple[str, ...] = ()
+    named = re.search(r'\bop_name="([^"]*)"', instruction.rest)
+    source = named[1] if named else ''
+    if kind == 'collective-permute':
+        pairs = re.findall(r'\{(\d+),(\d+)\}', instruction.rest)
+        groups = np.asarray(pairs, np.int64).reshape(-1, 2)
+        # a start's type holds operand, result and two flags
+        size = arrays[0]
+        moving = groups[groups[:, 0] != groups[:, 1]]
+        size *= len(moving) / max(len(groups), 1)
+        return Collective(kind, size, 2, _axis(moving, model), 1, source), remarks
+    text = instruction.rest.partition('replica_groups=')[2]
+    read_groups = replica_groups(text, data * model)
+    if read_groups is None:
+        remarks = (f'{instruction.name}: replica_groups of unknown form, taken as all devices',)
+        read_groups = np.arange(data * model)[None]
+    devices = read_groups.shape[1]
+    size = sum(arrays)
+    if kind == 'all-gather' and instruction.opcode.endswith('-start'):
+        size *= devices / (devices + 1)  # its type holds the operand, too
+    if kind == 'reduce-scatter':
+        size *= devices
+    return Collective(kind, size, devices, _axis(read_groups, model), 1, source), remarks
+
+
+def _bytes(array: re.Match[str]) -> float:
+    bits = int(array[2]) if array[2] else 8
+    return bits / 8 * math.prod(int(d) for d in array[3].split(',') if d)
+
+
+def _axis(groups: np.ndarray, model: int) -> str:
+    rows, columns = np.divmod(groups, model)
+    along_data = (rows != rows[:, :1]).any()
+    along_model = (columns != columns[:, :1]).any()
+    names = [name for name, on in (('data', along_data), ('model', along_model)) if on]
+    return '+'.join(names) or 'none'
+
+
+def replica_groups(text: str, devices: int) -> np.ndarray | None:
+    """Returns the groups of devices that a collective joins, int `[groups, devices of a group]`.
+
+    XLA writes them as lists, `{{0,1},{2,3}}`; as a transposed range, `[2,2]<=[2,2]T(1,0)`; or by
+    axes of a mesh, `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}`. None: no such form.
+    """
+    if text.startswith('{}'):
+        return np.arange(devices)[None]
+    if lists := re.match(r'\{(\{[\d,{}]*\})\}', text):
+        rows = re.findall(r'\{([\d,]*)\}', lists[1])
+        return np.asarray([[int(x) for x in row.split(',')] for row in rows])
+    if iota := re.match(r'\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)', text):
+        return _range(iota[2]).reshape(_integers(iota[1]))
+    form = r'mesh\[([^\]]*)\](?:, device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\))? \{([^}]*)\}'
+    if mesh := re.match(form, text):
+        axes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        sizes = [int(size) for size in axes.values()]
+        joined = re.findall(r"'(\w+)'", mesh[3])
+        if ':' in mesh[3] or not set(joined) <= set(axes):
+            return None
+        order = _range(mesh[2] or f'[{math.prod(sizes)}]').reshape(sizes)
+        last = [list(axes).index(name) for name in joined]
+        first = [i for i in range(len(sizes)) if i not in last]
+        group = math.prod(sizes[i] for i in last)
+        return order.transpose(*first, *last).reshape(-1, group)
+    return None
+
+
+def _range(text: str) -> np.ndarray:
+    """Returns 0, 1, 2, ... in the order that `[2,3]T(1,0)` gives."""
+    shape, _, permutation = text.partition('T')
+    sizes = _integers(shape.strip('[]'))
+    values = np.arange(math.prod(sizes)).reshape(sizes)
+    return values.transpose(_integers(permutation.strip('()'))) if permutation else values
+
+
+def _integers(text: str) -> list[int]:
+    return [int(x) for x in text.split(',')]

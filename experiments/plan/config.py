@@ -1,0 +1,68 @@
+"""Plans a training or decoding step for a TPU slice that one does not have, on any CPU.
+
+    python -m experiments.run plan --preset llama3_8b --topology v5e:4x4 --step train --batch 16
+    python -m experiments.run plan --step decode --mesh data=2,model=8 --topology v6e:4x4
+    python -m experiments.run plan --abstract --topology v5p:8x8x8 --batch 1024 --length 8192
+    python -m experiments.run plan --sweep --preset gemma2_9b --step decode
+
+Compiles the project's own step ahead of time for the slice, with the compiler that comes with
+libtpu (`make tpu`), and says whether it fits, what bounds it, what it sends and where each leaf
+lies. On 2 CPU cores: a minute for the training step of an 8B model, seconds for its decoding step;
+`--abstract` answers at once from the config alone. Expected, by default: llama3_8b trains on
+v5e:4x4 with 16 rows of 2,048 tokens in about 12 of 15.75 GiB per chip, bound by compute.
+"""
+
+import dataclasses
+from typing import Literal
+
+from experiments.plan import chips
+from lm import presets
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One question.
+
+    Attributes:
+      preset: a model of `lm.presets`.
+      topology: the slice: v4:2x2x2, v5e:4x4, v5p:4x4x4, v6e:4x4, or cpu:8 for fake CPU devices.
+      step: `train` (forward, backward and AdamW) or `decode` (one token per row).
+      batch: rows over all devices.
+      length: tokens per row, or rows of the cache.
+      mesh: devices, as in `data=4,model=4`; all on the data axis if not given.
+      param_dtype: in which parameters are kept; float32 for training, whose small updates bfloat16
+        would round away, and bfloat16 for decoding, if not given. Activations are bfloat16.
+      sweep: try every mesh of the slice, and several batches; compile the best.
+      batches: of the sweep; a quarter of `batch` to eight times, doubling, if not given.
+      abstract: count only; compile nothing.
+    """
+
+    preset: str = 'llama3_8b'
+    topology: str = 'v5e:4x4'
+    step: Literal['train', 'decode'] = 'train'
+    batch: int = 16
+    length: int = 2048
+    mesh: str | None = None
+    param_dtype: Literal['float32', 'bfloat16'] | None = None
+    sweep: bool = False
+    batches: tuple[int, ...] = ()
+    abstract: bool = False
+
+    def __post_init__(self):
+        known = [preset.__name__ for preset in presets.PRESETS]
+        if self.preset not in known:
+            raise ValueError(f'--preset {self.preset!r}: there are {", ".join(known)}')
+        chips.parse(self.topology)
+        for name, value in (('batch', self.batch), *(('batches', b) for b in self.batches)):
+            if value < 1:
+                raise ValueError(f'--{name} {value}: expected at least 1')
+        if self.length < 2:
+            raise ValueError(f'--length {self.length}: expected at least 2')
+        if self.sweep and self.mesh is not None:
+            raise ValueError(f'--mesh {self.mesh}: --sweep tries every mesh; leave one of them out')
+
+
+SCALES = {
+    'pod': Config(),
+    'tiny': Config('tiny', 'cpu:8', batch=8, length=32, mesh='data=4,model=2'),
+}

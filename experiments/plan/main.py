@@ -1,0 +1,88 @@
+"""Counts a step, compiles it for the slice, and prints both side by side."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from experiments import report
+from experiments.plan import chips, compile, costs, steps, sweep, tables
+from experiments.plan.compile import Compiled, Refused
+from experiments.plan.config import Config
+from experiments.plan.sweep import Choice
+from lm import mesh as mesh_lib
+
+CHECKED = 3  # choices of a sweep that are compiled at most
+TOLERANCE = 1.05
+
+
+def main(config: Config, out: epath.Path) -> dict[str, float]:
+    """Prints the tables; returns the metrics. A step that does not fit is an answer, no error."""
+    if not config.sweep:
+        return plan(config)
+    found = sweep.choices(config)
+    sweep.show(config, found, out)
+    return sweep.metrics(found) | best([choice for choice in found if choice.fits])
+
+
+def best(fitting: Sequence[Choice]) -> dict[str, float]:
+    """Names the fastest of these choices; returns its metrics.
+
+    Counted times bound what a compiler can reach from below, so that choices are compiled in
+    their order until the fastest compiled one is as fast as the next is by count, within 5%.
+    """
+    compiled: list[tuple[float, Choice, dict[str, float]]] = []
+    for tried, choice in enumerate(fitting):
+        fastest = min((seconds for seconds, *_ in compiled), default=math.inf)
+        if tried == CHECKED or fastest <= TOLERANCE * choice.seconds_per_token:
+            break
+        metrics = plan(choice.config)
+        if metrics[report.key('fits', 'step')]:
+            compiled.append((seconds_per_token(choice, metrics), choice, metrics))
+        if choice.config.abstract:
+            break
+    if not compiled:
+        print(f'does not fit: {len(fitting)} do by count, none of the fastest {CHECKED} compiled')
+        return {}
+    seconds, choice, metrics = min(compiled, key=lambda x: x[0])
+    several = f'the fastest of {len(compiled)} compiled' if len(compiled) > 1 else 'compiled'
+    by = 'counted' if choice.config.abstract else several
+    print(
+        f'best: --mesh {choice.config.mesh} --batch {choice.config.batch}: '
+        f'{seconds * 1e6:.4g} us per token ({by})'
+    )
+    named = {'data': choice.data, 'model': choice.model, 'batch': choice.config.batch}
+    return metrics | {report.key('best', name): value for name, value in named.items()}
+
+
+def seconds_per_token(choice: Choice, metrics: dict[str, float]) -> float:
+    """Returns the roofline of a choice with what its compiled program sends, where there is one."""
+    network = metrics.get(report.key('roofline_s', 'compiled_network'), 0.0)
+    return max(choice.seconds_per_token, network / choice.tokens)
+
+
+def plan(config: Config) -> dict[str, float]:
+    """Answers for one mesh and batch."""
+    topology = chips.parse(config.topology)
+    data, model = mesh_lib.parse(config.mesh, topology.devices)
+    body = steps.model_config(config)
+    mesh: Any = sweep.abstract_mesh(data, model)
+    step = steps.make(config, body, mesh)
+    counted = costs.count(body, config.batch, config.length, config.step, mesh)
+    memory = costs.memory(body, config.batch, config.length, step.parts, mesh)
+    label = f'{config.preset} {config.step}, batch {config.batch} x {config.length}'
+    label += f', {topology.name}, data={data} model={model}'
+    result: Compiled | Refused | None = None
+    if not config.abstract:
+        mesh = mesh_lib.make(config.mesh, compile.devices(topology))
+        result = compile.compile_step(steps.make(config, body, mesh), mesh, label)
+    print(f'{label}; activations {body.dtype}, parameters {body.param_dtype}')
+    fits, metrics = tables.memory(memory, result, topology)
+    tokens = sweep.tokens(config)
+    metrics |= tables.roofline(counted, tokens, result, topology, {'data': data, 'model': model})
+    if isinstance(result, Compiled):
+        metrics |= tables.collectives(result)
+    tables.shardings(step)
+    print(fits)
+    return metrics

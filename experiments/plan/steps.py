@@ -1,0 +1,129 @@
+"""The project's own training and decoding steps, ready to lower with shapes alone."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from experiments import language_model
+from experiments.plan.config import Config
+from lm import cache as cache_lib
+from lm import mesh as mesh_lib
+from lm import optimizer as optimizer_lib
+from lm import params, presets, train, transformer
+from lm.cache import Cache
+from lm.config import Config as ModelConfig
+
+_STEPS = 1000  # of the learning rate's schedule; no size depends on it
+_CACHE_AXES = ('layers', 'batch', 'kv_heads', 'length', 'head')
+
+
+class Step(NamedTuple):
+    """One jitted step and what it is given.
+
+    Attributes:
+      function: jitted; its first argument, or its cache, is donated.
+      arguments: pytrees of `jax.ShapeDtypeStruct` with shardings.
+      parts: what of the arguments stays on the devices between steps, by name: `params`,
+        `optimizer`, `cache`.
+    """
+
+    function: jax.stages.Wrapped
+    arguments: tuple[Any, ...]
+    parts: dict[str, Any]
+
+
+def model_config(config: Config) -> ModelConfig:
+    """Returns the preset's model as it is trained or served: bf16 activations.
+
+    Parameters are f32 for training, whose small updates bf16 would round away, and bf16 for
+    decoding, unless the config names their dtype.
+
+    Raises:
+      ValueError: the preset is unknown, or the length is past what the model is made for.
+    """
+    known = {preset.__name__: preset for preset in presets.PRESETS}
+    if config.preset not in known:
+        raise ValueError(f'--preset {config.preset!r}: unknown; there are {", ".join(known)}')
+    model = known[config.preset]()
+    if config.length > model.max_length:
+        raise ValueError(
+            f'--length {config.length}: {config.preset} is made for {model.max_length} positions'
+        )
+    default = 'float32' if config.step == 'train' else 'bfloat16'
+    return dataclasses.replace(model, dtype='bfloat16', param_dtype=config.param_dtype or default)
+
+
+def make(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> Step:
+    """Returns the step of this config, laid out on `mesh` as `lm.train.run` lays it out.
+
+    Raises:
+      ValueError: the rows do not divide over `data`.
+    """
+    if config.batch % mesh.shape['data']:
+        raise ValueError(
+            f'--batch {config.batch}: expected a multiple of the data={mesh.shape["data"]} devices'
+        )
+    make_step = _train if config.step == 'train' else _decode
+    return make_step(model, config.batch, config.length, mesh)
+
+
+def _train(model: ModelConfig, batch: int, length: int, mesh: Any) -> Step:
+    weights = params.abstract(model, mesh)
+    optimizer = optimizer_lib.make(optimizer_lib.OptimizerConfig(), _STEPS)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    # as lm.train.init_state places it: moments lie where their parameters do
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda leaf, weight: _array(leaf, weight.sharding),
+        jax.eval_shape(optimizer.init, weights),
+        weights,
+        transform_non_params=lambda leaf: _array(leaf, everywhere),
+    )
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    state = train.TrainState(step, weights, opt_state)
+    rows = mesh_lib.batch_sharding(mesh)
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=rows)
+    names = ('tokens', 'targets', 'positions', 'segments')
+    inputs: dict[str, Any] = dict.fromkeys(names, tokens)
+    inputs['weights'] = jax.ShapeDtypeStruct((batch, length), jnp.float32, sharding=rows)
+    loss = language_model.loss_fn(model, train.TrainConfig().z_loss)
+    function = jax.jit(
+        functools.partial(train.train_step, loss, optimizer, 0),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
+    )
+    return Step(function, (state, inputs), {'params': weights, 'optimizer': opt_state})
+
+
+def _decode(model: ModelConfig, batch: int, length: int, mesh: Any) -> Step:
+    weights = params.abstract(model, mesh)
+    cache = cache_arrays(model, batch, length, mesh)
+    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=mesh_lib.batch_sharding(mesh))
+
+    def step(weights, tokens_BL, cache):
+        return transformer.step(weights, model, tokens_BL, cache)
+
+    function = jax.jit(
+        step, donate_argnums=2, out_shardings=(None, jax.tree.map(lambda x: x.sharding, cache))
+    )
+    return Step(function, (weights, tokens, cache), {'params': weights, 'cache': cache})
+
+
+def cache_arrays(model: ModelConfig, batch: int, rows: int, mesh: Mesh | AbstractMesh) -> Cache:
+    """Returns the shapes of a cache, split by batch and by KV heads where they divide."""
+    shapes = jax.eval_shape(lambda: cache_lib.init(model, batch, rows))
+
+    def place(leaf):
+        axes = _CACHE_AXES[: leaf.ndim] if leaf.ndim > 1 else ('batch',)
+        return _array(leaf, mesh_lib.sharding(mesh, axes, leaf.shape))
+
+    return jax.tree.map(place, shapes)
+
+
+def _array(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,193 @@
+"""The planner: costs counted by hand, sweeps, what compilers say, and what users read."""
+
+import importlib.util
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments import run
+from experiments.plan import chips, compile, costs, steps, sweep
+from experiments.plan.config import Config
+from lm import mesh as mesh_lib
+from lm import params, presets
+
+GRID = 'data=4,model=2'
+
+
+def grid():
+    return mesh_lib.make(GRID, jax.devices('cpu')[:8])
+
+
+def test_matrices_on_one_device_cost_what_the_model_costs():
+    """On a single device nothing is computed twice but what recomputation asks for."""
+    model = presets.llama3_8b()
+    mesh = sweep.abstract_mesh(1, 1)
+    counted = costs.count(model, 4, 2048, 'train', mesh)
+    norms = 2 * (2 * model.n_layers + 1) * model.d_model  # not matrices, and counted by lm.params
+    tokens = 4 * 2048
+    forward = params.flops_per_token(model, 2048) - norms
+    assert counted.device_flops == pytest.approx(4 * forward * tokens, rel=1e-9)
+    assert counted.model_flops == 3 * params.flops_per_token(model, 2048) * tokens
+    assert set(counted.network_bytes.values()) == {0}
+
+
+@pytest.mark.parametrize('step', ['train', 'decode'])
+@pytest.mark.parametrize('shape', [(8, 1), (4, 2), (1, 8)])
+def test_devices_share_the_work(step, shape):
+    """Llama 3's 8 KV heads, 32 heads and 14,336 channels divide by 8: nothing is repeated."""
+    model = presets.llama3_8b()
+    one = costs.count(model, 16, 2048, step, sweep.abstract_mesh(1, 1))
+    cut = costs.count(model, 16, 2048, step, sweep.abstract_mesh(*shape))
+    assert cut.device_flops == pytest.approx(one.device_flops / 8, rel=1e-9)
+    assert cut.model_flops == one.model_flops
+    assert [axis for axis, sent in cut.network_bytes.items() if sent > 0] == [
+        axis for axis, size in zip(('data', 'model'), shape, strict=True) if size > 1
+    ]
+
+
+def test_whole_copies_have_their_gradients_summed():
+    """Gemma 3's width does not divide by 512: each device holds all 27 billion parameters."""
+    model = presets.gemma3_27b()
+    sent = costs.count(model, 512, 1024, 'train', sweep.abstract_mesh(512, 1)).network_bytes
+    bf16_all_reduce = 2 * 2 * params.count_body(model)
+    assert sent['data'] > 0.99 * bf16_all_reduce
+
+
+def test_decoding_reads_every_weight_and_the_whole_cache_once():
+    """A long cache and a wide batch leave little else: 8 bytes of position beside 512 of k, v."""
+    model = presets.llama3_8b()
+    config = Config(step='decode', batch=256, length=32_768, mesh='data=1')
+    mesh = sweep.abstract_mesh(1, 1)
+    body = steps.model_config(config)
+    parts = steps.make(config, body, mesh).parts
+    read = costs.count(body, 256, 32_768, 'decode', mesh).hbm_bytes
+    held = costs.bytes_per_device(parts)
+    assert held == pytest.approx(
+        2 * params.count(model) + 256 * 32 * 8 * 32_768 * (2 * 128 * 2 + 4) + 256 * 4
+    )
+    # the input table is looked up, not read through
+    table = 2 * model.vocab_size * model.d_model
+    assert read == pytest.approx(held - table, rel=0.01)
+
+
+def test_moments_are_kept_like_parameters():
+    config = Config('tiny', 'cpu:8', batch=8, length=32)
+    step = steps.make(config, steps.model_config(config), sweep.abstract_mesh(4, 2))
+    kept = {name: costs.bytes_per_device(part) for name, part in step.parts.items()}
+    counters = 3 * 4  # of optax's schedule, AdamW and the chain at most
+    assert 0 <= kept['optimizer'] - 2 * kept['params'] <= counters
+    assert kept['params'] < 4 * params.count(presets.tiny()) / 4
+
+
+@pytest.mark.parametrize('step', ['train', 'decode'])
+def test_what_stays_on_the_devices_is_what_the_compiled_step_takes(step):
+    config = Config('tiny', 'cpu:8', step, batch=8, length=32, mesh=GRID)
+    mesh = grid()
+    made = steps.make(config, steps.model_config(config), mesh)
+    result = compile.compile_step(made, mesh, 'tiny')
+    assert isinstance(result, compile.Compiled)
+    kept = sum(costs.bytes_per_device(part) for part in made.parts.values())
+    batch = 8 * 32 * 5 * 4 / 4 if step == 'train' else 8 * 4 / 4
+    assert result.arguments == pytest.approx(kept + batch, abs=64)
+    assert {'data', 'model'} <= {one.axis for one in result.program.collectives}
+    assert not result.program.remarks
+
+
+def test_every_mesh_is_tried_and_the_fastest_that_fits_comes_first():
+    config = Config('llama3_8b', 'v5e:4x4', 'decode', batch=16, sweep=True, batches=(16, 64, 4096))
+    found = sweep.choices(config)
+    meshes = {(choice.data, choice.model) for choice in found}
+    assert meshes == {(16, 1), (8, 2), (4, 4), (2, 8), (1, 16)}
+    assert len(found) == 15
+    fitting = [choice for choice in found if choice.fits]
+    assert fitting and len(fitting) < len(found) and found[: len(fitting)] == fitting
+    best = min(choice.seconds_per_token for choice in fitting)
+    assert found[0].seconds_per_token == pytest.approx(best, rel=0.02)
+    assert all(c.memory.total > chips.parse('v5e:4x4').chip.hbm_bytes for c in found if not c.fits)
+
+
+def test_rows_that_do_not_divide_are_left_out():
+    config = Config('tiny', 'cpu:8', batch=4, length=32, sweep=True, batches=(4,))
+    assert {choice.data for choice in sweep.choices(config)} == {1, 2, 4}
+
+
+def test_bandwidth_of_an_axis():
+    """Both sides of 4x4 carry an axis of 16; 16 x 16 closes to rings, which send both ways."""
+    link = chips.parse('v5e:4x4').chip.link_bandwidth
+    assert chips.axis_bandwidth(chips.parse('v5e:4x4'), {'data': 16, 'model': 1}) == {
+        'data': 2 * link, 'model': link,
+    }  # fmt: skip
+    assert chips.axis_bandwidth(chips.parse('v5e:16x16'), {'data': 16, 'model': 16}) == {
+        'data': 2 * link, 'model': 2 * link,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'code', 'line'),
+    [
+        (['--preset', 'llama9'], 2, "--preset 'llama9': there are tiny, m1_3m"),
+        (['--topology', 'v9:2x2'], 2, "unknown chip 'v9'; there are v4, v5e, v5p, v6e, cpu"),
+        (['--topology', 'v5p:2x2'], 2, 'v5p slices are written v5p:SIDExSIDExSIDE'),
+        (['--batch', '6', '--mesh', 'data=4,model=2'], 1, '--batch 6: expected a multiple of the'),
+        (['--mesh', 'data=3,model=2'], 1, 'data=3 x model=2, but 8 devices'),
+        (['--length', '4096'], 1, '--length 4096: tiny is made for 128 positions'),
+        (['--sweep', '--mesh', 'data=8'], 2, '--sweep tries every mesh'),
+    ],
+)
+def test_errors_are_one_line(arguments, code, line, tmp_path, capsys):
+    base = ['plan', '--scale', 'tiny', '--abstract', '--out', str(tmp_path)]
+    try:
+        assert run.main([*base, *arguments]) == code
+    except SystemExit as caught:  # tyro before 0.9 reports what a config refuses itself
+        assert caught.code == code
+    assert line in ' '.join(capsys.readouterr().err.split())
+
+
+def test_without_libtpu_the_error_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.delenv('TPU_LIBRARY_PATH', raising=False)
+    monkeypatch.setattr(
+        importlib.util, 'find_spec', lambda name, *a: None if name == 'libtpu' else find(name, *a)
+    )
+    arguments = ['plan', '--scale', 'tiny', '--topology', 'v5e:4x2', '--out', str(tmp_path)]
+    assert run.main(arguments) == 1
+    assert 'libtpu, is not installed: make tpu' in capsys.readouterr().err
+
+
+def test_too_few_devices_once_arrays_lie_on_them():
+    alive = jnp.ones(())
+    with pytest.raises(ValueError, match='JAX_NUM_CPU_DEVICES=64'):
+        compile.devices(chips.parse('cpu:64'))
+    assert alive == 1
+
+
+def test_what_does_not_fit_is_an_answer(tmp_path, capsys):
+    arguments = ['plan', '--abstract', '--preset', 'gemma3_27b', '--out', str(tmp_path)]
+    assert run.main(arguments) == 0
+    assert 'does not fit: ' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'result.json').read_text())['fits/step'] == 0
+
+
+def test_a_refusal_for_memory_says_how_much():
+    text = (
+        'RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. '
+        'Exceeded hbm capacity by 4.75G.\nmore'
+    )
+    refused = compile.refused(RuntimeError(text), 1.0)
+    assert refused.total == 20.5 * 2**30 and '\n' not in refused.reason
+    blocks = RuntimeError('RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.\nmore')
+    with pytest.raises(ValueError, match=r'vmem\.$'):
+        compile.refused(blocks, 1.0)
+
+
+def test_a_sweep_saves_its_plot_and_names_the_best(tmp_path, capsys):
+    arguments = ['plan', '--abstract', '--sweep', '--step', 'decode', '--out', str(tmp_path)]
+    assert run.main(arguments) == 0
+    assert 'best: --mesh data=' in capsys.readouterr().out
+    metrics = json.loads((tmp_path / 'result.json').read_text())
+    assert metrics['best/data'] * metrics['best/model'] == 16
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert (tmp_path / 'sweep.png').read_bytes().startswith(b'\x89PNG')
