@@ -1,6 +1,7 @@
 # make setup   creates .venv and installs everything that the other targets need
 # make demo    trains and compares the tokenizers on the bundled corpus, about ten minutes
 # make test    the tests; make test-slow the long ones
+# make test-tpu  kernels and steps through the TPU compiler; needs no TPU
 # make lint    format, lint, types and contracts; make format repairs what can be repaired
 #
 # Settings, on the command line or in the environment:
@@ -27,7 +28,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: setup demo test test-slow lint format torch gpu tpu clean
+.PHONY: setup demo test test-slow test-tpu lint format torch gpu tpu clean
 
 setup: $(VENV)/.package $(VENV)/.test
 
@@ -49,10 +50,18 @@ demo: $(VENV)/.package
 
 # One file's tests stay in one process, which then compiles and trains what they share once.
 test: $(VENV)/.test
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not tpu'
 
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
+
+# The TPU compiler is a library of its own; nothing is run on what it compiles.
+$(VENV)/.tpu: $(VENV)/.test
+	$(INSTALL) --editable '.[tpu]'
+	@touch $@
+
+test-tpu: $(VENV)/.tpu
+	$(BIN)/python -m pytest -m tpu
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .

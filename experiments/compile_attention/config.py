@@ -1,0 +1,55 @@
+"""Every attention kernel, compiled for TPUs by their own compiler and lowered for CUDA.
+
+    python -m experiments.run compile_attention
+
+Needs no accelerator; `make tpu` installs the compiler, libtpu. Prints compile time and memory of
+each kernel at real sizes (D 128, 32k keys) for v5e, v5p and v6e, and lowers the GPU kernels for
+CUDA. Fails where one of them does not compile. On 2 cores of an AMD EPYC virtual machine: about
+80 seconds. Expected: temporaries of 2 MiB or less for the kernels that read a cache, which is
+neither copied nor masked densely.
+"""
+
+import dataclasses
+from typing import Literal
+
+Target = Literal['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'cuda']
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is compiled.
+
+    Attributes:
+      targets: TPU slices, of which one chip is compiled for, and `cuda`, which is only lowered for.
+      batch_size, heads, kv_heads, channels: B, H, K and C.
+      queries: of training.
+      keys: of training and of the cache.
+      layers: of the stacked cache, one of which is read where it lies.
+      nodes: of the draft tree.
+      kept: blocks of 128 rows that `sparse_decode` keeps.
+      dtype: of queries, keys and values.
+    """
+
+    targets: tuple[Target, ...] = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'cuda')
+    batch_size: int = 1
+    heads: int = 32
+    kv_heads: int = 8
+    channels: int = 128
+    queries: int = 32_768
+    keys: int = 32_768
+    layers: int = 4
+    nodes: int = 64
+    kept: int = 32
+    dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f'--heads {self.heads}: no multiple of --kv-heads {self.kv_heads}')
+        if self.keys < max(self.queries, self.nodes, 128 * self.kept):
+            raise ValueError(f'--keys {self.keys}: fewer than queries, nodes or kept rows')
+
+
+SCALES = {
+    'real': Config(),
+    'tiny': Config(('cuda',), 1, 4, 2, 64, 256, 512, 2, 8, 2),
+}

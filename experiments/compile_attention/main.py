@@ -1,0 +1,158 @@
+"""Compiles each kernel, through `lm.attention`, for one chip of each target."""
+
+import functools
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+)
+
+from experiments import report
+from experiments.compile_attention.config import Config
+from experiments.plan import chips
+from experiments.plan import compile as ahead
+from experiments.report import Column
+from lm import attention as attention_lib
+from lm import mesh as mesh_lib
+from lm.kernels.mask import Mask
+from lm.kernels.sparse import SparseIndex
+
+COLUMNS = [
+    Column('kernel', ''),
+    Column('target', ''),
+    Column('seconds', 'compiled in s', '.1f'),
+    Column('arguments', 'arguments MiB', '.1f'),
+    Column('temporaries', 'temporaries MiB', '.1f'),
+    Column('calls', 'kernels', '.0f'),
+]
+
+
+def main(config: Config, out: epath.Path) -> dict[str, float]:
+    """Prints the table; returns the metrics.
+
+    Raises:
+      ValueError: the compiler is not installed.
+      RuntimeError: a kernel was compiled without being a kernel.
+    """
+    del out
+    rows = [row for target in config.targets for row in compile_for(config, target)]
+    report.table(
+        rows, COLUMNS,
+        f'{config.dtype}, B {config.batch_size}, H {config.heads}, K {config.kv_heads}, '
+        f'C {config.channels}, {config.keys} keys, tree of {config.nodes}; CUDA is lowered, '
+        'not compiled',
+    )  # fmt: skip
+    metrics = {}
+    for row in rows:
+        for field in ('seconds', 'temporaries', 'calls'):
+            if row[field] is not None:
+                key = report.key(field, row['kernel'], target=row['target'].partition(':')[0])
+                metrics[key] = row[field]
+    return metrics
+
+
+def compile_for(config: Config, target: str) -> list[dict[str, Any]]:
+    """Returns a row of the table for each kernel.
+
+    Raises:
+      RuntimeError: a program holds no kernel of the target.
+    """
+    sharding, name, use = None, 'triton', _any_gpu()
+    if target != 'cuda':
+        chip = np.asarray(ahead.devices(chips.parse(target))[:1]).reshape(1, 1)
+        mesh = Mesh(chip, mesh_lib.AXES, axis_types=(AxisType.Auto,) * 2)
+        sharding, name, use = NamedSharding(mesh, PartitionSpec()), 'mosaic', jax.set_mesh(mesh)
+    with use:
+        return [
+            _compile(kernel, function, operands, target, sharding)
+            for kernel, (function, operands) in functions(config, name).items()
+        ]
+
+
+def _any_gpu() -> AbstractContextManager[Any]:
+    """Returns a context that lowers for a GPU, where there is none."""
+    device = AbstractDevice('NVIDIA H100', 1, 'gpu')
+    mesh = AbstractMesh((1, 1), mesh_lib.AXES, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+def _compile(kernel, function, operands, target, sharding) -> dict[str, Any]:
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), operands
+    )
+    begin = time.monotonic()
+    row: dict[str, Any] = {'kernel': kernel, 'target': target}
+    traced = jax.jit(function).trace(*placed)
+    if target == 'cuda':
+        text = traced.lower(lowering_platforms=('cuda',)).as_text()
+        row |= {'arguments': None, 'temporaries': None, 'calls': text.count('xla.gpu.triton')}
+    else:
+        compiled = traced.lower().compile()
+        memory, text = compiled.memory_analysis(), compiled.as_text() or ''
+        assert memory is not None
+        row |= {
+            'arguments': memory.argument_size_in_bytes / 2**20,
+            'temporaries': memory.temp_size_in_bytes / 2**20,
+            'calls': text.count('custom_call_target="tpu_custom_call"'),
+        }
+    if not row['calls']:
+        raise RuntimeError(f'{kernel} for {target}: compiled to XLA, no kernel is called')
+    row['seconds'] = time.monotonic() - begin
+    print(f'{kernel} for {target}: {row["seconds"]:.1f} s', flush=True)
+    return row
+
+
+def functions(config: Config, name: str) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+    """Returns each kernel as a function of abstract arrays, and these."""
+    b, h, n_kv, c = config.batch_size, config.heads, config.kv_heads, config.channels
+    s, t = config.keys, config.nodes
+    dtype = jnp.dtype(config.dtype)
+
+    def array(*shape: int, dtype=jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def queries(n: int) -> Any:
+        return array(b, n, h, c, dtype=dtype)
+
+    new, stack = array(b, n_kv, s, c, dtype=dtype), array(config.layers, b, n_kv, s, c, dtype=dtype)
+    packed = Mask(array(b, config.queries), array(b, 1, s), array(b, config.queries), array(b, s),
+                  window=array())  # fmt: skip
+    cached = Mask(array(b, 1), array(b, n_kv, s), length=array(b), window=array())
+    tree = Mask(array(b, t), array(b, n_kv, s), length=array(b), ancestors=array(b, t, -(-t // 32)))
+    index = SparseIndex(array(b, n_kv), array(b, n_kv, config.kept), array(b, n_kv, config.kept, 4))
+    settings = {'implementation': name, 'scale': c**-0.5}
+    attend: Any = functools.partial(attention_lib.attention, **settings)
+    sums: Any = functools.partial(attention_lib.column_sums, **settings)
+    sparse: Any = functools.partial(attention_lib.sparse_decode, **settings)
+
+    def backward(q, k, v, mask, cotangent):
+        return jax.vjp(lambda *x: attend(*x, mask), q, k, v)[1](cotangent)
+
+    def at_layer(function):
+        return lambda *operands: function(*operands[:-1], layer=operands[-1])
+
+    long, lse, counted = queries(config.queries), array(b, t, h, dtype=jnp.float32), array(b, t)
+    return {
+        'flash': (attend, (long, new, new, packed)),
+        'flash_backward': (backward, (long, new, new, packed, long)),
+        'decode': (at_layer(attend), (queries(1), stack, stack, cached, array())),
+        'tree': (at_layer(attend), (queries(t), stack, stack, tree, array())),
+        'column_sums': (
+            at_layer(lambda q, k, lse, mask, rows, layer: sums(q, k, lse, mask, rows > 0,
+                                                              layer=layer)),
+            (queries(t), stack, lse, tree, counted, array()),
+        ),
+        'sparse_decode': (at_layer(sparse), (queries(1), stack, stack, index, array())),
+    }  # fmt: skip
