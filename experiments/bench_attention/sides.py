@@ -119,57 +119,59 @@ def _training(config: Config, x: Inputs, length: int, scale: float) -> list[Side
     if _fits(config, length, length, copies=4):
         found += [Side('forward', 'by hand', jax.jit(hand), operands),
                   Side('training', 'by hand', step(hand), operands)]  # fmt: skip
+    own = (x.q_BLHC, x.k_BKSC.swapaxes(1, 2), x.v_BKSC.swapaxes(1, 2))
     for name, attend in _public(scale).items():
-        found += [Side('forward', name, jax.jit(attend), operands),
-                  Side('training', name, step(attend), operands)]  # fmt: skip
+        found += [Side('forward', name, jax.jit(attend), own),
+                  Side('training', name, step(attend), own)]  # fmt: skip
     return found
 
 
 def _public(scale: float) -> dict[str, Callable[..., jax.Array]]:
-    """Returns public kernels for causal attention that run on this device."""
+    """Returns public kernels for causal attention that run on this device; keys `[B, S, K, C]`."""
     if jax.default_backend() != 'gpu':
         return {}
 
     def cudnn(q, k, v):
         return jax.nn.dot_product_attention(
-            q, k.swapaxes(1, 2), v.swapaxes(1, 2), scale=scale, is_causal=True,
-            implementation='cudnn',
-        )  # fmt: skip
+            q, k, v, scale=scale, is_causal=True, implementation='cudnn'
+        )
 
     found: dict[str, Callable[..., jax.Array]] = {'cudnn': cudnn}
     if importlib.util.find_spec('tokamax'):
         import tokamax
 
         def tokamax_attention(q, k, v):
-            return tokamax.dot_product_attention(
-                q, k.swapaxes(1, 2), v.swapaxes(1, 2), scale=scale, is_causal=True
-            )
+            return tokamax.dot_product_attention(q, k, v, scale=scale, is_causal=True)
 
         found['tokamax'] = tokamax_attention
     return found
 
 
 def _cached(config, x: Inputs, length, scale, task, q_BLHC, mask: Mask) -> list[Side]:
-    operands = (q_BLHC, x.k_BKSC, x.v_BKSC, mask)
+    # as in a model: one layer of a stack of caches
+    k, v = (jnp.stack([rows, rows]) for rows in (x.k_BKSC, x.v_BKSC))
+    operands = (q_BLHC, k, v, mask, jnp.asarray(1))
 
-    def ours(q, k, v, mask):
-        return attention_lib.attention(q, k, v, mask, scale=scale)
+    def ours(q, k, v, mask, layer):
+        return attention_lib.attention(q, k, v, mask, layer=layer, scale=scale)
 
-    def dense(q, k, v, mask):
-        return by_hand(q, k, v, visible(mask)[:, :, None])
+    def dense(q, k, v, mask, layer):
+        return by_hand(q, k[layer], v[layer], visible(mask)[:, :, None])
 
     found = [Side(task, 'ours', jax.jit(ours), operands)]
     if _fits(config, q_BLHC.shape[1], length, copies=2):
         found.append(Side(task, 'by hand', jax.jit(dense), operands))
     if task == 'decode' and jax.default_backend() == 'gpu':
 
-        def cudnn(q, k, v, mask):
+        def cudnn(q, k_BSKC, v_BSKC, length):
             return jax.nn.dot_product_attention(
-                q, k.swapaxes(1, 2), v.swapaxes(1, 2), scale=scale, implementation='cudnn',
-                query_seq_lengths=jnp.ones_like(mask.length), key_value_seq_lengths=mask.length,
+                q, k_BSKC, v_BSKC, scale=scale, implementation='cudnn',
+                query_seq_lengths=jnp.ones_like(length), key_value_seq_lengths=length,
             )  # fmt: skip
 
-        found.append(Side(task, 'cudnn', jax.jit(cudnn), operands))
+        # in its own layout, as its users would keep their caches
+        own = (q_BLHC, x.k_BKSC.swapaxes(1, 2), x.v_BKSC.swapaxes(1, 2), mask.length)
+        found.append(Side(task, 'cudnn', jax.jit(cudnn), own))
     return found
 
 
