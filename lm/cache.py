@@ -42,22 +42,29 @@ def write_positions(cache: Cache, positions_BL: jax.Array) -> Cache:
 
     Rows past the end of the cache are dropped: the caller allocates enough.
     """
-    b, l = positions_BL.shape
-    rows_BL = cache.length_B[:, None] + jnp.arange(l)
-    batch = jnp.arange(b)[:, None]
-    position_NBKS = cache.position_NBKS.at[:, batch, :, rows_BL].set(
-        positions_BL[:, :, None, None], mode='drop'
+    l = positions_BL.shape[1]
+    rows = _rows(cache.length_B[:, None] + jnp.arange(l), cache.position_NBKS.shape[2])
+    position_NBKS = cache.position_NBKS.at[(slice(None), *rows)].set(
+        positions_BL[:, None], mode='drop'
     )
     return dataclasses.replace(cache, position_NBKS=position_NBKS, length_B=cache.length_B + l)
 
 
 def write(rows_NBKSC: jax.Array, layer: jax.Array | int, start_B: jax.Array, new_BKLC: jax.Array):
     """Returns `rows_NBKSC` with `new_BKLC` written at rows `start_B + [0, L)` of one layer."""
-    b, _, l, _ = new_BKLC.shape
-    rows_BL = start_B[:, None] + jnp.arange(l)
-    batch = jnp.arange(b)[:, None]
-    new_BLKC = new_BKLC.swapaxes(1, 2).astype(rows_NBKSC.dtype)
-    return rows_NBKSC.at[layer, batch, :, rows_BL].set(new_BLKC, mode='drop')
+    rows_BL = start_B[:, None] + jnp.arange(new_BKLC.shape[2])
+    new_BKLC = new_BKLC.astype(rows_NBKSC.dtype)
+    return rows_NBKSC.at[(layer, *_rows(rows_BL, new_BKLC.shape[1]))].set(new_BKLC, mode='drop')
+
+
+def _rows(rows_BL: jax.Array, kv_heads: int) -> tuple[jax.Array, ...]:
+    """Returns indices of rows for axes B, K and S, of which the result is `[B, K, L]`.
+
+    Every axis is indexed: with a slice between, XLA scatters in another layout than the TPU kernels
+    read, and copies the whole stack on the way in and out.
+    """
+    b = rows_BL.shape[0]
+    return jnp.arange(b)[:, None, None], jnp.arange(kv_heads)[:, None], rows_BL[:, None]
 
 
 def keep(cache: Cache, start_B: jax.Array, rows_BM: jax.Array, count_B: jax.Array) -> Cache:
@@ -71,14 +78,15 @@ def keep(cache: Cache, start_B: jax.Array, rows_BM: jax.Array, count_B: jax.Arra
       rows_BM: int32, nodes of the path, counted from `start_B`; at least `count_B` of them matter.
       count_B: int32, at most M.
     """
+    kv_heads, rows = cache.position_NBKS.shape[2:]
     m = rows_BM.shape[1]
-    batch = jnp.arange(rows_BM.shape[0])[:, None]
-    source = start_B[:, None] + rows_BM
-    target = start_B[:, None] + jnp.arange(m)
-    target = jnp.where(jnp.arange(m) < count_B[:, None], target, cache.position_NBKS.shape[-1])
+    target_BM = start_B[:, None] + jnp.arange(m)
+    target_BM = jnp.where(jnp.arange(m) < count_B[:, None], target_BM, rows)
+    source = (slice(None), *_rows(start_B[:, None] + rows_BM, kv_heads))
+    target = (slice(None), *_rows(target_BM, kv_heads))
 
     def move(rows):
-        return rows.at[:, batch, :, target].set(rows[:, batch, :, source], mode='drop')
+        return rows.at[target].set(rows[source], mode='drop')
 
     return Cache(
         move(cache.k_NBKSC), move(cache.v_NBKSC), move(cache.position_NBKS), start_B + count_B

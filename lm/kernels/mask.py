@@ -17,7 +17,8 @@ class Mask:
 
     Attributes:
       query_position: int32 `[B, L]`.
-      key_position: int32 `[B, K or 1, S]`; negative marks a row that holds no key.
+      key_position: int32 `[B, K or 1, S]`; negative marks a row that holds no key. Without
+        `length`, keys and values there still have to be finite.
       query_segment, key_segment: int32 `[B, L]`, `[B, S]`: equal ones see each other.
       length: int32 `[B]`: rows in use of a cache; what lies behind is never read, NaN or not.
       ancestors: int32 `[B, L, ceil(nodes / 32)]`: which nodes of a draft tree each query sees,

@@ -7,7 +7,7 @@ the dtype they are given. With `layer`, `k` and `v` are stacked caches `[N, B, K
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.mask import Mask, visible
+from lm.kernels.mask import Mask, key_rows, visible
 from lm.kernels.sparse import SparseIndex, kept_rows
 
 NOTHING = -1e30  # instead of -inf: a query that sees no key must not become NaN
@@ -26,8 +26,8 @@ def attention(
     """See `reference.attention`; the result has the dtype of `q`, the LSE is f32."""
     k, v = _layer(k, layer), _layer(v, layer)
     if mask.length is not None:
-        used_BS = jnp.arange(v.shape[2]) < mask.length[:, None]
-        v = _silenced(v, used_BS[:, None])
+        held_BKS = key_rows(mask)
+        k, v = _silenced(k, held_BKS), _silenced(v, held_BKS)
     return _attend(q_BLHC, k, v, visible(mask), scale, softcap)
 
 
@@ -44,7 +44,7 @@ def sparse_decode(
     """See `reference.sparse_decode`."""
     k, v = _layer(k, layer), _layer(v, layer)
     kept_BKS = kept_rows(index, k.shape[2])
-    v = _silenced(v, kept_BKS)
+    k, v = _silenced(k, kept_BKS), _silenced(v, kept_BKS)
     return _attend(q_BLHC, k, v, kept_BKS[:, :, None], scale, softcap)
 
 
@@ -73,12 +73,13 @@ def _layer(rows: jax.Array, layer: jax.Array | int | None) -> jax.Array:
     return rows if layer is None else rows[layer]
 
 
-def _silenced(v_BKSC: jax.Array, used_BKS: jax.Array) -> jax.Array:
-    """Returns values with zeros in rows not in use: a weight of 0 does not silence a NaN.
+def _silenced(rows_BKSC: jax.Array, held_BKS: jax.Array) -> jax.Array:
+    """Returns rows of a cache with zeros where no key is held: 0 x NaN is NaN.
 
-    Where a layer is taken out of a stack, the select is part of that copy.
+    A weight of 0 silences no value, and a logit's gradient of 0 no key. Where a layer is taken out
+    of a stack, the select is part of that copy.
     """
-    return jnp.where(used_BKS[..., None], v_BKSC, 0)
+    return jnp.where(held_BKS[..., None], rows_BKSC, 0)
 
 
 def _precision(x: jax.Array) -> jax.lax.Precision | None:

@@ -1,7 +1,10 @@
-"""The TPU compiler takes every kernel, and whole steps on a mesh of chips that call them.
+"""The TPU compiler takes every kernel, and whole steps that call them and copy no cache.
 
 Run by `make test-tpu`; needs libtpu and no TPU.
 """
+
+import dataclasses
+import re
 
 import jax
 import pytest
@@ -45,3 +48,22 @@ def test_a_step_on_a_mesh_calls_the_kernels(step):
     with jax.set_mesh(mesh):
         text = made.function.lower(*made.arguments).compile().as_text()
     assert 'custom_call_target="tpu_custom_call"' in text
+
+
+# on the mesh, what is gathered of a layer's parameters comes on top
+@pytest.mark.parametrize(
+    ('topology', 'mesh', 'temporaries'),
+    [('v6e:1x1', None, 8 * 2**20), ('v5e:2x2', 'data=2,model=2', 256 * 2**20)],
+)
+def test_a_decode_step_reads_its_cache_where_it_lies(topology, mesh, temporaries):
+    config = PlanConfig('llama3_8b', topology, 'decode', batch=8, length=2048, mesh=mesh)
+    model = dataclasses.replace(steps.model_config(config), n_layers=2, vocab_size=1024)
+    chip_mesh = mesh_lib.make(mesh, ahead.devices(chips.parse(topology)))
+    made = steps.make(config, model, chip_mesh)
+    with jax.set_mesh(chip_mesh):
+        compiled = made.function.lower(*made.arguments).compile()
+    cache = made.parts['cache'].k_NBKSC
+    n, b, k, s, c = cache.sharding.shard_shape(cache.shape)
+    copies = re.findall(rf'= bf16\[(?:{n},)?{b},{k},{s},{c}\]\S* copy\(', compiled.as_text())
+    assert not copies
+    assert compiled.memory_analysis().temp_size_in_bytes < temporaries
