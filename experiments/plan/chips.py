@@ -3,7 +3,9 @@
 Peak rates and links are Google's published ones, per chip: cloud.google.com/tpu/docs/v4, v5e, v5p
 and v6e, "System architecture". They give inter-chip bandwidth over all links and both directions
 (v5e 400 GB/s over 4 links, v5p 1,200 GB/s over 6, v6e 800 GB/s over 4); v4 has 6 links of 50 GB/s
-each way (Jouppi et al. 2023, "TPU v4", table 4). Memory is what a program may use: libtpu's
+each way (Jouppi et al. 2023, "TPU v4", table 4). The largest grids are the pods of the same pages:
+v4 4,096 chips, v5p 8,960 (of which Google Cloud joins up to 16x16x24 = 6,144 in one slice), v5e and
+v6e 256, whose links are fixed: no side is past 16. Memory is what a program may use: libtpu's
 compiler names that limit, a little under the chip's, when it refuses a program. `cpu` has nominal
 round figures, of no machine.
 """
@@ -26,6 +28,7 @@ class Chip(NamedTuple):
       link_bandwidth: bytes/s of one inter-chip link, one way.
       dimensions: of the torus; two links each.
       ring: a side of a slice closes to a ring where its length is a multiple of this.
+      largest: chips along each side of the largest slice.
     """
 
     name: str
@@ -35,14 +38,15 @@ class Chip(NamedTuple):
     link_bandwidth: float
     dimensions: int
     ring: int
+    largest: tuple[int, ...]
 
 
 CHIPS = (
-    Chip('v4', 30.75 * GIB, 275e12, 1200e9, 50e9, 3, 4),
-    Chip('v5e', 15.75 * GIB, 197e12, 819e9, 50e9, 2, 16),
-    Chip('v5p', 95.74 * GIB, 459e12, 2765e9, 100e9, 3, 4),
-    Chip('v6e', 31.25 * GIB, 918e12, 1638e9, 100e9, 2, 16),
-    Chip('cpu', 16 * GIB, 1e11, 20e9, 5e9, 1, 2),
+    Chip('v4', 30.75 * GIB, 275e12, 1200e9, 50e9, 3, 4, (16, 16, 16)),
+    Chip('v5e', 15.75 * GIB, 197e12, 819e9, 50e9, 2, 16, (16, 16)),
+    Chip('v5p', 95.74 * GIB, 459e12, 2765e9, 100e9, 3, 4, (16, 20, 28)),
+    Chip('v6e', 31.25 * GIB, 918e12, 1638e9, 100e9, 2, 16, (16, 16)),
+    Chip('cpu', 16 * GIB, 1e11, 20e9, 5e9, 1, 2, (1024,)),
 )
 
 
@@ -72,7 +76,7 @@ def parse(text: str) -> Topology:
     """Returns the slice called, say, `v5e:4x4`, `v5p:2x2x4` or `cpu:8`.
 
     Raises:
-      ValueError: an unknown chip, or a shape that it does not come in.
+      ValueError: an unknown chip, or a shape that it does not come in, or a larger slice than any.
     """
     name, _, sides = text.partition(':')
     known = {chip.name: chip for chip in CHIPS}
@@ -86,7 +90,16 @@ def parse(text: str) -> Topology:
     shape = [int(side) for side in sides.split('x')] if re.fullmatch(r'\d+(x\d+)*', sides) else []
     if len(shape) != chip.dimensions or min(shape) < 1:
         raise ValueError(f'--topology {text!r}: {name} slices are written {name}:{form}')
-    return Topology(chip, tuple(shape))
+    topology = Topology(chip, tuple(shape))
+    # three-dimensional slices are put together from cubes, so that only their number is limited
+    largest = Topology(chip, chip.largest)
+    past = chip.dimensions < 3 and max(shape) > max(chip.largest)
+    if past or topology.devices > largest.devices:
+        raise ValueError(
+            f'--topology {text!r}: the largest {name} slice is {largest.name}, '
+            f'{largest.devices} devices'
+        )
+    return topology
 
 
 def axis_bandwidth(topology: Topology, sizes: dict[str, int]) -> dict[str, float]:

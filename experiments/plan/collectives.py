@@ -16,7 +16,6 @@ from experiments.plan import hlo
 from experiments.plan.hlo import Instruction
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
-_ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
 _ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'
 
 
@@ -116,7 +115,7 @@ def _collective(
 ) -> tuple[Collective, tuple[str, ...]]:
     kind = _kind(instruction)
     assert kind is not None
-    arrays = [_bytes(match) for match in _ARRAY.finditer(instruction.type)]
+    arrays = hlo.array_bytes(instruction.type)
     remarks: tuple[str, ...] = ()
     named = re.search(r'\bop_name="([^"]*)"', instruction.rest)
     source = named[1] if named else ''
@@ -140,11 +139,6 @@ def _collective(
     if kind == 'reduce-scatter':
         size *= devices
     return Collective(kind, size, devices, _axis(read_groups, model), 1, source), remarks
-
-
-def _bytes(array: re.Match[str]) -> float:
-    bits = int(array[2]) if array[2] else 8
-    return bits / 8 * math.prod(int(d) for d in array[3].split(',') if d)
 
 
 def _axis(groups: np.ndarray, model: int) -> str:

@@ -13,9 +13,10 @@ import jax.extend
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from experiments.plan import collectives
+from experiments.plan import collectives, hlo
 from experiments.plan.chips import GIB, Topology
 from experiments.plan.collectives import Program
+from experiments.plan.hlo import Copy
 from experiments.plan.steps import Step
 
 # libtpu looks for the chips of the host that it runs on, and complains where there are none; and
@@ -37,6 +38,7 @@ class Compiled(NamedTuple):
       temporaries: all else at the peak, with results that take no argument's place.
       code: the program itself.
       program: its collectives.
+      copies: what it copies in the devices' memory, largest first.
       seconds: that compilation took.
     """
 
@@ -44,6 +46,7 @@ class Compiled(NamedTuple):
     temporaries: float
     code: float
     program: Program
+    copies: tuple[Copy, ...]
     seconds: float
 
     @property
@@ -137,6 +140,7 @@ def compile_step(step: Step, mesh: Mesh, label: str) -> Compiled | Refused:
         analysis.temp_size_in_bytes + new,
         analysis.generated_code_size_in_bytes,
         collectives.read(text, mesh.shape['data'], mesh.shape['model']),
+        hlo.copies(hlo.parse(text)),
         seconds,
     )
 
@@ -151,9 +155,17 @@ def refused(error: Exception, seconds: float) -> Refused:
     text = str(error)
     if 'RESOURCE_EXHAUSTED' not in text:
         raise error
-    line = text.splitlines()[0].removeprefix('RESOURCE_EXHAUSTED: ')
+    line = _what_ran_out(text.removeprefix('RESOURCE_EXHAUSTED: '))
     if 'hbm' not in line.lower():
         raise ValueError(line) from error
     used = re.search(r'(?:Used |\()([\d.]+)([KMG])', line)
     scale = {'K': 2**10, 'M': 2**20, 'G': GIB}
     return Refused(float(used[1]) * scale[used[2]] if used else None, line, seconds)
+
+
+def _what_ran_out(text: str) -> str:
+    """Returns the line that says it, which may stand below a name such as `E1001: ...Oom:`."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = next((line for line in lines if 'ran out of memory' in line.lower()), None)
+    # the whole instruction that asked for it stands between its name and the figures
+    return re.sub(r' = .*\}\. ', ': ', said) if said else ' '.join(lines[:2])

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$')
+_ARRAY = re.compile(r'\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]')
+_SOURCE = re.compile(r'\bop_name="([^"]*)"')
 _CALLEE = re.compile(r'\b(?:body|calls|true_computation|false_computation)=%?([\w.\-]+)')
 _BRANCHES = re.compile(r'\bbranch_computations=\{([^}]*)\}')
 
@@ -35,6 +37,20 @@ class Module(NamedTuple):
     computations: dict[str, list[Instruction]]
     instructions: dict[str, Instruction]
     entry: str
+
+
+class Copy(NamedTuple):
+    """An array that a program copies or transposes within the devices' main memory.
+
+    Attributes:
+      array: its type and shape, as in `bf16[8,128]`.
+      size: bytes on one device, without padding.
+      source: the operation or argument of the traced program that it serves.
+    """
+
+    array: str
+    size: float
+    source: str
 
 
 def parse(text: str) -> Module:
@@ -98,6 +114,37 @@ def trip_count(loop: Instruction, module: Module) -> int | None:
     first = _element(start, int(slot[1]), module) if start else None
     begin = (_constant(first.name, module) if first else None) or 0
     return max(math.ceil((limit - begin) / step), 0)
+
+
+def array_bytes(text: str) -> list[float]:
+    """Returns bytes of each array of an instruction's type."""
+    return [
+        (int(array[2]) if array[2] else 8) / 8 * math.prod(int(d) for d in array[3].split(',') if d)
+        for array in _ARRAY.finditer(text)
+    ]
+
+
+def copies(module: Module) -> tuple[Copy, ...]:
+    """Returns what a program copies in the devices' main memory, largest first.
+
+    Those that are fused into other work need no memory, nor do those to the memory beside the
+    cores (`S(1)`).
+    """
+    instructions = module.instructions.values()
+    fused = {name for i in instructions if i.opcode == 'fusion' for name in callees(i)}
+    found = []
+    for name, body in module.computations.items():
+        for instruction in body if name not in fused else []:
+            last = instruction
+            if instruction.opcode == 'fusion':
+                last = (module.computations.get(callees(instruction)[0]) or [instruction])[-1]
+            layout = instruction.type.partition('}')[0]
+            array = _ARRAY.search(layout)
+            if last.opcode in ('copy', 'copy-start', 'transpose') and array and 'S(' not in layout:
+                source = _SOURCE.search(instruction.rest)
+                size = array_bytes(array[0])[0]
+                found.append(Copy(array[0], size, source[1] if source else instruction.name))
+    return tuple(sorted(found, key=lambda copy: -copy.size))
 
 
 def _element(instruction: Instruction, index: int, module: Module) -> Instruction | None:

@@ -10,11 +10,11 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from experiments import language_model
-from experiments.plan.config import Config
+from experiments.plan.config import PRESETS, Config
 from lm import cache as cache_lib
 from lm import mesh as mesh_lib
 from lm import optimizer as optimizer_lib
-from lm import params, presets, train, transformer
+from lm import params, train, transformer
 from lm.cache import Cache
 from lm.config import Config as ModelConfig
 
@@ -30,11 +30,13 @@ class Step(NamedTuple):
       arguments: pytrees of `jax.ShapeDtypeStruct` with shardings.
       parts: what of the arguments stays on the devices between steps, by name: `params`,
         `optimizer`, `cache`.
+      batch: what of them is new in each step, by name.
     """
 
     function: jax.stages.Wrapped
     arguments: tuple[Any, ...]
     parts: dict[str, Any]
+    batch: dict[str, Any]
 
 
 def model_config(config: Config) -> ModelConfig:
@@ -42,18 +44,8 @@ def model_config(config: Config) -> ModelConfig:
 
     Parameters are f32 for training, whose small updates bf16 would round away, and bf16 for
     decoding, unless the config names their dtype.
-
-    Raises:
-      ValueError: the preset is unknown, or the length is past what the model is made for.
     """
-    known = {preset.__name__: preset for preset in presets.PRESETS}
-    if config.preset not in known:
-        raise ValueError(f'--preset {config.preset!r}: unknown; there are {", ".join(known)}')
-    model = known[config.preset]()
-    if config.length > model.max_length:
-        raise ValueError(
-            f'--length {config.length}: {config.preset} is made for {model.max_length} positions'
-        )
+    model = PRESETS[config.preset]()
     default = 'float32' if config.step == 'train' else 'bfloat16'
     return dataclasses.replace(model, dtype='bfloat16', param_dtype=config.param_dtype or default)
 
@@ -97,7 +89,7 @@ def _train(model: ModelConfig, batch: int, length: int, mesh: Any) -> Step:
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
     )
-    return Step(function, (state, inputs), {'params': weights, 'optimizer': opt_state})
+    return Step(function, (state, inputs), {'params': weights, 'optimizer': opt_state}, inputs)
 
 
 def _decode(model: ModelConfig, batch: int, length: int, mesh: Any) -> Step:
@@ -111,7 +103,8 @@ def _decode(model: ModelConfig, batch: int, length: int, mesh: Any) -> Step:
     function = jax.jit(
         step, donate_argnums=2, out_shardings=(None, jax.tree.map(lambda x: x.sharding, cache))
     )
-    return Step(function, (weights, tokens, cache), {'params': weights, 'cache': cache})
+    parts = {'params': weights, 'cache': cache}
+    return Step(function, (weights, tokens, cache), parts, {'tokens': tokens})
 
 
 def cache_arrays(model: ModelConfig, batch: int, rows: int, mesh: Mesh | AbstractMesh) -> Cache:

@@ -15,6 +15,8 @@ from experiments.plan.steps import Step
 from experiments.report import Column
 
 LARGEST = 6  # collectives that are shown one by one
+_EXCESS, _EXCESS_BYTES = 1.25, 2**28  # of compiled over counted memory, past which a note says so
+_COPIES = 3  # that such a note names
 
 
 def memory(
@@ -46,7 +48,8 @@ def memory(
         Column('counted', 'counted', '.4g'),
         Column('compiled', 'compiled', '.4g'),
     ]
-    report.table(rows, columns, 'Memory')
+    columns = columns if result else columns[:-1]
+    report.table(rows, columns, 'Memory', _excess(counted.total, result))
     if made is not None:
         for name in ('arguments', 'temporaries', 'code', 'total'):
             metrics[report.key('bytes_per_device', f'compiled_{name}')] = getattr(made, name)
@@ -57,6 +60,22 @@ def memory(
     if isinstance(result, Refused):
         line += f'; the compiler says: {result.reason}'
     return line, metrics | {report.key('fits', 'step'): float(fits)}
+
+
+def _excess(counted: float, result: Compiled | Refused | None) -> list[str]:
+    """Returns a line where a program needs much more than is counted, with its largest copies."""
+    total = result.total if result else None
+    if total is None or total <= max(_EXCESS * counted, counted + _EXCESS_BYTES):
+        return []
+    excess = total - counted
+    line = f'compiled, it needs {excess / GIB:.4g} GiB more than counted, '
+    line += f'{total / counted:.3g} times as much: something is off'
+    # the rest is not among the causes
+    copies = [c for c in getattr(result, 'copies', ())[:_COPIES] if c.size > excess / 10]
+    if copies:
+        named = [f'{copy.array}, {copy.size / GIB:.3g} GiB ({copy.source})' for copy in copies]
+        line += f'; its largest copies: {"; ".join(named)}'
+    return [line]
 
 
 def _gib(size: float | None) -> float | None:
@@ -179,11 +198,9 @@ def _largest(result: Compiled) -> None:
 
 
 def shardings(step: Step) -> None:
-    """Prints how each leaf of the parameters and of the cache is cut."""
-    rows = []
-    for part in ('params', 'cache'):
-        leaves = jax.tree_util.tree_leaves_with_path(step.parts.get(part, {}))
-        rows += [_sharding_row(part, path, leaf) for path, leaf in leaves]
+    """Prints how each leaf of the arguments is cut; the optimizer's moments in one row each."""
+    trees = (*step.parts.items(), ('batch', step.batch))
+    rows = [row for part, tree in trees for row in _sharding_rows(part, tree)]
     columns = [
         Column('name', 'leaf'),
         Column('shape', 'shape'),
@@ -192,17 +209,34 @@ def shardings(step: Step) -> None:
         Column('shard', 'shape on a device'),
         Column('mib', 'MiB on a device', '.4g'),
     ]
-    notes = ["AdamW's two moments lie as their parameters"] if 'optimizer' in step.parts else []
-    report.table(rows, columns, 'Sharding of each leaf', notes)
+    report.table(rows, columns, 'Sharding of each leaf')
 
 
-def _sharding_row(part: str, path: Any, leaf: Any) -> dict[str, Any]:
-    names = [str(getattr(key, 'key', getattr(key, 'name', key))) for key in path]
+def _sharding_rows(part: str, tree: Any) -> list[dict[str, Any]]:
+    rows = []
+    moments: defaultdict[str, list[Any]] = defaultdict(list)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        names = [str(getattr(key, 'key', getattr(key, 'name', key))) for key in path]
+        moment = {'mu', 'nu'} & set(names) if part == 'optimizer' else set()
+        if moment:
+            moments[moment.pop()].append(leaf)
+        else:
+            rows.append(_sharding_row('.'.join([part, *names]), leaf))
+    like = 'as params'  # so steps.make places them
+    for name, leaves in moments.items():
+        rows.append({
+            'name': f'{part}.{name}', 'shape': like, 'dtype': leaves[0].dtype.name, 'cut': like,
+            'shard': like, 'mib': costs_lib.bytes_per_device(leaves) / 2**20,
+        })  # fmt: skip
+    return rows
+
+
+def _sharding_row(name: str, leaf: Any) -> dict[str, Any]:
     cut = [f'{i}: {axis}' for i, axis in enumerate(leaf.sharding.spec)
            if axis and leaf.sharding.mesh.shape[axis] > 1]  # fmt: skip
     shard: tuple[int, ...] = leaf.sharding.shard_shape(leaf.shape)
     return {
-        'name': '.'.join([part, *names]),
+        'name': name,
         'shape': ' x '.join(map(str, leaf.shape)),
         'dtype': leaf.dtype.name,
         'cut': ', '.join(cut) or 'replicated',

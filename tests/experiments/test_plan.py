@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import run
-from experiments.plan import chips, compile, costs, steps, sweep
+from experiments.plan import chips, compile, costs, hlo, steps, sweep, tables
+from experiments.plan.collectives import Program
 from experiments.plan.config import Config
 from lm import mesh as mesh_lib
 from lm import params, presets
@@ -125,16 +126,27 @@ def test_bandwidth_of_an_axis():
     }  # fmt: skip
 
 
+def test_the_largest_slices_are_known():
+    for chip in chips.CHIPS:
+        largest = chips.Topology(chip, chip.largest)
+        assert len(chip.largest) == chip.dimensions and chips.parse(largest.name) == largest
+    assert chips.parse('v4:4x4x256').devices == 4096  # cubes go together in any shape
+
+
 @pytest.mark.parametrize(
     ('arguments', 'code', 'line'),
     [
         (['--preset', 'llama9'], 2, "--preset 'llama9': there are tiny, m1_3m"),
         (['--topology', 'v9:2x2'], 2, "unknown chip 'v9'; there are v4, v5e, v5p, v6e, cpu"),
         (['--topology', 'v5p:2x2'], 2, 'v5p slices are written v5p:SIDExSIDExSIDE'),
-        (['--batch', '6', '--mesh', 'data=4,model=2'], 1, '--batch 6: expected a multiple of the'),
-        (['--mesh', 'data=3,model=2'], 1, 'data=3 x model=2, but 8 devices'),
-        (['--length', '4096'], 1, '--length 4096: tiny is made for 128 positions'),
+        (['--batch', '6', '--mesh', 'data=4,model=2'], 2, '--batch 6: expected a multiple of the'),
+        (['--batch', '6'], 2, '--batch 6: expected a multiple of the data=8 devices'),
+        (['--mesh', 'data=3,model=2'], 2, 'data=3 x model=2, but 8 devices'),
+        (['--length', '4096'], 2, '--length 4096: tiny is made for 128 positions'),
         (['--sweep', '--mesh', 'data=8'], 2, '--sweep tries every mesh'),
+        (['--topology', 'v5e:32x32'], 2, 'the largest v5e slice is v5e:16x16, 256 devices'),
+        (['--topology', 'v6e:8x32'], 2, 'the largest v6e slice is v6e:16x16, 256 devices'),
+        (['--topology', 'v5p:20x20x28'], 2, 'v5p:16x20x28, 8960 devices'),
     ],
 )
 def test_errors_are_one_line(arguments, code, line, tmp_path, capsys):
@@ -181,6 +193,58 @@ def test_a_refusal_for_memory_says_how_much():
     blocks = RuntimeError('RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem.\nmore')
     with pytest.raises(ValueError, match=r'vmem\.$'):
         compile.refused(blocks, 1.0)
+
+
+# the text of libtpu 0.0.42 for a kernel whose blocks are too large, its long middle cut
+VMEM = (
+    'RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\n'
+    'Ran out of memory in memory space vmem while allocating on stack for %tree.1 = '
+    '(bf16[1,8,4096,128]{3,2,1,0:T(8,128)(2,1)S(1)}, f32[1,8,1,4096]{3,2,1,0:T(1,128)S(1)}) '
+    'custom-call(%max.1, /*index=5*/%bitcast.56), custom_call_target="tpu_custom_call", '
+    'frontend_attributes={kernel_metadata={}}, metadata={op_name="jit(tree)/tree/pallas_call" '
+    'stack_frame_id=95}. Scoped allocation with size 68.94M and limit 48.00M exceeded scoped vmem '
+    'limit by 20.94M. It should not be possible to run out of scoped vmem - \n'
+    'See https://openxla.org/xla/errors/error_1001 for more details.'
+)
+
+
+def test_a_refusal_says_what_ran_out_though_a_code_stands_above_it():
+    with pytest.raises(ValueError, match=r'^Ran out .* vmem .* for %tree\.1: Scoped .* 68\.94M'):
+        compile.refused(RuntimeError(VMEM), 1.0)
+    text = 'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom:\nRan out of memory in hbm. Used 2G of 1G.'
+    assert compile.refused(RuntimeError(text), 1.0).total == 2 * 2**30
+    other = 'RESOURCE_EXHAUSTED: E9: Other:\n\nToo little of something.\nSee there.'
+    with pytest.raises(ValueError, match=r'^E9: Other: Too little of something\.$'):
+        compile.refused(RuntimeError(other), 1.0)
+
+
+@pytest.mark.parametrize(('times', 'said'), [(1.2, False), (3.0, True)])
+def test_memory_far_above_the_counted_is_said_with_its_copies(times, said, capsys):
+    counted = costs.Memory(2**30, 0, 0, 0, 0)
+    copies = (hlo.Copy('bf16[1024,2048,128]', 2**29, 'cache.k'), hlo.Copy('f32[8]', 32, 'x'))
+    result = compile.Compiled(2**30, (times - 1) * 2**30, 0, Program((), ()), copies, 1.0)
+    tables.memory(counted, result, chips.parse('v5e:2x2'))
+    printed = ' '.join(capsys.readouterr().out.split())
+    line = '2 GiB more than counted, 3 times as much: something is off; its largest copies: '
+    assert (line + 'bf16[1024,2048,128], 0.5 GiB (cache.k)' in printed) == said
+    assert 'f32[8]' not in printed and ('something is off' in printed) == said
+
+
+@pytest.mark.parametrize('step', ['train', 'decode'])
+def test_tables_without_compiling(step, tmp_path, capsys):
+    arguments = ['plan', '--scale', 'tiny', '--abstract', '--step', step, '--out', str(tmp_path)]
+    assert run.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert 'cpu has' in printed and 'compiled ' not in printed
+    leaves = {'train': ['optimizer.mu', 'optimizer.nu', 'batch.targets'],
+              'decode': ['cache.k_NBKSC', 'batch.tokens']}  # fmt: skip
+    assert all(leaf in printed for leaf in leaves[step])
+
+
+def test_a_sweep_at_tiny_scale(tmp_path, capsys):
+    arguments = ['plan', '--scale', 'tiny', '--sweep', '--abstract', '--out', str(tmp_path)]
+    assert run.main(arguments) == 0
+    assert 'best: --mesh data=' in capsys.readouterr().out
 
 
 def test_a_sweep_saves_its_plot_and_names_the_best(tmp_path, capsys):

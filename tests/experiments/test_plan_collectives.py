@@ -165,3 +165,35 @@ def test_operands_are_read_past_layouts():
     loop = module.instructions['while.1']
     assert loop in module.computations[module.entry]
     assert loop.operands() == ['start'] and hlo.callees(loop) == ['body']
+
+
+COPIES = """
+%fused (p: f32[4,8]) -> f32[8,4] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %turned = f32[8,4]{1,0} transpose(%p), dimensions={1,0}
+}
+
+%within (p: f32[4,8]) -> f32[] {
+  %p = f32[4,8]{1,0} parameter(0)
+  %copy.9 = f32[4,8]{0,1} copy(%p)
+  ROOT %sum = f32[] reduce(%copy.9), dimensions={0,1}
+}
+
+ENTRY %main (a: f32[4,8]) -> f32[] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %copy.1 = bf16[64,8]{1,0:T(8,128)(2,1)} copy(%a), metadata={op_name="cache.k"}
+  %copy.2 = f32[4,8]{1,0:T(8,128)S(1)} copy(%a)
+  %start = (f32[4,8]{1,0}, f32[4,8]{1,0:T(8,128)S(1)}, u32[]) copy-start(%copy.2)
+  %transpose_fusion = f32[8,4]{1,0} fusion(%a), kind=kLoop, calls=%fused
+  ROOT %y = f32[] fusion(%a), kind=kLoop, calls=%within
+}
+"""
+
+
+def test_copies_in_main_memory():
+    """Neither those fused into other work nor those to the memory beside the cores."""
+    assert hlo.copies(hlo.parse(COPIES)) == (
+        hlo.Copy('bf16[64,8]', 1024, 'cache.k'),
+        hlo.Copy('f32[4,8]', 128, 'start'),
+        hlo.Copy('f32[8,4]', 128, 'transpose_fusion'),
+    )
