@@ -5,14 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from lm import weights_first
 from lm.config import Config, RopeScaling
+from lm.params import Params
+from lm.weights_first import WeightsFirst
 
 
-def einsum(spec: str, x: jax.Array, w: jax.Array, out: DTypeLike | None = None) -> jax.Array:
+def einsum(
+    spec: str, x: jax.Array, w: jax.Array | WeightsFirst, out: DTypeLike | None = None
+) -> jax.Array:
     """Contracts activations with a matrix, in the activations' dtype; the result's may be wider.
 
     f32 means f32: accelerators would otherwise round the operands to bf16 or tf32.
     """
+    if isinstance(w, WeightsFirst):
+        return weights_first.products(x, w, out)[0]
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(
         spec, x, w.astype(x.dtype), precision=precision, preferred_element_type=out or x.dtype
@@ -35,22 +42,23 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def gated_mlp(
-    x_BLD: jax.Array,
-    w_gate_DF: jax.Array,
-    w_up_DF: jax.Array,
-    w_down_FD: jax.Array,
-    activation: str,
-) -> jax.Array:
+def project(x_BLD: jax.Array, p: Params, *names: str) -> list[jax.Array]:
+    """Returns the products `[B, L, ...]` of vectors with several matrices `[D, ...]` of a layer."""
+    joined = p.get(weights_first.join(names))
+    if joined is not None:
+        return weights_first.products(x_BLD, joined)
+    return [einsum('bld,d...->bl...', x_BLD, p[name]) for name in names]
+
+
+def gated_mlp(x_BLD: jax.Array, p: Params, activation: str) -> jax.Array:
     """Returns `(act(x gate) * (x up)) down` (Shazeer 2020, GLU variants)."""
     act = {
         'silu': jax.nn.silu,
         'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
         'relu': jax.nn.relu,
     }[activation]
-    gate_BLF = act(einsum('bld,df->blf', x_BLD, w_gate_DF))
-    up_BLF = einsum('bld,df->blf', x_BLD, w_up_DF)
-    return einsum('blf,fd->bld', gate_BLF * up_BLF, w_down_FD)
+    gate_BLF, up_BLF = project(x_BLD, p, 'w_gate_NDF', 'w_up_NDF')
+    return einsum('blf,fd->bld', act(gate_BLF) * up_BLF, p['w_down_NFD'])
 
 
 def rope_frequencies(config: Config) -> np.ndarray:

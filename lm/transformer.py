@@ -181,9 +181,7 @@ def block(p: Params, config: Config, x_BLD: jax.Array, attend: Any) -> tuple[jax
         return layers.rms_norm(x, p[name], config.norm_epsilon, config.unit_offset)
 
     y_BLD = norm(x_BLD, 'attention_norm_ND')
-    q_BLHC = layers.einsum('bld,dhc->blhc', y_BLD, p['wq_NDHC'])
-    k_BLKC = layers.einsum('bld,dkc->blkc', y_BLD, p['wk_NDKC'])
-    v_BLKC = layers.einsum('bld,dkc->blkc', y_BLD, p['wv_NDKC'])
+    q_BLHC, k_BLKC, v_BLKC = layers.project(y_BLD, p, 'wq_NDHC', 'wk_NDKC', 'wv_NDKC')
     if config.qkv_bias:
         q_BLHC += p['bq_NHC'].astype(q_BLHC.dtype)
         k_BLKC += p['bk_NKC'].astype(k_BLKC.dtype)
@@ -193,10 +191,7 @@ def block(p: Params, config: Config, x_BLD: jax.Array, attend: Any) -> tuple[jax
     out_BLHC, state = attend(q_BLHC, k_BLKC, v_BLKC)
     y_BLD = layers.einsum('blhc,hcd->bld', out_BLHC, p['wo_NHCD'])
     x_BLD += norm(y_BLD, 'post_attention_norm_ND') if config.post_norm else y_BLD
-    y_BLD = layers.gated_mlp(
-        norm(x_BLD, 'mlp_norm_ND'), p['w_gate_NDF'], p['w_up_NDF'], p['w_down_NFD'],
-        config.activation,
-    )  # fmt: skip
+    y_BLD = layers.gated_mlp(norm(x_BLD, 'mlp_norm_ND'), p, config.activation)
     x_BLD += norm(y_BLD, 'post_mlp_norm_ND') if config.post_norm else y_BLD
     return x_BLD, state
 

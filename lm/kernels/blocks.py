@@ -34,15 +34,21 @@ class BlockSizes:
                 raise ValueError(f'BlockSizes.{field.name}: {value}; expected at least 1')
 
 
-def check(kernel: str, sizes: BlockSizes, memory: str, needed: int, limit: int) -> None:
-    """Refuses block sizes that need more of a memory than there is.
+def check(kernel: str, work: str, memory: str, needed: int, limit: int, advice: str) -> None:
+    """Refuses what needs more of a memory than there is.
+
+    Args:
+      kernel: its name, for the message.
+      work: what needs the memory, in the sizes that the kernel really uses.
+      memory: its name.
+      needed, limit: bytes.
+      advice: what to change: larger blocks need more vector memory, and less scalar memory.
 
     Raises:
-      ValueError: in one line, with what is needed, what there is, and what to make smaller.
+      ValueError: in one line, with what is needed, what there is, and the advice.
     """
     if needed > limit:
         raise ValueError(
-            f'{kernel}: blocks of {sizes.query} queries and {sizes.key} keys need '
-            f'{needed / MIB:.2f} MiB of {memory}, and there are {limit / MIB:.2f}; make BlockSizes '
-            'smaller'
+            f'{kernel}: {work} need {needed / MIB:.2f} MiB of {memory}, and there are '
+            f'{limit / MIB:.2f}; {advice}'
         )

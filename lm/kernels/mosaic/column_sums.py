@@ -48,9 +48,8 @@ def column_sums(
     What H2O (Zhang et al. 2023) adds up to know which keys to keep.
 
     Args:
-      q_BLHC: queries.
       k: `[B, K, S, C]`; or with `layer`, caches `[N, B, K, S, C]`, read in place.
-      lse_BLH: f32, from the attention over the same mask; a query with -inf counts for nothing.
+      q_BLHC, lse_BLH: queries, and f32 of the same attention; a query with -inf counts for nothing.
       mask: see `Mask`.
       row_mask_BL: bool, which queries count: rejected drafts do not.
       layer: which layer of the caches; an int or an int32 scalar.
@@ -59,8 +58,7 @@ def column_sums(
       interpret: run in the TPU interpreter, on any platform.
 
     Raises:
-      ValueError: sizes that need more fast memory than there is, or that the tiling forbids;
-        dtypes that differ.
+      ValueError: sizes that fast memory or the tiling does not allow; dtypes that differ.
     """
     if layer is None:
         k, layer = k[None], 0
@@ -71,24 +69,27 @@ def column_sums(
     key_heads, key_blocks = mask.key_position.shape[1], pl.cdiv(s, key)
     live = blocks(mask, query, key)
     bounds, steps = block_mask.bounds(block_mask.by_key(live, ragged=False))
-    used = span(jnp.any(live.some, axis=2)).reshape(-1)
+    used = span(jnp.any(live.some, axis=2))
+    window, length_B = rows.scalars(mask)
     folded = _fold(q_BLHC, lse_BLH, mask, row_mask_BL, kv_heads, pl.cdiv(l, query), n_rows, lanes)
     kernel = functools.partial(
         _kernel, given=rows.conditions(mask), scale=scale, softcap=softcap, key=key,
         key_blocks=key_blocks, key_heads=key_heads,
     )  # fmt: skip
     keys = rows.keys(mask)
-    sums_BK1S = pl.pallas_call(
-        kernel,
-        grid_spec=_grid_spec(
-            (b, kv_heads, key_blocks, steps), (n_rows, lanes, key, c), folded[1].shape[1], keys
-        ),
-        out_shape=jax.ShapeDtypeStruct((b, kv_heads, 1, s), jnp.float32),
-        compiler_params=tile.compiler_params('parallel', 'parallel', 'parallel', 'arbitrary'),
-        interpret=tile.interpreter(interpret),
-        name=NAME,
-    )(rows.number(layer), *rows.scalars(mask), bounds, used, *folded, keys, rows.innermost(k))
-    return sums_BK1S[:, :, 0]
+
+    def call(origin, length, bounds, used):
+        grid, block = (length.shape[0], kv_heads, key_blocks, steps), (n_rows, lanes, key, c)
+        return pl.pallas_call(
+            kernel,
+            grid_spec=_grid_spec(grid, block, folded[1].shape[1], keys),
+            out_shape=jax.ShapeDtypeStruct((grid[0], kv_heads, 1, s), jnp.float32),
+            compiler_params=tile.compiler_params('parallel', 'parallel', 'parallel', 'arbitrary'),
+            interpret=tile.interpreter(interpret),
+            name=NAME,
+        )(origin, window, length, bounds, used, *folded, keys, rows.innermost(k))
+
+    return tile.by_batch(call, layer, length_B, bounds.reshape(b, -1), used)[:, :, 0]
 
 
 def _fold(q_BLHC, lse_BLH, mask: Mask, row_mask_BL, kv_heads, query_blocks, n_rows, lanes):
@@ -106,14 +107,23 @@ def _fold(q_BLHC, lse_BLH, mask: Mask, row_mask_BL, kv_heads, query_blocks, n_ro
 
 def _blocks(sizes: BlockSizes | None, q_BLHC, k, mask: Mask) -> tuple[int, int, int, int]:
     """Returns queries per block, their rows, these in whole lanes, and keys, once they fit."""
-    b, l, h, c = q_BLHC.shape
+    _, l, h, c = q_BLHC.shape
     kv_heads, s = k.shape[2:4]
     sizes = sizes or block_sizes(l, h // kv_heads, c, k.dtype)
     key = rows.key_block(NAME, sizes.key, s)
     query, n_rows, lanes = _query_block(sizes.query, l, h // kv_heads, q_BLHC.dtype)
-    check(NAME, sizes, 'vector memory', _vector_memory(n_rows, key, c, k.dtype), VMEM)
-    n_scalars = b * mask.key_position.shape[1] * (BOUNDS * pl.cdiv(s, key) + 2) + b + 2
-    check(NAME, sizes, 'scalar memory', 4 * n_scalars, SMEM)
+    n_fields = jax.eval_shape(functools.partial(rows.fields, group=1, rows=l), mask).shape[1]
+    check(
+        NAME, f'blocks of {query} queries of {h // kv_heads} heads of a group and of {key} keys',
+        'vector memory', _vector_memory(n_rows, key, c, k.dtype, n_fields), VMEM,
+        f'lower query or key of BlockSizes (key at least {LANES})',
+    )  # fmt: skip
+    key_heads, key_blocks = mask.key_position.shape[1], pl.cdiv(s, key)
+    n_scalars = key_heads * (BOUNDS * key_blocks + 2) + 1 + tile.FEW
+    check(
+        NAME, f'{key_blocks} blocks of {key} keys for {key_heads} KV heads', 'scalar memory',
+        4 * n_scalars, SMEM, 'raise BlockSizes.key',
+    )  # fmt: skip
     return query, n_rows, lanes, key
 
 
@@ -131,13 +141,13 @@ def _query_block(query: int, queries: int, group: int, dtype) -> tuple[int, int,
     return query, n_rows, n_rows
 
 
-def _vector_memory(n_rows: int, key: int, channels: int, dtype) -> int:
-    """Returns about how many bytes of vector memory a step needs."""
+def _vector_memory(n_rows: int, key: int, channels: int, dtype, n_fields: int) -> int:
+    """Returns about how many bytes of vector memory a step needs, and no fewer."""
     fetched = 2 * rows.cache_bytes(key, channels, dtype)  # one block in use, one on its way
     folded = 2 * bytes_of((n_rows, channels), dtype)
     columns = 3 * bytes_of((n_rows, 1), jnp.float32)
     live = 4 * bytes_of((n_rows, key), jnp.float32)  # logits, words of ancestors, weights
-    return fetched + folded + columns + live
+    return fetched + folded + columns + live + rows.fields_bytes(n_fields, n_rows)
 
 
 def _grid_spec(grid, block, n_fields, keys: Keys):
@@ -154,23 +164,23 @@ def _grid_spec(grid, block, n_fields, keys: Keys):
         at = 2 * rows.mask_row(b, h, key_heads)
         return jnp.clip(j, used[at], jnp.maximum(used[at + 1] - 1, 0))
 
-    def query_at(b, h, j, step, layer, window, length, bounds, used):
-        return b, h, query_block(b, h, j, step, bounds), 0
+    def query_at(b, h, j, step, origin, window, length, bounds, used):
+        return origin[1] + b, h, query_block(b, h, j, step, bounds), 0
 
-    def fields_at(b, h, j, step, layer, window, length, bounds, used):
-        return b, 0, query_block(b, h, j, step, bounds)
+    def fields_at(b, h, j, step, origin, window, length, bounds, used):
+        return origin[1] + b, 0, query_block(b, h, j, step, bounds)
 
-    def lse_at(b, h, j, step, layer, window, length, bounds, used):
-        return b, h, 0, query_block(b, h, j, step, bounds)
+    def lse_at(b, h, j, step, origin, window, length, bounds, used):
+        return origin[1] + b, h, 0, query_block(b, h, j, step, bounds)
 
-    def position_at(b, h, j, step, layer, window, length, bounds, used):
-        return b, h if key_heads > 1 else 0, 0, key_block(b, h, j, used)
+    def position_at(b, h, j, step, origin, window, length, bounds, used):
+        return origin[1] + b, h if key_heads > 1 else 0, 0, key_block(b, h, j, used)
 
-    def segment_at(b, h, j, step, layer, window, length, bounds, used):
-        return b, 0, key_block(b, h, j, used)
+    def segment_at(b, h, j, step, origin, window, length, bounds, used):
+        return origin[1] + b, 0, key_block(b, h, j, used)
 
-    def cache_at(b, h, j, step, layer, window, length, bounds, used):
-        return layer[0], b, h, key_block(b, h, j, used)
+    def cache_at(b, h, j, step, origin, window, length, bounds, used):
+        return origin[0], origin[1] + b, h, key_block(b, h, j, used)
 
     segment = None if keys.segment is None else pl.BlockSpec((None, 1, key), segment_at)
     return pltpu.PrefetchScalarGridSpec(
@@ -188,7 +198,7 @@ def _grid_spec(grid, block, n_fields, keys: Keys):
 
 
 def _kernel(
-    layer_ref, window_ref, length_ref, bounds_ref, used_ref, q_ref, fields_ref, lse_ref, keys,
+    origin_ref, window_ref, length_ref, bounds_ref, used_ref, q_ref, fields_ref, lse_ref, keys,
     k_ref, sums_ref,
     *, given: Conditions, scale, softcap, key, key_blocks, key_heads,
 ):  # fmt: skip

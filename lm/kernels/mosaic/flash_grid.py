@@ -153,8 +153,12 @@ def check(kernel: str, walk: Walk, rows: int, vmem: int) -> None:
     `rows` blocks of each mask have their bounds in scalar memory, beside the window.
     """
     smem = 4 * (walk.batch * walk.mask_heads * rows * BOUNDS + 1)
-    blocks.check(kernel, walk.sizes, 'SMEM', smem, blocks.SMEM)
-    blocks.check(kernel, walk.sizes, 'VMEM', vmem, blocks.VMEM)
+    cut = f'blocks of {walk.sizes.query} queries and {walk.sizes.key} keys'
+    bounds = f'bounds for {walk.batch} x {walk.mask_heads} (batch, KV heads of the mask) in {cut}'
+    advice = 'raise query and key of BlockSizes, or lower the batch of a device'
+    blocks.check(kernel, bounds, 'scalar memory', smem, blocks.SMEM, advice)
+    advice = f'lower query or key of BlockSizes (at least {LANES})'
+    blocks.check(kernel, cut, 'vector memory', vmem, blocks.VMEM, advice)
 
 
 def held_rows(ref, held_row) -> jax.Array:

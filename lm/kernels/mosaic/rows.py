@@ -139,6 +139,17 @@ def fields(mask: Mask, group: int, rows: int) -> jax.Array:
     return jnp.pad(fields_BFR, ((0, 0), (0, 0), (0, rows - fields_BFR.shape[2])))
 
 
+def fields_bytes(n_fields: int, n_rows: int) -> int:
+    """Returns the bytes of `n_rows` rows' fields in vector memory.
+
+    They come packed, twice for the next ones are on their way; are turned upright; and each column
+    of those takes a tile's width of its own while the mask is made.
+    """
+    lanes = round_up(n_rows, LANES)
+    packed, turned = bytes_of((n_fields, lanes), jnp.int32), bytes_of((lanes, n_fields), jnp.int32)
+    return 2 * packed + 2 * turned + n_fields * bytes_of((n_rows, 1), jnp.int32)
+
+
 def keys(mask: Mask) -> Keys:
     """Returns positions `[B, K or 1, 1, S]` and segments `[B, 1, S]` of the keys."""
     segment = mask.key_segment if conditions(mask).segment else None

@@ -43,8 +43,7 @@ def sparse_decode(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns softmax(scale q . k) v over exactly the rows that an index keeps, and its LSE.
 
-    Rows that are not kept are never trusted, NaN or not. Blocks of 128 rows or more are best; in
-    caches whose C is no multiple of 128, smaller ones are fetched as blocks of 128.
+    Rows that are not kept may be NaN. Where C is no multiple of 128, 128 rows are fetched at least.
 
     Args:
       q_BLHC: one query per batch row, L = 1.
@@ -59,36 +58,37 @@ def sparse_decode(
       `[B, 1, H, C]` in q's dtype, zeros where nothing is kept; f32 `[B, 1, H]`, there -inf.
 
     Raises:
-      ValueError: sizes or an index that need more fast memory than there is, or that the tiling
-        forbids; dtypes that differ.
+      ValueError: sizes that fast memory or the tiling does not allow; dtypes that differ.
     """
     chex.assert_axis_dimension(q_BLHC, 1, 1)
     if layer is None:
         k, v, layer = k[None], v[None], 0
     rows.one_dtype(NAME, q=q_BLHC, k=k, v=v)
-    b, _, h, c = q_BLHC.shape
-    kv_heads = k.shape[2]
+    (b, _, h, c), kv_heads = q_BLHC.shape, k.shape[2]
     n_rows = round_up(h // kv_heads, tile.sublanes(q_BLHC.dtype))
     index, parts = _in_steps(index, sizes, n_rows, c, k.dtype)
     steps = index.block.shape[2] // parts
-    longest = jnp.clip(pl.cdiv(jnp.max(index.used), parts), 1, steps)
-    grid_spec = _grid_spec((b, kv_heads, longest), n_rows, c, index.rows, parts, steps)
-    out_BKRC, lse_BK1R = pl.pallas_call(
-        functools.partial(_kernel, scale=scale, softcap=softcap, parts=parts, steps=steps),
-        grid_spec=grid_spec,
-        out_shape=[
-            jax.ShapeDtypeStruct((b, kv_heads, n_rows, c), q_BLHC.dtype),
-            jax.ShapeDtypeStruct((b, kv_heads, 1, n_rows), jnp.float32),
-        ],
-        compiler_params=tile.compiler_params('parallel', 'parallel', 'arbitrary'),
-        interpret=tile.interpreter(interpret),
-        name=NAME,
-    )(
-        rows.number(layer), *(x.reshape(-1) for x in index), rows.fold(q_BLHC, kv_heads, n_rows),
-        [rows.innermost(k)] * parts, [rows.innermost(v)] * parts,
-    )  # fmt: skip
-    lse_BLH1 = rows.unfold(lse_BK1R.swapaxes(2, 3), (b, 1, h, 1))
-    return rows.unfold(out_BKRC, q_BLHC.shape), lse_BLH1[..., 0]
+    q_BKRC = rows.fold(q_BLHC, kv_heads, n_rows)
+    caches = [rows.innermost(k)] * parts, [rows.innermost(v)] * parts
+
+    def call(origin, used, block, bits):
+        n = used.size // kv_heads
+        longest = jnp.clip(pl.cdiv(jnp.max(used), parts), 1, steps)
+        return pl.pallas_call(
+            functools.partial(_kernel, scale=scale, softcap=softcap, parts=parts, steps=steps),
+            grid_spec=_grid_spec((n, kv_heads, longest), n_rows, c, index.rows, parts, steps),
+            out_shape=[
+                jax.ShapeDtypeStruct((n, kv_heads, n_rows, c), q_BLHC.dtype),
+                jax.ShapeDtypeStruct((n, kv_heads, 1, n_rows), jnp.float32),
+            ],
+            compiler_params=tile.compiler_params('parallel', 'parallel', 'arbitrary'),
+            interpret=tile.interpreter(interpret),
+            name=NAME,
+        )(origin, used, block, bits, q_BKRC, *caches)
+
+    out_BKRC, lse_BK1R = tile.by_batch(call, layer, *index)
+    lse_BLH = rows.unfold(lse_BK1R.swapaxes(2, 3), (b, 1, h, 1))[..., 0]
+    return rows.unfold(out_BKRC, q_BLHC.shape), lse_BLH
 
 
 def _in_steps(
@@ -98,10 +98,18 @@ def _in_steps(
     index = index if rows.fill_lanes(channels) else _widen(index)
     sizes = sizes or block_sizes(index.rows)
     parts = _parts(sizes, index)
-    needed = _vector_memory(n_rows, parts * index.rows, channels, dtype)
-    check(NAME, sizes, 'vector memory', needed, VMEM)
+    check(
+        NAME, f'steps of {parts} blocks of {index.rows} rows', 'vector memory',
+        _vector_memory(n_rows, parts * index.rows, channels, dtype), VMEM,
+        'lower BlockSizes.key (at least the rows of a block)',
+    )  # fmt: skip
     index = _whole_steps(index, parts)
-    check(NAME, sizes, 'scalar memory', 4 * (1 + sum(x.size for x in index)), SMEM)
+    b, kv_heads, n_blocks = index.block.shape
+    check(
+        NAME, f'indices of {n_blocks} blocks of {index.rows} rows for {kv_heads} KV heads',
+        'scalar memory', 4 * (sum(x.size for x in index) // b + tile.FEW), SMEM,
+        'make an index of fewer blocks',
+    )  # fmt: skip
     return index, parts
 
 
@@ -154,30 +162,33 @@ def _grid_spec(grid, n_rows, channels, rows_per_block, parts, steps):
     kv_heads = grid[1]
 
     def cache_at(part):
-        def at(b, h, step, layer, count, block, bits):
+        def at(b, h, step, origin, count, block, bits):
             listed = ((b * kv_heads + h) * steps + step) * parts + part
-            return layer[0], b, h, block[listed]
+            return origin[0], origin[1] + b, h, block[listed]
 
         return rows.cache_spec(rows_per_block, channels, at)
 
-    def head_at(b, h, step, *_):
+    def queries_at(b, h, step, origin, *_):
+        return origin[1] + b, h, 0, 0
+
+    def results_at(b, h, step, *_):
         return b, h, 0, 0
 
     caches = [cache_at(part) for part in range(parts)]
     return pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=4,
         grid=grid,
-        in_specs=[pl.BlockSpec((None, None, n_rows, channels), head_at), caches, caches],
+        in_specs=[pl.BlockSpec((None, None, n_rows, channels), queries_at), caches, caches],
         out_specs=[
-            pl.BlockSpec((None, None, n_rows, channels), head_at),
-            pl.BlockSpec((None, None, 1, n_rows), head_at),
+            pl.BlockSpec((None, None, n_rows, channels), results_at),
+            pl.BlockSpec((None, None, 1, n_rows), results_at),
         ],
         scratch_shapes=[Softmax.scratch(n_rows, channels)],
     )
 
 
 def _kernel(
-    layer_ref, count_ref, block_ref, bits_ref, q_ref, k_refs, v_refs, out_ref, lse_ref, softmax,
+    origin_ref, count_ref, block_ref, bits_ref, q_ref, k_refs, v_refs, out_ref, lse_ref, softmax,
     *, scale, softcap, parts, steps,
 ):  # fmt: skip
     head = pl.program_id(0) * pl.num_programs(1) + pl.program_id(1)

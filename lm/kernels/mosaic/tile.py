@@ -5,7 +5,7 @@ of blocks, the bounds of those that it has to visit (`block_mask.bounds`), and v
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lm.kernels.blocks import VMEM
+from lm.kernels.blocks import SMEM, VMEM
 
 LANES = 128
+FEW = 3  # scalars that do not depend on the batch: layer, first batch row, window
 BOUNDS = 4  # numbers per row of blocks: live from, live to, whole from, whole to
 
 
@@ -44,6 +45,30 @@ def compiler_params(*semantics: Literal['parallel', 'arbitrary']) -> pltpu.Compi
 def interpreter(interpret: bool):
     """Interpret mode as strict as the hardware: what nobody wrote or owns reads as NaN."""
     return pltpu.InterpretParams(out_of_bounds_reads='uninitialized') if interpret else False
+
+
+def by_batch(call: Callable[..., Any], layer: jax.Array | int, *scalars: jax.Array) -> Any:
+    """Calls a kernel for as many batch rows at a time as scalar memory has room for.
+
+    Everything else is given whole, for a part of a cache would be a copy of it: index maps add the
+    first batch row to theirs.
+
+    Args:
+      call: takes int32 `[2]`, layer and first batch row, then the scalars of its batch rows, flat.
+      layer: an int or an int32 scalar.
+      scalars: int32 `[B, ...]`; those of one batch row fit.
+
+    Returns:
+      The results of the calls, joined along their first axis.
+    """
+    batch = scalars[0].shape[0]
+    room = max(1, (SMEM // 4 - FEW) // (sum(x.size for x in scalars) // batch))
+    rows = pl.cdiv(batch, pl.cdiv(batch, room))  # about as many in each call
+    results = []
+    for first in range(0, batch, rows):
+        origin = jnp.stack([jnp.asarray(layer, jnp.int32).reshape(()), jnp.int32(first)])
+        results.append(call(origin, *(x[first : first + rows].reshape(-1) for x in scalars)))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
 
 
 def visited(bounds_ref, row, step):

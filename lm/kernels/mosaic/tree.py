@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from lm.kernels.blocks import SMEM, VMEM, BlockSizes, check
+from lm.kernels.blocks import VMEM, BlockSizes, check
 from lm.kernels.mask import Mask, blocks
 from lm.kernels.mosaic import block_mask, rows, tile
 from lm.kernels.mosaic.rows import Conditions, Keys, Softmax
-from lm.kernels.mosaic.tile import BOUNDS, LANES, bytes_of, round_up
+from lm.kernels.mosaic.tile import LANES, bytes_of, round_up
 
 
 def block_sizes(n_rows: int, channels: int, dtype) -> BlockSizes:
@@ -71,44 +71,50 @@ def attend(name, q_BLHC, k, v, mask, layer, scale, softcap, sizes, interpret):
     n_rows = round_up(l * h // kv_heads, tile.sublanes(q_BLHC.dtype))
     sizes = sizes or block_sizes(n_rows, c, k.dtype)
     key = rows.key_block(name, sizes.key, s)
-    check(name, sizes, 'vector memory', _vector_memory(n_rows, key, c, k.dtype), VMEM)
-    keys = rows.keys(mask)
-    key_heads = keys.position.shape[1]
-    check(name, sizes, 'scalar memory', 4 * (BOUNDS * b * key_heads + b + 2), SMEM)
-
     fields_BFR = rows.fields(mask, h // kv_heads, round_up(n_rows, LANES))
+    check(
+        name, f'{l} queries of {h // kv_heads} heads of a group beside blocks of {key} keys',
+        'vector memory', _vector_memory(n_rows, key, c, k.dtype, fields_BFR.shape[1]), VMEM,
+        f'lower BlockSizes.key (at least {LANES}) or the number of queries',
+    )  # fmt: skip
+    keys, key_heads = rows.keys(mask), mask.key_position.shape[1]
     bounds, steps = block_mask.bounds(blocks(mask, l, key))
+    window, length_B = rows.scalars(mask)
+    operands = (
+        rows.fold(q_BLHC, kv_heads, n_rows), fields_BFR, keys, rows.innermost(k), rows.innermost(v)
+    )  # fmt: skip
     kernel = functools.partial(
         _kernel, given=rows.conditions(mask), scale=scale, softcap=softcap, key=key,
         key_heads=key_heads,
     )  # fmt: skip
-    out_BKRC, lse_BK1R = pl.pallas_call(
-        kernel,
-        grid_spec=_grid_spec((b, kv_heads, steps), n_rows, c, key, fields_BFR.shape, keys),
-        out_shape=[
-            jax.ShapeDtypeStruct((b, kv_heads, n_rows, c), q_BLHC.dtype),
-            jax.ShapeDtypeStruct((b, kv_heads, 1, n_rows), jnp.float32),
-        ],
-        compiler_params=tile.compiler_params('parallel', 'parallel', 'arbitrary'),
-        interpret=tile.interpreter(interpret),
-        name=name,
-    )(
-        rows.number(layer), *rows.scalars(mask), bounds,
-        rows.fold(q_BLHC, kv_heads, n_rows), fields_BFR, keys, rows.innermost(k),
-        rows.innermost(v),
-    )  # fmt: skip
+
+    def call(origin, length, bounds):
+        n = length.shape[0]
+        return pl.pallas_call(
+            kernel,
+            grid_spec=_grid_spec((n, kv_heads, steps), n_rows, c, key, fields_BFR.shape, keys),
+            out_shape=[
+                jax.ShapeDtypeStruct((n, kv_heads, n_rows, c), q_BLHC.dtype),
+                jax.ShapeDtypeStruct((n, kv_heads, 1, n_rows), jnp.float32),
+            ],
+            compiler_params=tile.compiler_params('parallel', 'parallel', 'arbitrary'),
+            interpret=tile.interpreter(interpret),
+            name=name,
+        )(origin, window, length, bounds, *operands)
+
+    out_BKRC, lse_BK1R = tile.by_batch(call, layer, length_B, bounds.reshape(b, -1))
     lse_BLH1 = rows.unfold(lse_BK1R.swapaxes(2, 3), (b, l, h, 1))
     return rows.unfold(out_BKRC, q_BLHC.shape), lse_BLH1[..., 0]
 
 
-def _vector_memory(n_rows: int, key: int, channels: int, dtype) -> int:
-    """Returns about how many bytes of vector memory a step needs."""
+def _vector_memory(n_rows: int, key: int, channels: int, dtype, n_fields: int) -> int:
+    """Returns about how many bytes of vector memory a step needs, and no fewer."""
     cached = 4 * rows.cache_bytes(key, channels, dtype)  # K and V, the next ones on their way
     folded = 4 * bytes_of((n_rows, channels), dtype)  # queries and results, likewise
     kept = bytes_of((n_rows, channels), jnp.float32) + 3 * bytes_of((n_rows, 1), jnp.float32)
     live = 4 * bytes_of((n_rows, key), jnp.float32)  # logits, words of ancestors, weights
     blanked = rows.cache_bytes(key, channels, jnp.float32)
-    return cached + folded + kept + live + blanked
+    return cached + folded + kept + live + blanked + rows.fields_bytes(n_fields, n_rows)
 
 
 def _grid_spec(grid, n_rows, channels, key, fields_shape, keys: Keys):
@@ -118,16 +124,22 @@ def _grid_spec(grid, n_rows, channels, key, fields_shape, keys: Keys):
     def block(b, h, step, bounds):
         return tile.visited(bounds, rows.mask_row(b, h, key_heads), step)
 
-    def cache_at(b, h, step, layer, window, length, bounds):
-        return layer[0], b, h, block(b, h, step, bounds)
+    def cache_at(b, h, step, origin, window, length, bounds):
+        return origin[0], origin[1] + b, h, block(b, h, step, bounds)
 
-    def position_at(b, h, step, layer, window, length, bounds):
-        return b, h if key_heads > 1 else 0, 0, block(b, h, step, bounds)
+    def position_at(b, h, step, origin, window, length, bounds):
+        return origin[1] + b, h if key_heads > 1 else 0, 0, block(b, h, step, bounds)
 
-    def segment_at(b, h, step, layer, window, length, bounds):
-        return b, 0, block(b, h, step, bounds)
+    def segment_at(b, h, step, origin, window, length, bounds):
+        return origin[1] + b, 0, block(b, h, step, bounds)
 
-    def head_at(b, h, step, *_):
+    def queries_at(b, h, step, origin, *_):
+        return origin[1] + b, h, 0, 0
+
+    def fields_at(b, h, step, origin, *_):
+        return origin[1] + b, 0, 0
+
+    def results_at(b, h, step, *_):
         return b, h, 0, 0
 
     segment = None if keys.segment is None else pl.BlockSpec((None, 1, key), segment_at)
@@ -135,15 +147,15 @@ def _grid_spec(grid, n_rows, channels, key, fields_shape, keys: Keys):
         num_scalar_prefetch=4,
         grid=grid,
         in_specs=[
-            pl.BlockSpec((None, None, n_rows, channels), head_at),
-            pl.BlockSpec((None, n_fields, field_rows), lambda b, *_: (b, 0, 0)),
+            pl.BlockSpec((None, None, n_rows, channels), queries_at),
+            pl.BlockSpec((None, n_fields, field_rows), fields_at),
             Keys(pl.BlockSpec((None, None, 1, key), position_at), segment),
             rows.cache_spec(key, channels, cache_at),
             rows.cache_spec(key, channels, cache_at),
         ],
         out_specs=[
-            pl.BlockSpec((None, None, n_rows, channels), head_at),
-            pl.BlockSpec((None, None, 1, n_rows), head_at),
+            pl.BlockSpec((None, None, n_rows, channels), results_at),
+            pl.BlockSpec((None, None, 1, n_rows), results_at),
         ],
         scratch_shapes=[
             Softmax.scratch(n_rows, channels),
@@ -153,7 +165,7 @@ def _grid_spec(grid, n_rows, channels, key, fields_shape, keys: Keys):
 
 
 def _kernel(
-    layer_ref, window_ref, length_ref, bounds_ref, q_ref, fields_ref, keys, k_ref, v_ref,
+    origin_ref, window_ref, length_ref, bounds_ref, q_ref, fields_ref, keys, k_ref, v_ref,
     out_ref, lse_ref, softmax, fields_RF_ref,
     *, given: Conditions, scale, softcap, key, key_heads,
 ):  # fmt: skip

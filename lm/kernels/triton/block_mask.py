@@ -93,8 +93,7 @@ def visible(mask: Any, batch, queries: Queries, keys: Keys, query_axis: int = 0)
     if queries.segment is not None and keys.segment is not None:
         seen = seen & (q(queries.segment) == k(keys.segment))
     if mask.ancestors is not None:
-        nodes = mask.ancestors.shape[1]
-        node = keys.row - (mask.length[batch] - nodes)
+        node = keys.row - (mask.length[batch] - mask.tree_nodes)
         word = _ancestor_words(mask, batch, queries, keys, node, q, k)
         bit = (word >> k(node & (WORD - 1))) & 1
         seen = seen & (k(node < 0) | (bit == 1))
@@ -107,9 +106,9 @@ def _ancestor_words(mask: Any, batch, queries: Queries, keys: Keys, node, q, k) 
     The keys of a tile follow one another: few words hold their bits, and selecting among those is
     cheaper than a gather of one word for each query and key.
     """
-    nodes, words = mask.ancestors.shape[1:]
+    words = mask.ancestors.shape[2]
     count = min(words, pl.cdiv(keys.row.shape[0] - 1, WORD) + 1)
-    first = (keys.start - (mask.length[batch] - nodes)) >> 5
+    first = (keys.start - (mask.length[batch] - mask.tree_nodes)) >> 5
     first = jnp.clip(first, 0, words - count)
     result = q(plgpu.load(mask.ancestors.at[batch, queries.node, first]))
     for i in range(1, count):

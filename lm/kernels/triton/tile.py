@@ -49,7 +49,9 @@ def check_sizes(kernel: str, sizes: BlockSizes, needed: int) -> None:
                 f'{kernel}: BlockSizes.{field}: {value}; Triton wants a power of two of at least '
                 f'{least}'
             )
-    check(kernel, sizes, 'shared memory', needed, SHARED)
+    work = f'blocks of {sizes.query} rows of queries and {sizes.key} keys in {sizes.stages} stages'
+    advice = 'lower query, key or stages of BlockSizes'
+    check(kernel, work, 'shared memory', needed, SHARED, advice)
 
 
 def check_operands(kernel: str, *arrays: jax.Array) -> None:

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.attention import TREE_ROWS
 from lm.kernels import reference, sparse
 from lm.kernels.blocks import BlockSizes
-from lm.kernels.mask import Mask, key_rows, pack_bits
+from lm.kernels.mask import Mask, key_rows
+from lm.kernels.mosaic import tile
 from lm.kernels.mosaic.column_sums import column_sums
 from lm.kernels.mosaic.decode import decode
 from lm.kernels.mosaic.sparse_decode import sparse_decode
@@ -51,16 +53,6 @@ def test_decode_over_several_blocks(channels, window):
     run = functools.partial(decode, scale=0.3, softcap=4.0, sizes=SMALL, interpret=True)
     expected = reference.attention(q, k, v, mask, scale=0.3, softcap=4.0)
     assert_near(jax.jit(run)(q, k, v, mask), expected)
-
-
-def test_tree_that_grew_by_some_nodes():
-    """40 nodes of which the last 6 are new: two words, over the edge of a block of keys."""
-    q, k, v, length_B = random_inputs(6, 290, 8, 2, 64)
-    reach = jnp.asarray(np.random.default_rng(1).random((2, 6, 40)) < 0.4)
-    mask = chain(6, 290, length_B, ancestors=pack_bits(reach), nodes=40, causal=False)
-    k, v = poisoned(k, mask), poisoned(v, mask)
-    run = functools.partial(tree, scale=0.3, sizes=SMALL, interpret=True)
-    assert_near(jax.jit(run)(q, k, v, mask), reference.attention(q, k, v, mask, scale=0.3))
 
 
 def test_column_sums_over_several_blocks_of_queries():
@@ -121,13 +113,65 @@ def test_sizes_that_the_tiling_forbids():
         column_sums(q, k, q[..., 0], mask, mask.query_position > 0, scale=1.0, sizes=sizes)
 
 
+def tree_shapes(nodes, heads, channels, dtype):
+    """Returns shapes of q, k, v and a mask: a draft tree of `nodes` new nodes and one KV head."""
+    shape = jax.ShapeDtypeStruct
+    q, k = shape((1, nodes, heads, channels), dtype), shape((1, 1, 8192, channels), dtype)
+    bits = shape((1, nodes, nodes // 32), jnp.int32)
+    positions = shape((1, nodes), jnp.int32), shape((1, 1, 8192), jnp.int32)
+    return q, k, k, Mask(*positions, length=shape((1,), jnp.int32), ancestors=bits)
+
+
+def test_a_tree_whose_ancestors_vector_memory_cannot_hold():
+    """The compiler's own refusal takes many seconds."""
+    message = '^tree: 1024 queries of 4 heads .* blocks of 128 keys .* MiB of vector memory'
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(functools.partial(tree, scale=1.0), *tree_shapes(1024, 4, 128, jnp.bfloat16))
+
+
+@pytest.mark.parametrize('channels', [64, 80, 128, 256])
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
+def test_trees_of_as_many_rows_as_attention_sends_are_taken(channels, dtype):
+    for heads in (1, 8):
+        shapes = tree_shapes(TREE_ROWS // heads, heads, channels, dtype)
+        jax.eval_shape(functools.partial(tree, scale=1.0), *shapes)
+
+
+def test_a_batch_that_scalar_memory_cannot_hold(monkeypatch):
+    """Three batch rows, of which it holds two; the caches stay whole."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(3, 1, 2, 64)), jnp.float32)
+    k, v = jnp.asarray(rng.normal(size=(2, 2, 3, 1, 200, 64)), jnp.float32)
+    length_B = jnp.asarray([200, 150, 40])
+    position = jnp.broadcast_to(jnp.arange(200), (3, 1, 200))
+    mask = Mask(length_B[:, None] - 1, position, length=length_B, window=120)
+    index = sparse.from_rows(jnp.asarray(rng.random((3, 1, 200)) < 0.1), 128, 2)
+    counted = jnp.ones((3, 1), bool)
+    settings = {'scale': 0.3}
+    expected = reference.attention(q, k[1], v[1], mask, **settings)
+    sums = reference.column_sums(q, k[1], expected[1], mask, counted, **settings)
+    kept = reference.sparse_decode(q, k[1], v[1], index, **settings)
+    settings |= {'layer': 1, 'sizes': SMALL, 'interpret': True}
+    cases = [  # words of a batch row: bounds and a length; those of 2 blocks; blocks and bits
+        (4 + 1, decode, (q, k, v, mask), expected),
+        (2 * 4 + 2 + 1, column_sums, (q, k, expected[1], mask, counted), sums),
+        (1 + 2 + 2 * 4, sparse_decode, (q, k, v, index), kept),
+    ]
+    for words, kernel, operands, result in cases:
+        for room, n_calls in ((3 * words, 1), (3 * words - 1, 2)):
+            monkeypatch.setattr(tile, 'SMEM', 4 * (tile.FEW + room))
+            run = lambda *x, kernel=kernel: kernel(*x, **settings)  # noqa: E731
+            assert str(jax.make_jaxpr(run)(*operands)).count('pallas_call[') == n_calls
+        assert_near(jax.jit(run)(*operands), result)
+
+
 def test_an_index_that_scalar_memory_cannot_hold():
     shape = jax.ShapeDtypeStruct
-    q, k = shape((64, 1, 32, 128), jnp.bfloat16), shape((64, 8, 32768, 128), jnp.bfloat16)
+    q, k = shape((64, 1, 32, 128), jnp.bfloat16), shape((64, 8, 2**20, 128), jnp.bfloat16)
     index = sparse.SparseIndex(
-        *(shape((64, 8, *more), jnp.int32) for more in [(), (256,), (256, 4)])
+        *(shape((64, 8, *more), jnp.int32) for more in [(), (4096,), (4096, 4)])
     )
-    with pytest.raises(ValueError, match=r'sparse_decode: .* MiB of scalar memory'):
+    with pytest.raises(ValueError, match=r'sparse_decode: .* 4096 blocks .* scalar memory'):
         jax.eval_shape(functools.partial(sparse_decode, scale=1.0), q, k, k, index)
     index = sparse.from_rows(jnp.ones((1, 2, 256), bool), 64, 4)
     q, k = jnp.ones((1, 1, 2, 128)), jnp.ones((1, 2, 256, 128))

@@ -109,7 +109,7 @@ def test_what_nobody_sees_costs_one_step():
 
 @pytest.mark.parametrize('mistake,expected', [
     ({'sizes': BlockSizes(query=128, key=100)}, 'key is 100; expected a multiple of 128'),
-    ({'sizes': BlockSizes(query=4096, key=4096)}, 'MiB of VMEM'),
+    ({'sizes': BlockSizes(query=4096, key=4096)}, 'MiB of vector memory, .* lower query or key'),
     ({'ancestors': True}, 'tree kernel'),
     ({'dtype': jnp.bfloat16}, 'expected one dtype'),
 ])  # fmt: skip
