@@ -1,0 +1,171 @@
+"""How large a draft tree should be on the machine at hand.
+
+A larger tree is accepted deeper, and its pass takes longer. How much longer is measured here, and
+how much deeper follows from the acceptance rates of earlier calls (`generate.Metrics`), as in
+Sequoia (Chen et al. 2024, arXiv 2402.12374, section 4.2) and Parallel Prompt Decoding (Chen et
+al. 2024, arXiv 2405.18628, section 4).
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from decoding.drafter import Model
+from decoding.drafts.template import Template, best_first
+from lm import cache as cache_lib
+from lm import transformer
+from lm.kernels.mask import pack_bits
+
+
+class Curve(NamedTuple):
+    """Seconds that a pass of the target takes, by the nodes of each row's tree, ascending."""
+
+    nodes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def at(self, nodes: int) -> float:
+        """Returns the seconds of a pass over any number of nodes up to the largest measured."""
+        return float(np.interp(nodes, self.nodes, self.seconds))
+
+
+class Choice(NamedTuple):
+    """A tree for a machine.
+
+    Attributes:
+      template: the tree.
+      tokens: that a round is expected to give, the one drawn after the path included.
+      speedup: over decoding without drafts.
+    """
+
+    template: Template
+    tokens: float
+    speedup: float
+
+
+def measure(
+    model: Model, batch: int, rows: int, nodes: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    repeats: int = 9,
+) -> Curve:  # fmt: skip
+    """Times passes over trees of several sizes, in turn; medians.
+
+    Args:
+      model: the target, best as `generate.ready` returns it.
+      batch: texts decoded together.
+      rows: of the cache, half of them in use.
+      nodes: sizes to time.
+      repeats: passes of each size.
+    """
+    half_B = jnp.full(batch, rows // 2, jnp.int32)
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def run(params, token_BT, cache):
+        t = token_BT.shape[1]
+        # A node that sees nothing but itself costs as much as any.
+        bits_BTW = pack_bits(jnp.broadcast_to(jnp.eye(t, dtype=bool), (batch, t, t)))
+        positions_BT = cache.length_B[:, None] + jnp.arange(t)
+        logits_BTV, cache = transformer.step(
+            params, model.config, token_BT, cache, positions_BL=positions_BT,
+            ancestors_BLW=bits_BTW if t > 1 else None,
+        )  # fmt: skip
+        return jnp.argmax(logits_BTV, axis=-1), cache_lib.truncate(cache, half_B)
+
+    cache = cache_lib.init(model.config, batch, rows + max(nodes))
+    cache = dataclasses.replace(cache, length_B=jnp.copy(half_B))  # the cache is donated
+    seconds: dict[int, list[float]] = {t: [] for t in sorted(nodes)}
+    for repeat in range(repeats + 1):
+        for t, into in seconds.items():
+            token_BT = jnp.zeros((batch, t), jnp.int32)
+            begin = time.perf_counter()
+            _, cache = jax.block_until_ready(run(model.params, token_BT, cache))
+            if repeat:  # the first one compiles
+                into.append(time.perf_counter() - begin)
+    return Curve(tuple(seconds), tuple(float(np.median(times)) for times in seconds.values()))
+
+
+def remembered(path: epath.PathLike, about: Mapping[str, Any], find: Callable[[], Curve]) -> Curve:
+    """Returns the curve that a JSON file holds, or finds and writes it.
+
+    Args:
+      path: the file.
+      about: what the curve depends on: machine, model, batch and so on. A file about anything else
+        is written anew.
+      find: measures.
+    """
+    file = epath.Path(path)
+    key = json.loads(json.dumps(dict(about)))
+    try:
+        held = json.loads(file.read_text())
+        if held['about'] == key:
+            return Curve(tuple(held['nodes']), tuple(held['seconds']))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no file, or a damaged one
+    curve = find()
+    file.write_text(json.dumps({'about': key, **curve._asdict()}, indent=2) + '\n')
+    return curve
+
+
+def rates(
+    by_rank: Sequence[float], by_depth: Sequence[float] | None = None
+) -> Callable[[int, int], float]:
+    """Returns (depth, rank) -> rate at which a candidate is taken once its parent was.
+
+    A depth's own rate is shared among the ranks as all depths' together are. Below the deepest one
+    known, the last rate holds.
+
+    Args:
+      by_rank, by_depth: as `generate.Metrics` has them; the same at all depths if not given.
+    """
+    rank_rates = falling(by_rank)
+    total = float(rank_rates.sum())
+    depth_rates = (total,) if by_depth is None else tuple(by_depth)
+
+    def rate(depth: int, rank: int) -> float:
+        found = depth_rates[min(depth, len(depth_rates)) - 1]
+        return float(rank_rates[rank]) * found / total
+
+    return rate
+
+
+def falling(by_rank: Sequence[float]) -> np.ndarray:
+    """Returns rates made fit for `template.best_first`: falling, and inside of (0, 1)."""
+    return np.minimum.accumulate(np.clip(np.asarray(by_rank, np.float64), 1e-6, 1 - 1e-6))
+
+
+def expected_tokens(template: Template, rate: Callable[[int, int], float]) -> float:
+    """Returns the tokens that a round gives: 1, and each node's probability of being accepted."""
+    reached = np.ones(len(template.parent))
+    for node in range(1, len(reached)):
+        parent, rank, depth = (int(x[node]) for x in template)
+        reached[node] = reached[parent] * rate(depth, rank)
+    return float(reached.sum())
+
+
+def best_nodes(
+    curve: Curve, by_rank: Sequence[float], by_depth: Sequence[float] | None = None,
+    draft_seconds: float = 0.0,
+) -> Choice:  # fmt: skip
+    """Returns the tree with the most expected tokens per second.
+
+    Args:
+      curve: of the target; trees up to its largest size are considered.
+      by_rank, by_depth: see `rates`.
+      draft_seconds: that drafting takes for each level of a tree.
+    """
+    rate = rates(by_rank, by_depth)
+    plain = curve.at(1)
+
+    def choice(nodes: int) -> Choice:
+        template = best_first(falling(by_rank), nodes)
+        tokens = expected_tokens(template, rate)
+        seconds = curve.at(nodes) + draft_seconds * int(np.max(template.depth))
+        return Choice(template, tokens, tokens * plain / seconds)
+
+    return max(map(choice, range(1, curve.nodes[-1] + 1)), key=lambda c: c.speedup)

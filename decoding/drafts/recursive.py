@@ -1,0 +1,115 @@
+"""Recursive speculative decoding: trees whose siblings are drawn without replacement.
+
+Jeon et al. 2024, "Recursive Speculative Decoding: Accelerating LLM Inference via Sampling Without
+Replacement" (arXiv 2402.14160): RSD-C, of constant branching factors, is `branching`; RSD-S, by
+stochastic beam search, is `beam`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from decoding.drafter import Drafter, Model
+from decoding.drafts import levels
+from decoding.drafts.levels import Children
+from decoding.sample import Sampler
+from decoding.tree import WithoutReplacement
+
+
+def branching(model: Model, factors: tuple[int, ...], sampler: Sampler | None = None) -> Drafter:
+    """Returns RSD-C: every node at depth d has `factors[d]` children, by Gumbel-top-k.
+
+    The tree has 1 + b0 + b0 b1 + ... nodes.
+
+    Args:
+      model: the draft model.
+      factors: children of the root, of each of these, and so on.
+      sampler: how its logits become the law that children are drawn from; by default as they are.
+
+    Raises:
+      ValueError: no factors, or one that is not between 1 and the vocabulary.
+    """
+    levels.check('factors: how many', len(factors))
+    for i, factor in enumerate(factors):
+        levels.check(f'factors[{i}]', factor, most=model.config.vocab_size)
+
+    def draw(law_BMV, key_B, level, carry):
+        del carry
+        token_BMK, perturbed_BMK = levels.top(law_BMV, key_B, factors[level - 1])
+        return _children(token_BMK, perturbed_BMK > -jnp.inf)
+
+    sizes = tuple(math.prod(factors[: i + 1]) for i in range(len(factors)))
+    propose = levels.whole(draw, len(factors), WithoutReplacement)
+    return levels.drafter(model, sampler, propose, WithoutReplacement, sizes, max(factors))
+
+
+def beam(model: Model, width: int, length: int, sampler: Sampler | None = None) -> Drafter:
+    """Returns RSD-S: each level holds the `width` nodes that stochastic beam search keeps.
+
+    Kool et al. 2019, "Stochastic Beams and Where to Find Them: The Gumbel-Top-k Trick for Sampling
+    Sequences Without Replacement" (arXiv 1903.06059), algorithm 1. A level of the tree is a sample
+    without replacement of paths from the root; a node's children are those of its continuations
+    that are kept, by perturbed log-probability.
+
+    Exact although the number of children is random: of Gumbel-perturbed values in decreasing
+    order, each is independent of which token attains it, given the tokens before. Whether there
+    is an i-th child depends on its value, and so says nothing about which token it is.
+
+    Args:
+      model: the draft model.
+      width: nodes of a level.
+      length: levels.
+      sampler: how its logits become the law that children are drawn from; by default as they are.
+
+    Raises:
+      ValueError: width or length below 1.
+    """
+    levels.check('width', width)
+    levels.check('length', length)
+    vocab_size = model.config.vocab_size
+    sizes: tuple[int, ...] = ()
+    for _ in range(length):
+        # small vocabularies fill the width over several levels
+        sizes += (min(width, vocab_size * (sizes[-1] if sizes else 1)),)
+    ranks = min(width, vocab_size)
+
+    def draw(law_BMV, key_B, level, carry):
+        # log-probability and perturbed log-probability of each path; the root's are any constants
+        zeros_BM = jnp.zeros(law_BMV.shape[:2], law_BMV.dtype)
+        phi_BM, psi_BM = carry or (zeros_BM, zeros_BM)
+        token_BMK, g_BMK = levels.top(phi_BM[..., None] + law_BMV, key_B, ranks)
+        phi_BMK = phi_BM[..., None] + jnp.take_along_axis(law_BMV, token_BMK, axis=2)
+        psi_BMK = given_maximum(g_BMK, psi_BM)
+        # rounding must not put a node before its elder: it would decide about it
+        psi_BMK = jax.lax.cummin(psi_BMK, axis=2)
+        return levels.keep(token_BMK, psi_BMK, sizes[level - 1], (phi_BMK, psi_BMK))
+
+    propose = levels.whole(draw, length, WithoutReplacement)
+    return levels.drafter(model, sampler, propose, WithoutReplacement, sizes, ranks)
+
+
+def given_maximum(g_BMK: jax.Array, psi_BM: jax.Array) -> jax.Array:
+    """Returns Gumbel variables `g_BMK`, made to have `psi_BM` as their maximum.
+
+    -log(e^-psi - e^-Z + e^-g), with Z the maximum that they had (Kool et al. 2019), in the form of
+    their appendix on numerical stability, which neither overflows nor cancels. The greatest becomes
+    psi exactly, and -inf stays.
+
+    Args:
+      g_BMK: perturbed log-probabilities of each node's best children, the greatest first.
+      psi_BM: of the node itself; -inf, as of nodes outside of the support, gives -inf throughout.
+    """
+    exists_BMK = (g_BMK > -jnp.inf) & (psi_BM > -jnp.inf)[..., None]
+    g_BMK = jnp.where(exists_BMK, g_BMK, 0)
+    psi_BMK = jnp.where(exists_BMK, psi_BM[..., None], 0)
+    greatest_BMK = jnp.where(exists_BMK, g_BMK[..., :1], 0)
+    t_BMK = psi_BMK - g_BMK + jnp.log1p(-jnp.exp(g_BMK - greatest_BMK))
+    result = psi_BMK - jnp.maximum(t_BMK, 0) - jnp.log1p(jnp.exp(-jnp.abs(t_BMK)))
+    return jnp.where(exists_BMK, result, -jnp.inf)
+
+
+def _children(token_BMK: jax.Array, valid_BMK: jax.Array) -> Children:
+    b, m, k = token_BMK.shape
+    parent = jnp.broadcast_to(jnp.arange(m * k) // k, (b, m * k))
+    return Children(parent, token_BMK.reshape(b, -1), valid_BMK.reshape(b, -1))

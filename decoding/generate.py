@@ -1,0 +1,277 @@
+"""Generation: checks, buckets and results around one jitted loop.
+
+model = decoding.drafter.Model(bundle.config, bundle.params, bos=bundle.bos)
+result = generate(model, prompts, key=jax.random.key(0), max_new_tokens=100)
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decoding import rounds, sample, tree, verify
+from decoding import stop as stop_lib
+from decoding.drafter import Drafter, Model, Text, Verifier
+from decoding.rounds import Plan, State
+from decoding.sample import Sampler
+from decoding.stop import Stops
+from lm import attention, weights_first
+from lm import params as params_lib
+
+# (row, tokens): a round's new tokens, of which all but the last were drafted
+Stream = Callable[[int, np.ndarray], None]
+FOREVER = np.iinfo(np.int32).max
+
+
+class Metrics(NamedTuple):
+    """What a call did; rounds and tokens are summed over the rows.
+
+    Attributes:
+      tokens: new ones.
+      rounds: passes of the target, counted while a row was live.
+      block_efficiency: tokens per target pass.
+      memory_bound_speedup: block efficiency over 1 + draft calls x size of a draft pass / size
+        of the target: the speed-up where reading weights is all that takes time.
+      acceptance_by_depth: of the walks that found a child at this depth, the share that took one;
+        the first entry is depth 1.
+      acceptance_by_rank: of the nodes that had a child of this rank, the share that took it.
+      prefill_seconds, decode_seconds: wall clock, compilation included.
+      compilations: of the loop and of the prefill that this call caused.
+    """
+
+    tokens: int
+    rounds: int
+    block_efficiency: float
+    memory_bound_speedup: float
+    acceptance_by_depth: tuple[float, ...]
+    acceptance_by_rank: tuple[float, ...]
+    prefill_seconds: float
+    decode_seconds: float
+    compilations: int
+
+
+class Generation(NamedTuple):
+    """Continuations, without their prompts.
+
+    Attributes:
+      tokens: int32 `[T]` for each row, the one that stopped it included.
+      ended: why each row ended.
+      metrics: see `Metrics`.
+    """
+
+    tokens: list[np.ndarray]
+    ended: list[Literal['stop', 'length']]
+    metrics: Metrics
+
+
+def plain() -> Drafter:
+    """Returns the drafter that drafts nothing: one token per target pass."""
+    return _PLAIN
+
+
+_PLAIN = Drafter(
+    init=lambda params, text, rows: None,
+    propose=lambda params, state, text, target, cache: (
+        tree.root_only(tree.at(text.token_BS, text.length_B - 1)), None, None,
+    ),
+    update=lambda params, state, outcome: None,
+    params=None,
+    trees=tree.DraftTree,
+    nodes=1,
+    depth=0,
+    branching=1,
+)  # fmt: skip
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    key: jax.Array,
+    max_new_tokens: int | Sequence[int],
+    sampler: Sampler | None = None,
+    drafter: Drafter | None = None,
+    verifier: Verifier | None = None,
+    stops: Stops | None = None,
+    stream: Stream | None = None,
+) -> Generation:
+    """Continues a batch of prompts; with a drafter, several tokens per pass of the same law.
+
+    What is compiled depends on the drafter, the verifier, which sampler fields are set, the number
+    of rows, and the buckets that the longest prompt and the longest text fall into (`bucket`).
+
+    Args:
+      model: the target.
+      prompts: ids of each row's text so far, of any lengths from 1.
+      key: one key, from which each row's is folded by its index; or a key for each row.
+      max_new_tokens: for all rows, or for each.
+      sampler: how logits become the law; by default as they are. Temperature 0 is greedy.
+      drafter: how to draft; by default not at all.
+      verifier: the rule; by default the exact one that accepts most for the drafter's trees.
+      stops: what ends a row before its length does.
+      stream: called after each round with each live row's new tokens.
+
+    Raises:
+      ValueError: before anything is compiled; says which argument is wrong.
+    """
+    drafter = plain() if drafter is None else drafter
+    sampler = Sampler() if sampler is None else sampler
+    verifier = verify.default_for(drafter.trees) if verifier is None else verifier
+    limits = _check(model, prompts, max_new_tokens, sampler, drafter, verifier, stops)
+    model = ready(model)
+    keys = _row_keys(key, len(prompts))
+    plan, text, prompt_BL = _prepare(model, prompts, limits, drafter, verifier, keys)
+    stops = stop_lib.none(model.config.vocab_size, len(prompts)) if stops is None else stops
+    compiled = _compilations()
+    began = time.perf_counter()
+    state = rounds.prefill(
+        plan, model.params, drafter.params, prompt_BL, text, jnp.asarray(limits), stops.start_B
+    )
+    jax.block_until_ready(state)
+    prefilled = time.perf_counter()
+    state = _run(plan, model, drafter, sampler, stops, state, stream)
+    jax.block_until_ready(state)
+    seconds = (prefilled - began, time.perf_counter() - prefilled)
+    lengths = [len(prompt) for prompt in prompts]
+    token_BS, end_B = jax.device_get((state.text.token_BS, state.text.length_B))
+    tokens = [row[start:end] for row, start, end in zip(token_BS, lengths, end_B, strict=True)]
+    stopped_B = jax.device_get(stop_lib.stopped(state.stop_B))
+    metrics = _metrics(model, drafter, state, tokens, seconds, _compilations() - compiled)
+    return Generation(tokens, ['stop' if x else 'length' for x in stopped_B], metrics)
+
+
+def ready(model: Model) -> Model:
+    """Returns the model with its parameters in the form that the platform decodes with fastest.
+
+    On CPU that is a copy (`lm.weights_first`), the model itself elsewhere. `generate` does it too;
+    done before many calls, or for a draft model, it is done once.
+    """
+    if attention.platform() != 'cpu' or weights_first.is_prepared(model.params):
+        return model
+    return model._replace(params=weights_first.prepare(model.params, model.config))
+
+
+def bucket(n: int) -> int:
+    """Returns the size to which `n` is padded: 16, 24, 32, 48, 64, 96 and so on."""
+    power = 1 << max(n - 1, 1).bit_length()
+    return max(16, power * 3 // 4 if n <= power * 3 // 4 else power)
+
+
+def _check(model, prompts, max_new_tokens, sampler, drafter, verifier, stops) -> np.ndarray:
+    """Refuses what cannot work; returns the length at which each row ends."""
+    config = model.config
+    if not len(prompts):
+        raise ValueError('prompts: none given')
+    new = np.broadcast_to(np.asarray(max_new_tokens), (len(prompts),))
+    if new.min() < 1:
+        raise ValueError(f'max_new_tokens: {new.min()}; expected at least 1')
+    for i, prompt in enumerate(prompts):
+        ids = np.asarray(prompt)
+        if not ids.size:
+            raise ValueError(f'prompt {i} is empty; start it with the id that starts documents')
+        if ids.ndim != 1 or ids.dtype.kind not in 'iu':
+            raise ValueError(
+                f'prompt {i}: {ids.dtype} of shape {ids.shape}; expected a list of ids'
+            )
+        bad = ids[(ids < 0) | (ids >= config.vocab_size)]
+        if bad.size:
+            raise ValueError(f'prompt {i}: id {bad[0]} is not in [0, {config.vocab_size})')
+        if ids.size + new[i] > config.max_length:
+            raise ValueError(
+                f'prompt {i} has {ids.size} tokens, and {new[i]} more do not fit: the model is '
+                f'meant for {config.max_length} (max_length)'
+            )
+    sample.check(sampler)
+    verify.check_pairing(drafter, verifier, sampler)
+    _check_draft_model(model, drafter)
+    if drafter.nodes > config.max_length:
+        raise ValueError(
+            f'drafter: a tree of {drafter.nodes} nodes; max_length is {config.max_length}'
+        )
+    if stops is not None and stops.table.shape[1] != config.vocab_size:
+        raise ValueError(
+            f'stops: made for {stops.table.shape[1]} symbols; the model has {config.vocab_size}'
+        )
+    if stops is not None and stops.start_B.shape[0] != len(prompts):
+        raise ValueError(f'stops: for {stops.start_B.shape[0]} rows; there are {len(prompts)}')
+    return np.asarray([len(p) for p in prompts], np.int32) + new.astype(np.int32)
+
+
+def _check_draft_model(model: Model, drafter: Drafter) -> None:
+    draft = drafter.model
+    if draft is None:
+        return
+    if draft.tokenizer and model.tokenizer and draft.tokenizer != model.tokenizer:
+        raise ValueError(
+            f'draft and target have different tokenizers ({draft.tokenizer[:12]} and '
+            f'{model.tokenizer[:12]}): their ids do not mean the same bytes'
+        )
+    if draft.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f'draft and target have different vocabularies: {draft.config.vocab_size} and '
+            f'{model.config.vocab_size} symbols; they must share a tokenizer'
+        )
+
+
+def _row_keys(key: jax.Array, rows: int) -> jax.Array:
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    if key.shape != (rows,):
+        raise ValueError(f'key: of shape {key.shape}; expected one key, or one for each of {rows}')
+    return key
+
+
+def _prepare(model, prompts, limits, drafter, verifier, keys) -> tuple[Plan, Text, jax.Array]:
+    lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
+    width, size = bucket(int(lengths.max())), bucket(int(limits.max()))
+    token_BS = np.zeros((len(prompts), size), np.int32)
+    for row, prompt in zip(token_BS, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    rows = size + drafter.nodes
+    static = drafter._replace(params=None, model=None)
+    plan = Plan(model.config, static, verifier, model.bos, rows)
+    text = Text(jnp.asarray(token_BS), jnp.asarray(lengths), keys)
+    return plan, text, jnp.asarray(token_BS[:, :width])
+
+
+def _run(plan, model, drafter, sampler, stops, state: State, stream: Stream | None) -> State:
+    arguments = (plan, model.params, drafter.params, sampler, stops.table)
+    if stream is None:
+        return rounds.loop(*arguments, state, FOREVER)
+    length_B, done_B = jax.device_get((state.text.length_B, state.done_B))
+    while not done_B.all():
+        state = rounds.loop(*arguments, state, 1)
+        after_B, done_B, token_BS = jax.device_get(
+            (state.text.length_B, state.done_B, state.text.token_BS)
+        )
+        for row in np.flatnonzero(after_B > length_B):
+            stream(int(row), token_BS[row, length_B[row] : after_B[row]])
+        length_B = after_B
+    return state
+
+
+def _compilations() -> int:
+    jitted: list[Any] = [rounds.prefill, rounds.loop]
+    return sum(function._cache_size() for function in jitted)
+
+
+def _metrics(model, drafter, state: State, tokens, seconds, compilations) -> Metrics:
+    counts = jax.device_get(state.counts)
+    n_rounds = int(counts.rounds_B.sum())
+    n_tokens = sum(map(len, tokens))
+    efficiency = n_tokens / max(n_rounds, 1)
+    target = params_lib.count(model.config)
+    share = drafter.calls * drafter.size / target
+
+    def rates(accepted, offered):
+        return tuple(float(a / max(o, 1)) for a, o in zip(accepted.sum(0), offered.sum(0)))
+
+    return Metrics(
+        n_tokens, n_rounds, efficiency, efficiency / (1 + share),
+        rates(counts.accepted_BP, counts.offered_BP)[1:],
+        rates(counts.accepted_BR, counts.offered_BR),
+        prefill_seconds=seconds[0], decode_seconds=seconds[1], compilations=compilations,
+    )  # fmt: skip

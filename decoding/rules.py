@@ -1,0 +1,96 @@
+"""The exact rules at one node, on the laws of one token: what `decoding.verify` walks trees by."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+def rejection_step(
+    target_V: jax.Array, draft_V: jax.Array, token: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One draft in recursive rejection (Jeon et al. 2024, RSD; Chen et al. 2024, Sequoia).
+
+    Args:
+      target_V: law that the emitted token is to follow.
+      draft_V: law from which `token` was drawn; all 0 if nothing was left to draw.
+      token: scalar.
+
+    Returns:
+      Probability of accepting the token, min(1, target / draft), and what holds if it is rejected:
+      the target's residual, [target - draft]_+ normalised, and the law of a next draft drawn
+      without replacement. With replacement the next draft's law is `draft_V` again.
+    """
+    q, p = target_V[token], draft_V[token]
+    acceptance = jnp.minimum(1, _ratio(q, p))
+    # rounding may leave no residual where the two laws agree: then rejection is rounding too
+    residual_V = _normalised(jnp.maximum(target_V - draft_V, 0), otherwise=target_V)
+    rest_V = draft_V.at[token].set(0)
+    return acceptance, residual_V, _normalised(rest_V, otherwise=jnp.zeros_like(rest_V))
+
+
+class KSeqPlan(NamedTuple):
+    """How K-SEQ treats k drafts.
+
+    Attributes:
+      rho: draft x is accepted with probability min(1, target(x) / (rho draft(x))).
+      beta: probability that a given draft is accepted.
+      residual_V: law of the token where none is.
+    """
+
+    rho: jax.Array
+    beta: jax.Array
+    residual_V: jax.Array
+
+
+def k_seq_plan(target_V: jax.Array, draft_V: jax.Array, k: jax.Array | int) -> KSeqPlan:
+    """Returns K-SEQ with its best rho (Sun et al. 2023, SpecTr, section 4).
+
+    Every rho for which 1 - (1 - beta)^k <= rho beta is exact; the least accepts the most. The left
+    side falls with rho and the right side rises: bisection, which ends on the exact side.
+
+    Args:
+      target_V, draft_V: laws.
+      k: drafts, drawn independently of each other; none counts as one.
+    """
+    k = jnp.maximum(jnp.asarray(k, target_V.dtype), 1)
+    tolerance = jnp.finfo(target_V.dtype).eps
+
+    def accepted(rho):
+        beta = jnp.minimum(jnp.sum(jnp.minimum(draft_V, target_V / rho)), 1)
+        return beta, -jnp.expm1(k * jnp.log1p(-beta))
+
+    def halve(bounds):
+        low, high = bounds
+        middle = (low + high) / 2
+        beta, any_accepted = accepted(middle)
+        exact = any_accepted <= middle * beta
+        return jnp.where(exact, low, middle), jnp.where(exact, middle, high)
+
+    def unfinished(bounds):
+        return bounds[1] - bounds[0] > 2 * tolerance * bounds[1]
+
+    _, rho = jax.lax.while_loop(unfinished, halve, (jnp.ones_like(k), k))
+    beta, any_accepted = accepted(rho)
+    times = _ratio(any_accepted, beta)  # that a token's share of beta is accepted
+    residual_V = jnp.maximum(target_V - jnp.minimum(draft_V, target_V / rho) * times, 0)
+    return KSeqPlan(rho, beta, _normalised(residual_V, otherwise=target_V))
+
+
+def k_seq_acceptance(target: jax.Array, draft: jax.Array, rho: jax.Array) -> jax.Array:
+    """Returns the probability of accepting a draft, from both laws at its token; any shape."""
+    return jnp.minimum(1, _ratio(target, rho * draft))
+
+
+def _normalised(x_V: jax.Array, otherwise: jax.Array) -> jax.Array:
+    total = jnp.sum(x_V)
+    return jnp.where(_is_normal(total), _ratio(x_V, total), otherwise)
+
+
+def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns x / y, and 0 where y is 0 or so small that processors may take it for 0."""
+    return jnp.where(_is_normal(y), x / jnp.where(_is_normal(y), y, 1), 0)
+
+
+def _is_normal(x: jax.Array) -> jax.Array:
+    return x >= jnp.finfo(x.dtype).tiny

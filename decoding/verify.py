@@ -1,0 +1,230 @@
+"""The exact rules: which drafted tokens stand, and what is drawn after them.
+
+Texts follow the target's law under each of them, for the class of trees that it names and for no
+other: top-k children under recursive rejection, say, give another law. So trees of another class
+are refused, by type.
+
+    greedy walk           any tree          temperature 0
+    target-only walk      any tree          the very tokens of plain sampling
+    recursive rejection   WithoutReplacement
+    speculative sampling  WithoutReplacement, one child per node
+    K-SEQ                 Independent
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decoding import rules, sample
+from decoding.drafter import Drafter, Text, Verdict, Verifier
+from decoding.tree import DraftTree, Independent, WithoutReplacement, at, child
+
+ACCEPTANCE = 1  # tag of the uniforms that accept; the draw of a token has none
+ONE_CHILD = 'speculative sampling is for one child per node, not {}: use recursive rejection'
+
+
+class _Walk(NamedTuple):
+    """How far down the tree each row is: nodes from the root, and how many below it."""
+
+    path_BP: jax.Array
+    accepted_B: jax.Array
+
+    @property
+    def node_B(self) -> jax.Array:
+        return at(self.path_BP, self.accepted_B)
+
+    def descend(self, node_B: jax.Array, where_B: jax.Array) -> '_Walk':
+        accepted_B = self.accepted_B + where_B
+        is_new = (jnp.arange(self.path_BP.shape[1]) == accepted_B[:, None]) & where_B[:, None]
+        return _Walk(jnp.where(is_new, node_B[:, None], self.path_BP), accepted_B)
+
+    def verdict(self, next_B: jax.Array) -> Verdict:
+        behind = jnp.arange(self.path_BP.shape[1]) > self.accepted_B[:, None]
+        path_BP = jnp.where(behind, self.node_B[:, None], self.path_BP)
+        return Verdict(path_BP, self.accepted_B, next_B)
+
+
+def _at_root(batch: int, depth: int) -> _Walk:
+    return _Walk(jnp.zeros((batch, depth + 1), jnp.int32), jnp.zeros(batch, jnp.int32))
+
+
+def _follow(tree: DraftTree, depth: int, choose: Callable[[jax.Array, jax.Array], jax.Array]):
+    """Descends as long as a child carries the token that `choose(node_B, depth)` names."""
+
+    def step(state):
+        level, walk, running_B, next_B = state
+        node_B = walk.node_B
+        token_B = choose(node_B, level)
+        is_it = (tree.parent_BT == node_B[:, None]) & (tree.token_BT == token_B[:, None])
+        is_it &= tree.valid_BT & (running_B & (level < depth))[:, None]
+        found_B = jnp.any(is_it, axis=1)
+        walk = walk.descend(jnp.argmax(is_it, axis=1).astype(jnp.int32), found_B)
+        return level + 1, walk, found_B, jnp.where(running_B, token_B, next_B)
+
+    batch = tree.token_BT.shape[0]
+    running_B, next_B = jnp.ones(batch, bool), jnp.zeros(batch, jnp.int32)
+    start = jnp.asarray(0, jnp.int32), _at_root(batch, depth), running_B, next_B
+    _, walk, _, next_B = jax.lax.while_loop(lambda state: jnp.any(state[2]), step, start)
+    return walk.verdict(next_B)
+
+
+def _greedy(tree: DraftTree, logprob_BTV, text: Text, depth: int, branching: int) -> Verdict:
+    def choose(node_B, level):
+        return jnp.argmax(at(logprob_BTV, node_B), axis=1).astype(jnp.int32)
+
+    return _follow(tree, depth, choose)
+
+
+def _target_only(tree: DraftTree, logprob_BTV, text: Text, depth: int, branching: int) -> Verdict:
+    def choose(node_B, level):
+        return sample.draw(at(logprob_BTV, node_B), text.key_B, text.length_B + level)
+
+    return _follow(tree, depth, choose)
+
+
+def _recursive(tree: DraftTree, logprob_BTV, text: Text, depth: int, branching: int) -> Verdict:
+    if not isinstance(tree, WithoutReplacement):
+        raise _refusal(recursive_rejection, type(tree))
+
+    def laws(node_B):
+        draft_BV = jnp.exp(at(tree.law_BTV, node_B)).astype(logprob_BTV.dtype)
+        return jnp.exp(at(logprob_BTV, node_B)), draft_BV
+
+    def candidate(walk, rank_B):
+        child_B, exists_B = child(tree, walk.node_B, rank_B[:, None])
+        return child_B, exists_B & (rank_B < branching) & (walk.accepted_B < depth)
+
+    # One draft of each row per step, whatever its depth: rows need not wait for each other.
+    def step(state):
+        walk, rank_B, (child_B, exists_B), target_BV, draft_BV = state
+        token_B = at(tree.token_BT, child_B)
+        acceptance_B, residual_BV, rest_BV = jax.vmap(rules.rejection_step)(
+            target_BV, draft_BV, token_B
+        )
+        uniform_BK = _uniforms(text, walk.accepted_B, branching, acceptance_B.dtype)
+        accept_B = exists_B & (at(uniform_BK, rank_B) < acceptance_B)
+        reject_B = exists_B & ~accept_B
+        walk = walk.descend(child_B, accept_B)
+        rank_B = jnp.where(accept_B, 0, rank_B + reject_B)
+        new_target_BV, new_draft_BV = laws(child_B)
+        target_BV = jnp.where(reject_B[:, None], residual_BV, target_BV)
+        target_BV = jnp.where(accept_B[:, None], new_target_BV, target_BV)
+        draft_BV = jnp.where(accept_B[:, None], new_draft_BV, rest_BV)
+        following = candidate(walk, rank_B)
+        following = following[0], following[1] & exists_B
+        return walk, rank_B, following, target_BV, draft_BV
+
+    walk = _at_root(tree.token_BT.shape[0], depth)
+    rank_B = jnp.zeros_like(walk.accepted_B)
+    start = (walk, rank_B, candidate(walk, rank_B), *laws(walk.node_B))
+    final = jax.lax.while_loop(lambda state: jnp.any(state[2][1]), step, start)
+    return _emit(final[0], final[3], text)
+
+
+def _speculative(tree: DraftTree, logprob_BTV, text: Text, depth: int, branching: int) -> Verdict:
+    if not isinstance(tree, WithoutReplacement):
+        raise _refusal(speculative_sampling, type(tree))
+    if branching > 1:
+        raise ValueError(ONE_CHILD.format(branching))
+    return _recursive(tree, logprob_BTV, text, depth, branching)
+
+
+def _k_seq(tree: DraftTree, logprob_BTV, text: Text, depth: int, branching: int) -> Verdict:
+    if not isinstance(tree, Independent):
+        raise _refusal(k_seq, type(tree))
+    children = jax.vmap(child, (None, 1, 0), 1)
+    rank_K = jnp.arange(branching)
+
+    def step(state):
+        level, walk, node_BK, alive_BK, target_BV = state
+        alive_B = jnp.any(alive_BK, axis=1)
+        # the survivors carry the same tokens, so that both laws are the same after each of them
+        draft_BV = jnp.exp(at(tree.law_BTV, walk.node_B)).astype(target_BV.dtype)
+        plan = jax.vmap(rules.k_seq_plan)(target_BV, draft_BV, jnp.sum(alive_BK, axis=1))
+        token_BK = jnp.take_along_axis(tree.token_BT, node_BK, axis=1)
+        acceptance_BK = rules.k_seq_acceptance(
+            jnp.take_along_axis(target_BV, token_BK, axis=1),
+            jnp.take_along_axis(draft_BV, token_BK, axis=1),
+            plan.rho[:, None],
+        )
+        uniform_BK = _uniforms(text, walk.accepted_B, branching, acceptance_BK.dtype)
+        accept_BK = alive_BK & (uniform_BK < acceptance_BK)
+        first_B, accept_B = jnp.argmax(accept_BK, axis=1), jnp.any(accept_BK, axis=1)
+        chosen_B = at(node_BK, first_B)
+        walk = walk.descend(chosen_B, accept_B)
+        target_BV = jnp.where((alive_B & ~accept_B)[:, None], plan.residual_V, target_BV)
+        new_target_BV = jnp.exp(at(logprob_BTV, chosen_B))
+        target_BV = jnp.where(accept_B[:, None], new_target_BV, target_BV)
+        survives_BK = alive_BK & (token_BK == at(token_BK, first_B)[:, None])
+        node_BK, exists_BK = children(tree, node_BK, jnp.zeros_like(rank_K))
+        alive_BK = survives_BK & exists_BK & accept_B[:, None] & (level + 1 < depth)
+        return level + 1, walk, node_BK, alive_BK, target_BV
+
+    batch = tree.token_BT.shape[0]
+    walk = _at_root(batch, depth)
+    node_BK, alive_BK = children(tree, jnp.zeros((batch, branching), jnp.int32), rank_K)
+    alive_BK &= depth > 0
+    start = jnp.asarray(0, jnp.int32), walk, node_BK, alive_BK, jnp.exp(logprob_BTV[:, 0])
+    final = jax.lax.while_loop(lambda state: jnp.any(state[3]), step, start)
+    return _emit(final[1], final[4], text)
+
+
+def _uniforms(text: Text, depth_B: jax.Array, k: int, dtype) -> jax.Array:
+    """Returns the uniforms `[B, k]` that accept drafts of the token after a node of each depth."""
+    key_B = sample.at_position(text.key_B, text.length_B + depth_B, ACCEPTANCE)
+    return jax.vmap(lambda key: jax.random.uniform(key, (k,), dtype))(key_B)
+
+
+def _emit(walk: _Walk, law_BV: jax.Array, text: Text) -> Verdict:
+    """Draws the token after the path of each row."""
+    position_B = text.length_B + walk.accepted_B
+    return walk.verdict(sample.draw(jnp.log(law_BV), text.key_B, position_B))
+
+
+greedy_walk = Verifier(_greedy, DraftTree, 'greedy walk')
+target_only_walk = Verifier(_target_only, DraftTree, 'target-only walk')
+recursive_rejection = Verifier(_recursive, WithoutReplacement, 'recursive rejection')
+speculative_sampling = Verifier(_speculative, WithoutReplacement, 'speculative sampling')
+k_seq = Verifier(_k_seq, Independent, 'K-SEQ')
+
+
+def default_for(trees: type[DraftTree]) -> Verifier:
+    """Returns the verifier made for a class of trees, exact at any temperature."""
+    return _exact_for(trees)[0]
+
+
+def check_pairing(drafter: Drafter, verifier: Verifier, sampler: sample.Sampler | None = None):
+    """Refuses a verifier whose texts would not follow the target's law.
+
+    Raises:
+      TypeError: the verifier is not exact for the drafter's trees.
+      ValueError: speculative sampling with several children per node; or a greedy walk where the
+        sampler's temperature is known and not 0.
+    """
+    if not issubclass(drafter.trees, verifier.trees):
+        raise _refusal(verifier, drafter.trees, f' ({drafter.propose.__module__})')
+    if verifier is speculative_sampling and drafter.branching > 1:
+        raise ValueError(ONE_CHILD.format(drafter.branching))
+    if verifier is greedy_walk and sampler is not None:
+        temperature = sampler.temperature
+        if not isinstance(temperature, jax.core.Tracer) and np.any(np.asarray(temperature) != 0):
+            raise ValueError(
+                f'a greedy walk is for temperature 0, not {temperature}: '
+                f'use {default_for(drafter.trees).name}'
+            )
+
+
+def _exact_for(trees: type[DraftTree]) -> list[Verifier]:
+    verifiers = recursive_rejection, k_seq, target_only_walk
+    return [verifier for verifier in verifiers if issubclass(trees, verifier.trees)]
+
+
+def _refusal(verifier: Verifier, trees: type[DraftTree], drafter: str = '') -> TypeError:
+    return TypeError(
+        f'{verifier.name} is exact for {verifier.trees.__name__} trees only, and the drafter'
+        f'{drafter} makes {trees.__name__} ones: use '
+        + ' or '.join(exact.name for exact in _exact_for(trees))
+    )

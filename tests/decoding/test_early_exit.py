@@ -1,0 +1,228 @@
+"""Layers that draft are run once, and what they leave is what a full pass would have left."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from decoding import sample, tree
+from decoding.drafter import Model, Outcome, Text, Verdict
+from decoding.drafts import adapter as adapter_lib
+from decoding.drafts.early_exit import early_exit
+from decoding.sample import Sampler
+from decoding.tree import WithoutReplacement
+from lm import cache as cache_lib
+from lm import params as params_lib
+from lm import transformer
+from lm.config import Config
+from lm.kernels.mask import Mask, pack_bits
+
+CONFIG = Config(
+    23, 16, 3, 4, 2, 8, 24, max_length=64, activation='gelu_tanh', unit_offset=True,
+    post_norm=True, qk_norm=True, logit_softcap=10.0, scale_embeddings=True, window=5,
+    local_rope_theta=500.0, window_pattern=(True, False),
+)  # fmt: skip
+E, DRAFT, ROWS = 2, 3, 24
+LENGTHS = [4, 7]
+
+
+def shaken(weights, seed: int):
+    """Moves every leaf: norms and zeros start at constants, which would hide a bug."""
+    leaves, structure = jax.tree.flatten(weights)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, moved)
+
+
+PARAMS = shaken(params_lib.init(CONFIG, jax.random.key(0)), 1)
+MODEL = Model(CONFIG, PARAMS, bos=0)
+ADAPTER = shaken(adapter_lib.init(jax.random.key(2), CONFIG), 3)
+
+
+@functools.cache
+def drafter(adapted: bool):
+    sampler = Sampler(temperature=0.7, top_k=9, repetition_penalty=1.5)
+    made = early_exit(MODEL, E, DRAFT, sampler, ADAPTER if adapted else None)
+    return made._replace(init=jax.jit(made.init, static_argnums=2), propose=jax.jit(made.propose))
+
+
+@functools.cache
+def start() -> tuple[Text, cache_lib.Cache]:
+    """Returns two texts, and the target's cache of all but their last tokens."""
+    token_BS = jax.random.randint(jax.random.key(4), (2, ROWS - DRAFT - 1), 1, 23)
+    length_B = jnp.asarray(LENGTHS, jnp.int32)
+    text = Text(token_BS, length_B, jax.random.split(jax.random.key(5), 2))
+
+    @jax.jit
+    def prefill():
+        cache = cache_lib.init(CONFIG, 2, ROWS)
+        _, cache = transformer.step(PARAMS, CONFIG, token_BS[:, : max(LENGTHS)], cache)
+        return cache_lib.truncate(cache, length_B - 1)
+
+    return text, prefill()
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def read_out(token_BL: jax.Array, adapted: bool) -> jax.Array:
+    """Returns the draft's laws `[B, L, V]` after each token, without any cache."""
+    positions_BL = jnp.broadcast_to(jnp.arange(token_BL.shape[1]), token_BL.shape)
+    x_BLD = transformer.embed(PARAMS['tables'], CONFIG, token_BL)
+    mask = Mask(positions_BL, positions_BL[:, None])
+    x_BLD, _ = transformer.blocks(PARAMS['body'], CONFIG, x_BLD, mask, only=(0, E))
+    h_BLD = transformer.final_norm(PARAMS['body'], CONFIG, x_BLD)
+    if adapted:
+        h_BLD, _ = adapter_lib.adapt(ADAPTER, CONFIG, x_BLD, positions_BL)
+    logits_BLV = transformer.unembed(PARAMS['tables'], CONFIG, h_BLD).at[..., 0].set(-jnp.inf)
+    return sample.log_law(Sampler(temperature=0.7, top_k=9), logits_BLV)
+
+
+@jax.jit
+def both_passes(drafted, begun, text, cache):
+    """Returns logits and cache of the layers above, and those of a full pass."""
+    positions_BT = (text.length_B - 1)[:, None] + drafted.depth_BT
+    bits = pack_bits(tree.ancestors(drafted, DRAFT))
+    full = transformer.step(
+        PARAMS, CONFIG, drafted.token_BT, cache, positions_BL=positions_BT, ancestors_BLW=bits
+    )
+    mask = Mask(positions_BT, positions_BT[:, None], ancestors=bits)
+    x_BTD, deep = transformer.blocks(
+        PARAMS['body'], CONFIG, begun.x_BTD, mask, begun.cache, only=(E, CONFIG.n_layers)
+    )
+    h_BTD = transformer.final_norm(PARAMS['body'], CONFIG, x_BTD)
+    return (transformer.unembed(PARAMS['tables'], CONFIG, h_BTD), deep), full
+
+
+@jax.jit
+def redraw(drafted, text):
+    """Returns the tokens that the stored laws and the text's key give, `[B, DRAFT]`."""
+    keys = [sample.at_position(text.key_B, text.length_B - 1, 2, d) for d in range(DRAFT)]
+    noise = jnp.stack([sample.gumbel(key_B, (23,)) for key_B in keys], axis=1)
+    return jnp.argmax(drafted.law_BTV[:, :DRAFT] + noise, axis=-1)
+
+
+def after(text: Text, drafted, accepted: list[int]) -> Text:
+    """Returns the texts with the chain's first nodes, and a token that was not drafted."""
+    token_BS, length_B = np.array(text.token_BS), np.array(text.length_B)
+    for row, n in enumerate(accepted):
+        end = length_B[row] + n
+        token_BS[row, length_B[row] : end] = drafted.token_BT[row, 1 : n + 1]
+        token_BS[row, end] = 20
+        length_B[row] = end + 1
+    return Text(jnp.asarray(token_BS), jnp.asarray(length_B), text.key_B)
+
+
+@pytest.mark.parametrize('adapted', [False, True], ids=['bare', 'adapter'])
+def test_shallow_then_deep_equals_the_full_pass(adapted):
+    made = drafter(adapted)
+    text, cache = start()
+    own = made.init(made.params, text, ROWS)
+    drafted, _, begun = made.propose(made.params, own, text, PARAMS, cache)
+    (logits, deep), (expected, full) = both_passes(drafted, begun, text, cache)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(deep.length_B, full.length_B)
+    np.testing.assert_array_equal(deep.position_NBKS, full.position_NBKS)
+    for name in ('k_NBKSC', 'v_NBKSC'):
+        shallow, got, rows = (np.asarray(getattr(x, name)) for x in (begun.cache, deep, full))
+        # the drafting layers' rows are there before the deep pass, and it leaves them alone
+        np.testing.assert_array_equal(shallow[:E], got[:E])
+        for row, n in enumerate(LENGTHS):
+            used = (slice(None), row, slice(None), slice(0, n + DRAFT))
+            np.testing.assert_allclose(got[used], rows[used], atol=1e-5)
+
+
+@pytest.mark.parametrize('adapted', [False, True], ids=['bare', 'adapter'])
+def test_chains_are_drawn_from_the_stored_law_round_after_round(adapted):
+    made = drafter(adapted)
+    text, cache = start()
+    own = made.init(made.params, text, ROWS)
+    for accepted in ([DRAFT, 1], [0, DRAFT]):
+        drafted, own, begun = made.propose(made.params, own, text, PARAMS, cache)
+        assert isinstance(drafted, WithoutReplacement)
+        assert drafted.parent_BT.tolist() == [[-1, 0, 1, 2]] * 2 and drafted.valid_BT.all()
+        np.testing.assert_array_equal(redraw(drafted, text), drafted.token_BT[:, 1:])
+        stored = np.asarray(drafted.law_BTV)[:, :DRAFT]
+        laws = np.asarray(read_out(after(text, drafted, [DRAFT] * 2).token_BS, adapted))
+        for row, n in enumerate(np.asarray(text.length_B)):
+            assert drafted.token_BT[row, 0] == text.token_BS[row, n - 1]
+            law = laws[row, n - 1 : n - 1 + DRAFT]
+            np.testing.assert_allclose(stored[row], law, rtol=1e-4, atol=1e-4)
+        text = after(text, drafted, accepted)
+        verdict = Verdict(jnp.zeros((2, DRAFT + 1)), jnp.asarray(accepted), jnp.full(2, 20))
+        own = made.update(made.params, own, Outcome(drafted, jnp.zeros(()), verdict, text))
+        cache = cache_lib.truncate(begun.cache, text.length_B - 1)
+
+
+def test_temperature_zero_takes_the_most_probable_token():
+    greedy = drafter(True).params._replace(sampler=Sampler(0.0, top_k=9))
+    text, cache = start()
+    own = drafter(True).init(greedy, text, ROWS)
+    drafted, *_ = drafter(True).propose(greedy, own, text, PARAMS, cache)
+    law = np.asarray(drafted.law_BTV)[:, :-1]
+    np.testing.assert_array_equal(drafted.token_BT[:, 1:], law.argmax(axis=-1))
+    assert (np.isneginf(law).sum(axis=-1) == 22).all() and not np.isnan(law).any()
+
+
+def packed() -> dict[str, jax.Array]:
+    """Returns two documents to a row, the last two tokens of which do not count."""
+    return {
+        'tokens': jax.random.randint(jax.random.key(6), (4, 16), 1, 23),
+        'positions': jnp.concatenate([jnp.arange(10), jnp.arange(6)])[None].repeat(4, 0),
+        'segments': jnp.asarray([[1] * 10 + [2] * 6] * 4),
+        'weights': jnp.ones((4, 16)).at[:, -2:].set(0.0),
+    }
+
+
+def test_packed_documents_do_not_see_each_other():
+    loss = jax.jit(adapter_lib.loss, static_argnums=(2, 3))
+
+    def nats(batch) -> float:
+        return float(loss(ADAPTER, PARAMS, CONFIG, E, batch)[1]['nats'])
+
+    both = packed()
+    parts = [{k: x[:, s] for k, x in both.items()} for s in (slice(0, 10), slice(10, 16))]
+    np.testing.assert_allclose(nats(both), sum(map(nats, parts)), rtol=1e-5)
+
+
+def test_training_the_adapter_brings_it_nearer_to_the_target():
+    batch = packed()
+    loss = functools.partial(adapter_lib.loss, params=PARAMS, config=CONFIG, layers=E, batch=batch)
+    optimizer = optax.adam(0.03)
+
+    @jax.jit
+    def train(adapter, state):
+        (value, sums), gradient = jax.value_and_grad(loss, has_aux=True)(adapter)
+        updates, state = optimizer.update(gradient, state)
+        return optax.apply_updates(adapter, updates), state, value, sums, gradient
+
+    adapter = adapter_lib.init(jax.random.key(7), CONFIG)
+    state = optimizer.init(adapter)
+    values = []
+    for _ in range(20):
+        adapter, state, value, sums, gradient = train(adapter, state)
+        values.append(float(value))
+    logits = jax.jit(transformer.forward, static_argnums=1)(
+        PARAMS, CONFIG, batch['tokens'], batch['positions'], batch['segments']
+    )
+    entropy = -jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=-1)
+    least = float((entropy * batch['weights']).sum() / batch['weights'].sum())
+    assert values[-1] - least < 0.7 * (values[0] - least) and values[-1] > least
+    assert sums['tokens'] == 4 * 14 and all(jnp.any(g != 0) for g in jax.tree.leaves(gradient))
+    np.testing.assert_allclose(sums['nats'] / sums['tokens'], values[-1], rtol=1e-5)
+
+
+def test_sizes_count_what_a_draft_call_runs():
+    bare, adapted = drafter(False), drafter(True)
+    count = params_lib.count(CONFIG)
+    layer = (count - 2 * 23 * 16 - 16) // 3
+    assert bare.size == E * layer + 23 * 16
+    assert adapted.size - bare.size == sum(x.size for x in jax.tree.leaves(ADAPTER))
+    assert (bare.calls, bare.nodes, bare.shared_layers) == (DRAFT, DRAFT + 1, E)
+
+
+@pytest.mark.parametrize(('layers', 'length'), [(0, 2), (3, 2), (1, 0)])
+def test_sizes_out_of_range_are_refused(layers, length):
+    with pytest.raises(ValueError, match='early_exit'):
+        early_exit(MODEL, layers, length)

@@ -1,0 +1,302 @@
+"""The loop: with any drafter, the very text or the very law of plain sampling."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding import rounds, stop, verify
+from decoding import tree as tree_lib
+from decoding.drafter import Drafter, Model
+from decoding.drafts import chain, dynamic, early_exit, iid, lookup, recursive, recycling
+from decoding.generate import bucket, generate, plain
+from decoding.sample import Sampler, at_position, draw, log_law
+from lm import params, transformer
+from lm.config import Config
+
+V = 17
+NEW = 24
+
+
+def make(layers: int, width: int, seed: int, vocab_size: int = V, sharp: float = 1.5) -> Model:
+    """A small model; `sharp` laws put most of their mass on few tokens."""
+    config = Config(vocab_size, width, layers, 2, 1, 8, 2 * width, max_length=256, unroll=layers)
+    weights = params.init(config, jax.random.key(seed))
+    weights['tables']['output_VD'] *= sharp * width**0.5
+    return Model(config, weights)
+
+
+TARGET, DRAFT = make(3, 16, 0), make(1, 8, 1)
+PROMPTS = [[1, 2, 3, 1, 2], [5], [7, 7, 7, 7, 7, 7, 7], [3, 4]] * 2
+KEYS = jax.random.split(jax.random.key(7), 8)
+DRAFTERS = {
+    'chain': chain.chain(DRAFT, 3),
+    'iid': iid.iid(DRAFT, 3, 2),
+    'branching': recursive.branching(DRAFT, (3, 2)),
+    'beam': recursive.beam(DRAFT, 3, 3),
+    'dynamic': dynamic.dynamic(DRAFT, 8, 3),
+    'lookup': lookup.lookup(nodes=8, length=4, branches=2),
+    'recycling': recycling.recycling(V),
+    'early_exit': early_exit.early_exit(TARGET, 1, 3),
+}
+EACH = pytest.mark.parametrize('drafter', DRAFTERS.values(), ids=DRAFTERS)
+
+
+@functools.cache
+def plain_text(temperature: float, rows: int = 8):
+    """Plain sampling, and with it what every drafter has to give."""
+    sampler = Sampler(temperature=jnp.float32(temperature))
+    return generate(TARGET, PROMPTS[:rows], key=KEYS[:rows], max_new_tokens=NEW, sampler=sampler)
+
+
+def equal(actual, expected):
+    """Token for token."""
+    for row, other in zip(actual.tokens, expected.tokens, strict=True):
+        np.testing.assert_array_equal(row, other)
+
+
+def test_plain_decoding_is_the_full_forward_token_by_token():
+    sampler = Sampler(temperature=jnp.float32(0.8))
+    texts = [list(prompt) for prompt in PROMPTS[:4]]
+    forward = jax.jit(functools.partial(transformer.forward, TARGET.params, TARGET.config))
+    for _ in range(NEW):
+        for row, text in enumerate(texts):
+            padded = jnp.asarray([text + [0] * (48 - len(text))])
+            logits = forward(padded)[:, len(text) - 1]
+            position = jnp.asarray([len(text)])
+            law = log_law(sampler, logits)
+            text.append(int(draw(law, KEYS[row : row + 1], position)[0]))
+    result = generate(TARGET, PROMPTS[:4], key=KEYS[:4], max_new_tokens=NEW, sampler=sampler)
+    for text, prompt, tokens in zip(texts, PROMPTS, result.tokens, strict=False):
+        assert text[len(prompt) :] == tokens.tolist()
+    assert result.metrics.rounds == 4 * NEW and result.metrics.block_efficiency == 1
+
+
+@EACH
+def test_target_only_walk_gives_the_tokens_of_plain_sampling(drafter):
+    for temperature in (0.0, 0.3, 1.0):
+        sampler = Sampler(temperature=jnp.float32(temperature))
+        settings = {'max_new_tokens': NEW, 'sampler': sampler, 'drafter': drafter}
+        result = generate(TARGET, PROMPTS, key=KEYS, verifier=verify.target_only_walk, **settings)
+        equal(result, plain_text(temperature))
+        # compiled once: a temperature is data
+        assert result.metrics.compilations == (2 if temperature == 0.0 else 0)
+        assert result.metrics.tokens == 8 * NEW
+    alone = generate(
+        TARGET, PROMPTS[2:3], key=KEYS[2:3], verifier=verify.target_only_walk, **settings
+    )
+    np.testing.assert_array_equal(alone.tokens[0], plain_text(1.0).tokens[2])
+
+
+@EACH
+def test_greedy_is_greedy(drafter):
+    greedy = Sampler(temperature=jnp.float32(0.0))
+    result = generate(
+        TARGET, PROMPTS, key=KEYS, max_new_tokens=NEW, sampler=greedy, drafter=drafter
+    )
+    equal(result, plain_text(0.0))
+
+
+def replay(texts: list[list[int]], depth: int, wrong: bool = False) -> Drafter:
+    """Drafts what is known to come, or what is known not to."""
+    known = jnp.asarray([text + [0] * (64 - len(text)) for text in texts])
+
+    def propose(params, state, text, target, cache):
+        nodes = jnp.arange(depth + 1)
+        position = (text.length_B - 1)[:, None] + nodes
+        token = jnp.take_along_axis(known, jnp.minimum(position, 63), axis=1)
+        if wrong:
+            token = jnp.where(nodes > 0, (token + 1) % V, token)
+        shape = token.shape
+        tree = tree_lib.DraftTree(
+            token, jnp.broadcast_to(nodes - 1, shape), jnp.broadcast_to(nodes, shape),
+            jnp.ones(shape, bool),
+        )  # fmt: skip
+        return tree, state, None
+
+    return plain()._replace(propose=propose, nodes=depth + 1, depth=depth)
+
+
+def test_an_oracle_needs_the_fewest_rounds_and_an_adversary_the_most():
+    expected = plain_text(1.0)
+    texts = [p + t.tolist() for p, t in zip(PROMPTS, expected.tokens, strict=True)]
+    for wrong, per_row in ((False, -(-NEW // 5)), (True, NEW)):
+        drafter = replay(texts, 4, wrong)
+        result = generate(TARGET, PROMPTS, key=KEYS, max_new_tokens=NEW, drafter=drafter)
+        equal(result, expected)
+        assert result.metrics.rounds == 8 * per_row
+    assert result.metrics.acceptance_by_depth == (0.0,) * 4
+
+
+def test_a_stop_inside_an_accepted_path_ends_the_row_there():
+    expected = plain_text(1.0)
+    texts = [p + t.tolist() for p, t in zip(PROMPTS, expected.tokens, strict=True)]
+    ends = [int(t[i % 5 + 2]) for i, t in enumerate(expected.tokens)]
+    letters = [bytes([97 + i]) for i in range(V)]
+    pair = letters[expected.tokens[0][1]] + letters[expected.tokens[0][2]]
+    rules = [stop.Rule(strings=(pair,)), *(stop.Rule(ids=(end,)) for end in ends[1:])]
+    result = generate(
+        TARGET, PROMPTS, key=KEYS, max_new_tokens=NEW, drafter=replay(texts, 4),
+        stops=stop.build(rules, letters),
+    )  # fmt: skip
+    for row, (tokens, whole) in enumerate(zip(result.tokens, expected.tokens, strict=True)):
+        if row == 0:
+            written = b''.join(letters[i] for i in whole)
+            length = written.index(pair) + 2
+        else:
+            length = whole.tolist().index(ends[row]) + 1
+        np.testing.assert_array_equal(tokens, whole[:length])
+    assert result.ended == ['stop'] * 8
+
+
+def test_rows_have_their_own_lengths_and_are_streamed():
+    seen: dict[int, list[int]] = {}
+    new = [3, 1, 24, 7, 5, 2, 9, 4]
+    result = generate(
+        TARGET, PROMPTS, key=KEYS, max_new_tokens=new, drafter=DRAFTERS['chain'],
+        verifier=verify.target_only_walk,
+        stream=lambda row, tokens: seen.setdefault(row, []).extend(tokens.tolist()),
+    )  # fmt: skip
+    for row, (tokens, count) in enumerate(zip(result.tokens, new, strict=True)):
+        np.testing.assert_array_equal(tokens, plain_text(1.0).tokens[row][:count])
+        assert seen[row] == tokens.tolist()
+    assert result.ended == ['length'] * 8
+
+
+@pytest.mark.parametrize('name', ['beam', 'early_exit'])
+def test_the_committed_cache_is_the_plain_one_and_garbage_behind_it_changes_nothing(name):
+    states = {}
+    for drafter in (plain(), DRAFTERS[name]):
+        for poison in (False, True):
+            plan, start, arguments = prefilled(drafter)
+            if poison:
+                rows = jnp.arange(plan.rows) >= start.cache.length_B[:, None]
+                behind = rows[None, :, None, :, None]
+                cache = start.cache.replace(
+                    k_NBKSC=jnp.where(behind, jnp.nan, start.cache.k_NBKSC),
+                    v_NBKSC=jnp.where(behind, jnp.nan, start.cache.v_NBKSC),
+                )
+                start = start.replace(cache=cache)
+            states[drafter.nodes, poison] = rounds.loop(plan, *arguments, start, 100)
+    for state in states.values():
+        expected = states[1, False]
+        np.testing.assert_array_equal(state.text.length_B, expected.text.length_B)
+        for row, length in enumerate(np.asarray(expected.text.length_B)):
+            np.testing.assert_array_equal(
+                state.text.token_BS[row, :length], expected.text.token_BS[row, :length]
+            )
+            assert state.cache.length_B[row] == length - 1
+            for field in ('k_NBKSC', 'v_NBKSC', 'position_NBKS'):
+                a, e = (np.asarray(getattr(s.cache, field))[:, row, :, : length - 1]
+                        for s in (state, expected))  # fmt: skip
+                np.testing.assert_allclose(a, e, atol=1e-5)
+
+
+def prefilled(drafter: Drafter):
+    """What `generate` runs, up to the first round."""
+    from decoding import generate as generate_lib
+
+    limits = np.asarray([len(p) + NEW for p in PROMPTS], np.int32)
+    plan, text, prompt = generate_lib._prepare(
+        TARGET, PROMPTS, limits, drafter, verify.target_only_walk, KEYS
+    )
+    stops = stop.none(V, 8)
+    state = rounds.prefill(
+        plan, TARGET.params, drafter.params, prompt, text, jnp.asarray(limits), stops.start_B
+    )
+    sampler = Sampler(temperature=jnp.float32(1.0))
+    return plan, state, (TARGET.params, drafter.params, sampler, stops.table)
+
+
+SMALL_TARGET, SMALL_DRAFT = make(2, 8, 3, 5, 0.5), make(1, 8, 6, 5, 0.5)
+
+
+@pytest.mark.parametrize(
+    'drafter',
+    [
+        chain.chain(SMALL_DRAFT, 2), iid.iid(SMALL_DRAFT, 3, 2),
+        recursive.branching(SMALL_DRAFT, (2, 2)), recursive.beam(SMALL_DRAFT, 3, 2),
+        dynamic.dynamic(SMALL_DRAFT, 6, 2), early_exit.early_exit(SMALL_TARGET, 1, 2),
+    ],
+    ids=['chain', 'iid', 'branching', 'beam', 'dynamic', 'early_exit'],
+)  # fmt: skip
+def test_the_first_two_tokens_follow_the_law(drafter):
+    rows = 4096
+    sampler = Sampler(temperature=1.3, top_k=4)
+    keys = jax.random.split(jax.random.key(11), rows)
+    result = generate(
+        SMALL_TARGET, [[1, 3]] * rows, key=keys, max_new_tokens=2, sampler=sampler,
+        drafter=drafter,
+    )  # fmt: skip
+    pairs = np.stack(result.tokens)
+    counts = np.zeros((5, 5))
+    np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
+    after = jnp.asarray([[1, 3, token] for token in range(5)])
+    logits = transformer.forward(SMALL_TARGET.params, SMALL_TARGET.config, after)
+    law = np.exp(np.asarray(log_law(sampler, logits), np.float64))
+    expected = rows * law[0, 1][:, None] * law[:, 2]
+    likely = expected > 0
+    assert counts[~likely].sum() == 0
+    chi_square = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
+    degrees = likely.sum() - 1
+    assert chi_square < degrees + 4 * np.sqrt(2 * degrees)
+    assert result.metrics.block_efficiency > 1.2
+
+
+def test_buckets_and_compilations():
+    assert [bucket(n) for n in (1, 16, 17, 24, 25, 33, 48, 49, 100)] == [
+        16, 16, 24, 24, 32, 48, 48, 64, 128,
+    ]  # fmt: skip
+    settings = {'key': jax.random.key(0), 'drafter': chain.chain(DRAFT, 2)}
+    first = generate(TARGET, [[1] * 9, [2] * 5], max_new_tokens=20, **settings)
+    again = generate(TARGET, [[3] * 16, [2]], max_new_tokens=16, **settings)
+    other = generate(TARGET, [[3] * 16, [2]], max_new_tokens=30, **settings)
+    assert [x.metrics.compilations for x in (first, again, other)] == [2, 0, 2]
+
+
+def test_a_drawn_token_is_never_the_one_that_starts_documents():
+    model = TARGET._replace(bos=3)
+    result = generate(model, [[3]] * 4, key=jax.random.key(0), max_new_tokens=40,
+                      sampler=Sampler(temperature=50.0))  # fmt: skip
+    assert not any((tokens == 3).any() for tokens in result.tokens)
+
+
+def test_a_repetition_penalty_counts_the_path_too():
+    sampler = Sampler(temperature=jnp.float32(0.7), repetition_penalty=1.5)
+    settings = {'key': KEYS, 'max_new_tokens': NEW, 'sampler': sampler}
+    expected = generate(TARGET, PROMPTS, **settings)
+    result = generate(TARGET, PROMPTS, drafter=DRAFTERS['branching'],
+                      verifier=verify.target_only_walk, **settings)  # fmt: skip
+    equal(result, expected)
+
+
+def test_bad_arguments_are_refused_before_anything_compiles():
+    key = jax.random.key(0)
+    other = Model(Config(V + 1, 8, 1, 1, 1, 8, 8), {}, 'abc')
+    cases = [
+        ('none given', {'prompts': []}),
+        ('prompt 1 is empty', {'prompts': [[1], []]}),
+        ('id 17 is not in', {'prompts': [[17]]}),
+        ('do not fit', {'prompts': [[1] * 250]}),
+        ('max_new_tokens', {'max_new_tokens': 0}),
+        ('temperature', {'sampler': Sampler(temperature=-1.0)}),
+        ('vocabularies', {'drafter': chain.chain(other, 2)}),
+        ('tree of', {'drafter': plain()._replace(nodes=300)}),
+        ('expected one key', {'key': jax.random.split(key, 3)}),
+        ('for 3 rows', {'stops': stop.none(V, 3)}),
+        ('made for 9', {'stops': stop.none(9, 1)}),
+    ]
+    for message, changed in cases:
+        arguments = {'prompts': [[1]], 'key': key, 'max_new_tokens': 10, **changed}
+        with pytest.raises(ValueError, match=message):
+            generate(TARGET, arguments.pop('prompts'), **arguments)
+    strangers = chain.chain(DRAFT._replace(tokenizer='abc'), 2)
+    with pytest.raises(ValueError, match='tokenizers'):
+        generate(TARGET._replace(tokenizer='xyz'), [[1]], key=key, max_new_tokens=1,
+                 drafter=strangers)  # fmt: skip
+    with pytest.raises(TypeError, match='exact for'):
+        generate(TARGET, [[1]], key=key, max_new_tokens=1, drafter=DRAFTERS['lookup'],
+                 verifier=verify.recursive_rejection)  # fmt: skip
+    assert at_position(KEYS, jnp.arange(8)).shape == (8,)

@@ -1,0 +1,56 @@
+"""What tests of drafters share: small models, texts, and what holds of every tree."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decoding.drafter import Model, Text
+from decoding.tree import WithoutReplacement
+from lm import params
+from lm.config import Config
+
+
+def tiny(config: Config, sharpness: float, bos: int | None = None) -> Model:
+    """A random model; a greater sharpness makes its laws farther from uniform."""
+    weights = params.init(config, jax.random.key(0))
+    weights['tables']['output_VD'] *= sharpness
+    return Model(config, weights, bos=bos)
+
+
+def texts(rows: list[list[int]], seeds: list[int], length: int) -> Text:
+    """Texts in a buffer of some length, with a key for each."""
+    # ids behind the end would be found out of range, were they read
+    token_BS = np.full((len(rows), length), 1 << 20, np.int32)
+    for row, ids in zip(token_BS, rows, strict=True):
+        row[: len(ids)] = ids
+    keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
+    return Text(jnp.asarray(token_BS), jnp.asarray([len(ids) for ids in rows]), keys)
+
+
+def path_of(parent_T, node: int) -> list[int]:
+    """The nodes from below the root to a node."""
+    path = []
+    while node > 0:
+        path.append(node)
+        node = parent_T[node]
+    return path[::-1]
+
+
+def check_tree(tree, depth: int, branching: int) -> None:
+    """What holds of every tree of `drafts`, one row at a time."""
+    for token, parent, level, valid, law in zip(
+        tree.token_BT, tree.parent_BT, tree.depth_BT, tree.valid_BT, tree.law_BTV, strict=True
+    ):
+        assert parent[0] == -1 and valid[0] and level[0] == 0 and level.max() <= depth
+        assert (parent[1:] >= 0).all() and (parent < np.arange(len(parent))).all()
+        assert not np.isnan(law).any()
+        alive = np.flatnonzero(valid)[1:]
+        assert valid[parent[alive]].all() and (level[alive] == level[parent[alive]] + 1).all()
+        assert (law[parent[alive], token[alive]] > -np.inf).all()
+        assert (np.diff(level[alive]) >= 0).all()
+        for node in np.flatnonzero(valid):
+            children = alive[parent[alive] == node]
+            assert len(children) <= branching
+            if isinstance(tree, WithoutReplacement):
+                assert (np.diff(children) == 1).all()
+                assert len(set(token[children])) == len(children)
