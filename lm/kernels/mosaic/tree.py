@@ -75,7 +75,7 @@ def attend(name, q_BLHC, k, v, mask, layer, scale, softcap, sizes, interpret):
     check(
         name, f'{l} queries of {h // kv_heads} heads of a group beside blocks of {key} keys',
         'vector memory', _vector_memory(n_rows, key, c, k.dtype, fields_BFR.shape[1]), VMEM,
-        f'lower BlockSizes.key (at least {LANES}) or the number of queries',
+        'lower the number of queries' + (' or BlockSizes.key' if key > LANES else ''),
     )  # fmt: skip
     keys, key_heads = rows.keys(mask), mask.key_position.shape[1]
     bounds, steps = block_mask.bounds(blocks(mask, l, key))
