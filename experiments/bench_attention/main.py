@@ -54,6 +54,11 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         name = row['name'].replace(' ', '_')
         for field in ('ms', 'tflops', 'gbps', 'ratio'):
             metrics[report.key(field, name, task=row['task'], length=row['length'])] = row[field]
+    ms = {(row['task'], row['length']): row['ms'] for row in rows if row['name'] == 'ours'}
+    for length in config.lengths:
+        ratio = ms['tree', length] / ms['decode', length]
+        print(f'{length} keys: a tree of {config.nodes} takes {ratio:.2f} times a decode of one')
+        metrics[report.key('tree_over_decode', 'ours', length=length)] = ratio
     return metrics
 
 

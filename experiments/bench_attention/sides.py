@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from experiments.bench_attention.config import Config
 from lm import attention as attention_lib
-from lm.kernels import sparse
+from lm.kernels import sparse, xla
 from lm.kernels.mask import Mask, pack_bits, visible
 
 SPARSE_ROWS = 64  # rows per block of the sparse index
@@ -90,7 +90,7 @@ def sides(config: Config, length: int) -> list[Side]:
         *_training(config, x, length, scale),
         *_cached(config, x, length, scale, 'decode', x.q_BLHC[:, -1:], x.decode),
         *_cached(config, x, length, scale, 'tree', x.q_BLHC[:, -config.nodes :], x.tree),
-        *_column_sums(config, x, scale),
+        *_column_sums(config, x, length, scale),
         *_sparse(config, x, length, scale),
     ]
 
@@ -175,7 +175,7 @@ def _cached(config, x: Inputs, length, scale, task, q_BLHC, mask: Mask) -> list[
     return found
 
 
-def _column_sums(config: Config, x: Inputs, scale: float) -> list[Side]:
+def _column_sums(config: Config, x: Inputs, length: int, scale: float) -> list[Side]:
     q_BLHC = x.q_BLHC[:, -config.nodes :]
     _, lse = attention_lib.attention_and_lse(q_BLHC, x.k_BKSC, x.v_BKSC, x.tree, scale=scale)
     counted = jnp.ones(q_BLHC.shape[:2], bool)
@@ -183,7 +183,14 @@ def _column_sums(config: Config, x: Inputs, scale: float) -> list[Side]:
     def ours(q, k, lse, mask, counted):
         return attention_lib.column_sums(q, k, lse, mask, counted, scale=scale)
 
-    return [Side('column_sums', 'ours', jax.jit(ours), (q_BLHC, x.k_BKSC, lse, x.tree, counted))]
+    def dense(q, k, lse, mask, counted):
+        return xla.column_sums(q, k, lse, mask, counted, scale=scale)
+
+    operands = (q_BLHC, x.k_BKSC, lse, x.tree, counted)
+    found = [Side('column_sums', 'ours', jax.jit(ours), operands)]
+    if _fits(config, config.nodes, length, copies=2) and jax.default_backend() != 'cpu':
+        found.append(Side('column_sums', 'by hand', jax.jit(dense), operands))
+    return found
 
 
 def _sparse(config: Config, x: Inputs, length: int, scale: float) -> list[Side]:
@@ -196,5 +203,11 @@ def _sparse(config: Config, x: Inputs, length: int, scale: float) -> list[Side]:
     def ours(q, k, v, index):
         return attention_lib.sparse_decode(q, k, v, index, scale=scale)[0]
 
+    def dense(q, k, v, index):
+        return by_hand(q, k, v, sparse.kept_rows(index, length)[:, :, None, None])
+
     operands = (x.q_BLHC[:, -1:], x.k_BKSC, x.v_BKSC, index)
-    return [Side('sparse_decode', 'ours', jax.jit(ours), operands)]
+    return [
+        Side('sparse_decode', 'ours', jax.jit(ours), operands),
+        Side('sparse_decode', 'by hand', jax.jit(dense), operands),
+    ]
