@@ -82,7 +82,7 @@ def attention(
       softcap: logits become `cap * tanh(logits / cap)` (Gemma 2).
 
     Raises:
-      ValueError: `implementation` is unknown.
+      ValueError: `implementation` is unknown, or the arrays differ in dtype.
     """
     return attention_and_lse(
         q_BLHC, k, v, mask, implementation, layer=layer, scale=scale, softcap=softcap
@@ -202,6 +202,8 @@ def _checked(
     n_kv, s = k.shape[-3:-1]
     chex.assert_shape([k, v], (*stack, b, n_kv, s, c))
     chex.assert_is_divisible(h, n_kv)
+    if len({q_BLHC.dtype, k.dtype, v.dtype}) > 1:
+        raise ValueError(f'attention: q, k, v are {q_BLHC.dtype}, {k.dtype}, {v.dtype}; one dtype')
     name = implementation or best()
     known = typing.get_args(Implementation)
     if name not in known:

@@ -23,7 +23,7 @@ def per_device(
 
     jit cuts XLA operations by itself; a Pallas kernel it would run whole on every device. Parts
     are rows of the batch over one mesh axis and heads over another, where they divide. Where the
-    KV heads are fewer than the devices of their axis, each device takes the one that its query
+    KV heads are fewer than the devices of their axis, each device copies out the one that its query
     heads read; what is counted per KV head is added up over the devices that share it.
 
     Args:

@@ -8,7 +8,6 @@ that verification needs, so that it runs the layers above only.
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ from decoding.drafts import adapter as adapter_lib
 from decoding.sample import Sampler
 from decoding.tree import WithoutReplacement
 from lm import cache as cache_lib
+from lm import params as params_lib
 from lm import transformer
 from lm.cache import Cache
 from lm.config import Config
@@ -97,7 +97,7 @@ def early_exit(
         depth=length,
         branching=1,
         calls=length,
-        size=_size(target.params, layers, adapter),
+        size=_size(config, layers, adapter),
         model=target,
         shared_layers=layers,
     )
@@ -194,13 +194,13 @@ def _chain(token_BT: jax.Array, law_BTV: jax.Array) -> WithoutReplacement:
     return WithoutReplacement(token_BT, nodes_BT - 1, nodes_BT, nodes_BT >= 0, law_BTV)
 
 
-def _size(params: Params, layers: int, adapter: Params | None) -> int:
+def _size(config: Config, layers: int, adapter: Params | None) -> int:
     """Returns the parameters that one draft call runs: E layers, the adapter, the output table.
 
     Drafting T nodes costs T passes of E layers, of which the target's pass over them saves one:
     so `calls` is T - 1.
     """
-    stacked = jax.tree.leaves(params['body']['layers'])
-    shared = sum(layers * math.prod(leaf.shape[1:]) for leaf in stacked)
+    final_norm = config.d_model
+    shared = params_lib.count_body(dataclasses.replace(config, n_layers=layers)) - final_norm
     own = sum(leaf.size for leaf in jax.tree.leaves(adapter))
-    return shared + own + transformer.output_table(params['tables']).size
+    return shared + own + config.vocab_size * config.d_model
