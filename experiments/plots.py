@@ -68,7 +68,7 @@ def scatter(
     if len(groups) > 1:
         figure.legend(loc='outside lower center', ncols=len(groups), frameon=False)
     _place_labels(figure, axes, points)
-    _save(path, figure)
+    save(path, figure)
 
 
 def curves(
@@ -108,7 +108,7 @@ def curves(
     # From top to bottom as the lines end, so that the eye goes straight across.
     drawn.sort(key=lambda pair: -pair[0])
     figure.legend(handles=[line for _, line in drawn], loc='outside right center', frameon=False)
-    _save(path, figure)
+    save(path, figure)
 
 
 def _check(
@@ -220,7 +220,8 @@ def _area(a: Sequence[float], b: Sequence[float]) -> float:
     return max(width, 0.0) * max(height, 0.0)
 
 
-def _save(path: epath.PathLike, figure: matplotlib.figure.Figure) -> None:
+def save(path: epath.PathLike, figure: matplotlib.figure.Figure) -> None:
+    """Writes a figure as PNG; `path` holds the old picture or the new, never a part."""
     file = epath.Path(path)
     partial = file.parent / f'.{file.name}.{os.getpid()}.partial'
     try:

@@ -1,0 +1,87 @@
+"""Bundles as what `decoding` wants: a model, what its ids write, and which tokenizer it has."""
+
+import dataclasses
+import hashlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+import tokenization
+from decoding.drafter import Drafter, Model
+from decoding.sample import Sampler
+from lm import bundle, mesh
+from tokenization.tokenizer import Tokenizer
+
+
+class Loaded(NamedTuple):
+    """A bundle, ready to decode with.
+
+    Attributes:
+      model: its symbols are the tokenizer's, and perhaps BOS.
+      tokenizer: its tokenizer.
+    """
+
+    model: Model
+    tokenizer: Tokenizer
+
+    def encode(self, text: bytes) -> list[int]:
+        """Returns the ids of a document's beginning, BOS in front where the model has one."""
+        start = [] if self.model.bos is None else [self.model.bos]
+        return start + self.tokenizer.encode(text).tolist()
+
+    def token_bytes(self) -> list[bytes]:
+        """Returns what each id of the model writes; BOS writes nothing.
+
+        Raises:
+          ValueError: an id of the tokenizer does not stand for fixed bytes by itself.
+        """
+        known = self.tokenizer.vocab_size
+        written = [self.tokenizer.token_bytes(i) for i in range(known)]
+        return written + [b''] * (self.model.config.vocab_size - known)
+
+
+def load(path: epath.PathLike) -> Loaded:
+    """Returns the bundle at `path`, on one device.
+
+    Tables of tokens are padded for training. The rows behind the last symbol stand for nothing,
+    and are cut off here, so that they are not drawn.
+
+    Raises:
+      FileNotFoundError: no bundle at `path`.
+      ValueError: it is damaged, or its model has fewer symbols than its tokenizer.
+    """
+    loaded = bundle.load(path, mesh.make(devices=jax.devices()[:1]))
+    tokenizer = tokenization.load(loaded.tokenizer_path)
+    symbols = max(tokenizer.vocab_size, -1 if loaded.bos is None else loaded.bos + 1)
+    if symbols > loaded.config.vocab_size:
+        raise ValueError(
+            f'{path}: the model has {loaded.config.vocab_size} symbols, its tokenizer and BOS '
+            f'need {symbols}'
+        )
+    config = dataclasses.replace(loaded.config, vocab_size=symbols)
+    tables = {name: table_VD[:symbols] for name, table_VD in loaded.params['tables'].items()}
+    params = {**loaded.params, 'tables': tables}
+    digest = tokenizer_digest(loaded.tokenizer_path)
+    return Loaded(Model(config, params, digest, loaded.bos), tokenizer)
+
+
+def tokenizer_digest(folder: epath.Path) -> str:
+    """Returns a hex SHA-256 of the files of a tokenizer's folder, their names included."""
+    result = hashlib.sha256()
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+        content = file.read_bytes()
+        result.update(f'{file.name} {len(content)} '.encode() + content)
+    return result.hexdigest()
+
+
+def draft_sampler(sampler: Sampler, drafter: Drafter, greedy_temperature: float) -> Sampler:
+    """Returns what a drafter's law is made with: the target's sampler, as far as it makes a tree.
+
+    Any draft law is exact. A greedy one, though, has one child per node, and makes a chain of a
+    tree; so where the target is greedy, trees are drawn at `greedy_temperature`.
+    """
+    if float(sampler.temperature) > 0 or drafter.branching == 1:
+        return sampler
+    return dataclasses.replace(sampler, temperature=jnp.float32(greedy_temperature))

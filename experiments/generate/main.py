@@ -1,0 +1,102 @@
+"""Streams one text, and says how fast it came."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from rich.console import Console
+
+from decoding import sample, stop
+from decoding.drafter import Drafter
+from decoding.generate import generate, plain, ready
+from decoding.sample import Sampler
+from experiments import decoding_models, report
+from experiments.decoding_models import Loaded
+from experiments.generate.config import Config
+from experiments.generate.stream import Painter
+from experiments.speculative import drafters
+from experiments.speculative.drafters import Parts
+
+
+def main(config: Config, out: epath.Path) -> dict[str, float]:
+    """Prints prompt and continuation as it comes, then its speed; returns both figures."""
+    sampler = Sampler(jnp.float32(config.temperature), config.top_k, config.top_p)
+    sample.check(sampler)
+    if not config.prompt:
+        raise ValueError('--prompt: empty; give some text to continue')
+    loaded = decoding_models.load(config.bundle)
+    drafter = make_drafter(config, loaded, sampler)
+    prompt = loaded.encode(config.prompt.encode())
+    written = loaded.token_bytes()
+    stops = None
+    if config.stop:
+        stops = stop.build([stop.Rule(strings=tuple(s.encode() for s in config.stop))], written)
+    console = Console(highlight=False)
+    painter = Painter(console, written)
+    clock = _Clock()
+
+    def stream(row: int, tokens: np.ndarray) -> None:
+        del row
+        if not clock.times:  # not before: what is wrong with the arguments is found by then
+            painter.plain(config.prompt)
+        clock.tick(len(tokens))
+        painter.round(tokens)
+
+    metrics = generate(
+        loaded.model, [prompt], key=jax.random.key(config.seed), max_new_tokens=config.max_tokens,
+        sampler=sampler, drafter=drafter, stops=stops, stream=stream,
+    ).metrics  # fmt: skip
+    painter.end()
+    console.print(f'\n{describe(metrics.tokens, metrics.rounds, clock.tokens_per_s)}')
+    result = {
+        report.key('tokens', 'text'): metrics.tokens,
+        report.key('block_efficiency', 'text'): metrics.block_efficiency,
+        report.key('memory_bound_speedup', 'text'): metrics.memory_bound_speedup,
+    }
+    if clock.tokens_per_s is not None:
+        result[report.key('tokens_per_s', 'text')] = clock.tokens_per_s
+    return result
+
+
+def make_drafter(config: Config, loaded: Loaded, sampler: Sampler) -> Drafter:
+    """Returns the drafter that the config asks for.
+
+    Raises:
+      ValueError: it needs a draft model and has none, or cannot be made with these sizes.
+      FileNotFoundError: no bundle where `--draft` points.
+    """
+    if config.drafter == 'none':
+        return plain()
+    draft = None if config.draft is None else ready(decoding_models.load(config.draft).model)
+    parts = Parts(loaded.model, draft, config.exit_layers, None, config.longest)
+    drafter = drafters.of_budget(config.drafter, parts, config.nodes)
+    law = decoding_models.draft_sampler(sampler, drafter, config.draft_temperature)
+    return drafters.with_sampler(drafter, law)
+
+
+def describe(tokens: int, rounds: int, tokens_per_s: float | None) -> str:
+    """Returns what is said of a text at its end."""
+    speed = '' if tokens_per_s is None else f'{tokens_per_s:.0f} tokens/s, '
+    efficiency = f'{tokens / rounds:.2f}'
+    return f'{speed}block efficiency {efficiency}: {tokens} tokens in {rounds} passes of the model'
+
+
+class _Clock:
+    """Times rounds. The first one is left out: it waits for the compiler."""
+
+    def __init__(self):
+        self.times: list[float] = []
+        self._tokens = 0
+
+    def tick(self, tokens: int) -> None:
+        self._tokens += tokens if self.times else 0
+        self.times.append(time.perf_counter())
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens per second after the first round; None where there was no other."""
+        if len(self.times) < 2:
+            return None
+        return self._tokens / (self.times[-1] - self.times[0])

@@ -1,0 +1,150 @@
+"""Every drafter, at a budget of nodes or at a draft length."""
+
+import math
+from typing import Any, NamedTuple
+
+from decoding.drafter import Drafter, Model
+from decoding.drafts import chain, dynamic, early_exit, iid, lookup, recursive, recycling, template
+from decoding.sample import Sampler
+from lm.params import Params
+
+# Row names, and what people call them.
+NAMES = {
+    'chain': 'chain',
+    'iid': 'i.i.d. sequences (SpecTr)',
+    'recursive_branching': 'recursive, branching (RSD-C)',
+    'recursive': 'recursive, beam (RSD-S)',
+    'dynamic': 'dynamic (DySpec)',
+    'lookup': 'lookup',
+    'recycling': 'recycling',
+    'early_exit': 'early exit',
+    'early_exit_adapter': 'early exit, adapter',
+}
+# Those that draw their trees from a draft model.
+WITH_DRAFT_MODEL = ('chain', 'iid', 'recursive_branching', 'recursive', 'dynamic')
+
+# RSD-C's factors for the budgets of Jeon et al. 2024, section 5: 2 + 4, 2 + 4 + 4, ...
+FACTORS = {6: (2, 2), 10: (2, 2, 1), 14: (2, 2, 2), 21: (3, 2, 2), 30: (2, 2, 2, 2)}
+_DEPTH = 8  # of dynamic trees at most: a draft pass per level
+_RANKS = 8  # successors of a token that recycling keeps
+
+
+class Parts(NamedTuple):
+    """What drafters are made of.
+
+    Attributes:
+      target: the model that verifies.
+      draft: the model that drafts; None where there is none.
+      exit_layers: of the target, run by an early exit.
+      adapter: of the early exit; None where there is none.
+      longest: n-gram that lookup matches.
+    """
+
+    target: Model
+    draft: Model | None
+    exit_layers: int
+    adapter: Params | None
+    longest: int
+
+
+def of_budget(name: str, parts: Parts, budget: int) -> Drafter:
+    """Returns a drafter whose trees have `budget` nodes below the root.
+
+    Shapes are those of Jeon et al. 2024 where there are several sequences: K sequences, or a beam
+    of K, of N / K tokens, with K the greatest divisor of N up to its root; a prime N is one chain.
+
+    Raises:
+      ValueError: `name` is unknown, its part is missing, or it has no tree of that budget.
+    """
+    if name == 'recursive_branching' and budget not in FACTORS:
+        raise ValueError(
+            f'{name}: no factors for a budget of {budget}; there are some for '
+            f'{", ".join(map(str, FACTORS))}'
+        )
+    width = max(k for k in range(1, math.isqrt(budget) + 1) if budget % k == 0)
+    length = budget // width
+    match name:
+        case 'chain':
+            return chain.chain(_draft(name, parts), budget)
+        case 'recursive_branching':
+            return recursive.branching(_draft(name, parts), FACTORS[budget])
+        case 'dynamic':
+            depth = min(budget, _DEPTH)
+            return dynamic.dynamic(_draft(name, parts), budget + 1, depth)
+        case 'lookup':
+            return _lookup(parts, budget, min(budget, 2 * length))
+        case 'recycling':
+            rates = template.acceptance_of(_ranks(parts))
+            return _recycling(parts, template.best_first(rates, budget + 1))
+        case 'early_exit' | 'early_exit_adapter':
+            return _early_exit(name, parts, budget)
+    return _sequences(name, parts, width, length)
+
+
+def of_length(name: str, parts: Parts, length: int, width: int) -> Drafter:
+    """Returns a drafter of a given depth, with at most `width` nodes per level.
+
+    Raises:
+      ValueError: `name` is unknown, or its part is missing.
+    """
+    match name:
+        case 'chain':
+            return chain.chain(_draft(name, parts), length)
+        case 'recursive_branching':
+            return recursive.branching(_draft(name, parts), (width, *[1] * (length - 1)))
+        case 'dynamic':
+            return dynamic.dynamic(_draft(name, parts), width * length + 1, length)
+        case 'lookup':
+            return _lookup(parts, width * length, length, width)
+        case 'recycling':
+            ranks = _ranks(parts)
+            sizes = [min(width, ranks)] * length
+            return _recycling(parts, template.of_levels(template.acceptance_of(ranks), sizes))
+        case 'early_exit' | 'early_exit_adapter':
+            return _early_exit(name, parts, length)
+    return _sequences(name, parts, width, length)
+
+
+def _sequences(name: str, parts: Parts, width: int, length: int) -> Drafter:
+    """Returns a drafter of `width` nodes per level."""
+    match name:
+        case 'iid':
+            return iid.iid(_draft(name, parts), width, length)
+        case 'recursive':
+            return recursive.beam(_draft(name, parts), width, length)
+    raise ValueError(f'no drafter {name!r}; there are: {", ".join(NAMES)}')
+
+
+def with_sampler(drafter: Drafter, sampler: Sampler) -> Drafter:
+    """Returns the drafter with another draft law; the same functions, so nothing is recompiled."""
+    weights: Any = drafter.params
+    if not hasattr(weights, 'sampler'):  # drafts without a law
+        return drafter
+    return drafter._replace(params=weights._replace(sampler=sampler))
+
+
+def _draft(name: str, parts: Parts) -> Model:
+    if parts.draft is None:
+        raise ValueError(f'{name} needs a draft model: give a bundle of one with --draft')
+    return parts.draft
+
+
+def _lookup(parts: Parts, budget: int, length: int, branches: int = 4) -> Drafter:
+    branches = max(branches, -(-budget // length))  # enough of them to fill the tree
+    return lookup.lookup(nodes=budget + 1, length=length, branches=branches, longest=parts.longest)
+
+
+def _ranks(parts: Parts) -> int:
+    return min(_RANKS, parts.target.config.vocab_size)
+
+
+def _recycling(parts: Parts, shape: template.Template) -> Drafter:
+    vocab_size = parts.target.config.vocab_size
+    return recycling.recycling(vocab_size, template=shape, ranks=_ranks(parts))
+
+
+def _early_exit(name: str, parts: Parts, length: int) -> Drafter:
+    adapter = parts.adapter if name == 'early_exit_adapter' else None
+    if name == 'early_exit_adapter' and adapter is None:
+        raise ValueError(f'{name} needs a trained adapter: the speculative experiment has one')
+    return early_exit.early_exit(parts.target, parts.exit_layers, length, adapter=adapter)

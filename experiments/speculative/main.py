@@ -1,0 +1,131 @@
+"""Trains the models, measures the grid, prints the tables and the claims."""
+
+import json
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from rich.console import Console
+
+from decoding.drafter import Drafter, Model
+from decoding.generate import ready
+from decoding.sample import Sampler
+from experiments import corpora, decoding_models, report, resume
+from experiments.speculative import drafters, drawing, measure, models, prompts, results
+from experiments.speculative.config import Config
+from experiments.speculative.drafters import Parts
+from experiments.speculative.measure import Cell
+from experiments.speculative.models import Models
+from lm import mesh as mesh_lib
+from lm import params
+from lm.metrics import ProgressLine
+
+_DRAWN = ('lookup', 'dynamic', 'recursive')  # whose trees are worth a drawing, the best last
+_ROUNDS = 8  # of which the one is drawn that accepted most
+
+
+def main(config: Config, out: epath.Path) -> dict[str, float]:
+    """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
+    begin = time.monotonic()
+    mesh = mesh_lib.make(devices=jax.devices()[:1])
+    corpus = corpora.open_corpus(config.data, config.tfds)
+    resume.claim_corpus(out, corpus)
+    questions = prompts.read_questions(config.spec_bench) if config.spec_bench else None
+    known = models.prepare(config, corpus, out, mesh)
+    main_ratio = models.nearest(known, config.ratio)
+    many, length = config.prompts, config.prompt_tokens
+    if questions:
+        texts = prompts.encode_questions(questions, known.target, many, length)
+    else:
+        texts = prompts.held_out(corpus.test, known.target, many, length)
+    _check_length(config, known, texts)
+    grid = measure.cells(config, list(known.drafts), main_ratio)
+    # before any of it is measured: a drafter that cannot be made ends the run
+    made = {cell: _drafter(config, known, cell) for cell in grid}
+    target, rows = ready(known.target.model), []
+    with ProgressLine('measuring', len(grid)) as progress:
+        for i, cell in enumerate(grid):
+            rows += _once(config, out, target, texts, cell, made[cell])
+            progress.update(i + 1, cell.name)
+    _show(config, known, rows, out)
+    results.plot(out, config, rows)
+    _draw(config, known, made, next(iter(texts.values()))[0], out)
+    Console().print(f'plots, bundles and result.json: {out}')
+    seconds = {report.key('seconds', 'this_process'): time.monotonic() - begin}
+    return {**results.flat(rows, main_ratio), **seconds}
+
+
+def _check_length(config: Config, known: Models, texts: measure.Prompts) -> None:
+    """Raises ValueError if the models are not meant for texts as long as these get."""
+    longest = max(len(text) for rows in texts.values() for text in rows) + config.new_tokens
+    for model in (known.target.model, *known.drafts.values()):
+        if longest > model.config.max_length:
+            raise ValueError(
+                f'--prompt_tokens {config.prompt_tokens} --new_tokens {config.new_tokens}: '
+                f'{longest} tokens, and a model is meant for {model.config.max_length}'
+            )
+
+
+def _drafter(config: Config, known: Models, cell: Cell) -> Drafter:
+    parts = Parts(
+        known.target.model, known.drafts[cell.ratio], config.exit_layers, known.adapter,
+        config.longest,
+    )  # fmt: skip
+    if cell.kind == 'budget':
+        return drafters.of_budget(cell.drafter, parts, cell.size)
+    return drafters.of_length(cell.drafter, parts, cell.size, config.width)
+
+
+def _once(
+    config: Config, out: epath.Path, target: Model, texts: measure.Prompts, cell: Cell,
+    drafter: Drafter,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Returns the rows of a cell, measured now or by the run that is resumed."""
+    file = out / 'cells' / f'{cell.name}.json'
+    if file.exists():
+        return json.loads(file.read_text())
+    rows = measure.measure(config, cell, target, drafter, texts)
+    file.parent.mkdir(exist_ok=True)
+    report.write_json_atomic(file, rows)
+    return rows
+
+
+def _show(config: Config, known: Models, rows: list[dict[str, Any]], out: epath.Path) -> None:
+    """Prints the tables and what they show, and saves both as Markdown."""
+    size = params.count(known.target.model.config)
+    smaller = ', '.join(f'1:{ratio}' for ratio in known.drafts)
+    calls = sum(len(row['walks_by_depth']) > 0 for row in rows)
+    notes = [
+        *results.FOOTNOTES,
+        f'target: {size / 1e6:.2f}M parameters; draft models: {smaller}. {calls} rows of '
+        f'{config.prompts} prompts x {config.new_tokens} tokens x {config.repeats} repeats.',
+    ]
+    lines = []
+    for title, body, columns in results.tables(rows, config.width):
+        report.table(body, columns, title)
+        lines += [f'### {title}', '', report.markdown_table(body, columns)]
+    notes += results.claims(rows)
+    console = Console(width=160)
+    for note in notes:
+        console.print(f'  {note}', markup=False, highlight=False)
+    (out / 'table.md').write_text('\n'.join([*lines, *(f'- {note}' for note in notes)]) + '\n')
+
+
+def _draw(
+    config: Config, known: Models, made: dict[Cell, Drafter], prompt: list[int], out: epath.Path
+) -> None:
+    """Saves a drawing of one round after a prompt, of the last of the trees worth drawing."""
+    trees = [cell for cell in made if cell.drafter in _DRAWN and cell.kind == 'budget']
+    if not trees:
+        return
+    cell = max(trees, key=lambda cell: (_DRAWN.index(cell.drafter), cell.size))
+    sampler = Sampler(temperature=jnp.float32(config.temperatures[-1]))
+    law = decoding_models.draft_sampler(sampler, made[cell], config.greedy_draft_temperature)
+    one = drawing.best_round(
+        known.target.model, drafters.with_sampler(made[cell], law), sampler, prompt,
+        jax.random.key(config.seed), config.new_tokens, _ROUNDS,
+    )  # fmt: skip
+    title = drafters.NAMES[cell.drafter]
+    drawing.draw(out / 'tree.png', one, known.target.token_bytes(), title)
