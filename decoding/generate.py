@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decoding import rounds, sample, tree, verify
+from decoding import arguments, rounds, tree, verify
 from decoding import stop as stop_lib
 from decoding.drafter import Drafter, Model, Text, Verifier
 from decoding.rounds import Plan, State
@@ -60,11 +60,13 @@ class Generation(NamedTuple):
       tokens: int32 `[T]` for each row, the one that stopped it included.
       ended: why each row ended.
       metrics: see `Metrics`.
+      draft: the drafter's state at the end, from which some can start warm (`recycling.pool`).
     """
 
     tokens: list[np.ndarray]
     ended: list[Literal['stop', 'length']]
     metrics: Metrics
+    draft: Any
 
 
 def plain() -> Drafter:
@@ -108,7 +110,8 @@ def generate(
       prompts: ids of each row's text so far, of any lengths from 1.
       key: one key, from which each row's is folded by its index; or a key for each row.
       max_new_tokens: for all rows, or for each.
-      sampler: how logits become the law; by default as they are. Temperature 0 is greedy.
+      sampler: how logits become the law; by default as they are. Temperature 0 is greedy. A
+        setting is a number, or one for each row.
       drafter: how to draft; by default not at all.
       verifier: the rule; by default the exact one that accepts most for the drafter's trees.
       stops: what ends a row before its length does.
@@ -120,9 +123,10 @@ def generate(
     drafter = plain() if drafter is None else drafter
     sampler = Sampler() if sampler is None else sampler
     verifier = verify.default_for(drafter.trees) if verifier is None else verifier
-    limits = _check(model, prompts, max_new_tokens, sampler, drafter, verifier, stops)
+    limits = arguments.check(model, prompts, max_new_tokens, sampler, drafter, verifier, stops)
+    sampler = arguments.per_row(sampler, len(prompts))
     model = ready(model)
-    keys = _row_keys(key, len(prompts))
+    keys = arguments.row_keys(key, len(prompts))
     plan, text, prompt_BL = _prepare(model, prompts, limits, drafter, verifier, keys)
     stops = stop_lib.none(model.config.vocab_size, len(prompts)) if stops is None else stops
     compiled = _compilations()
@@ -140,7 +144,8 @@ def generate(
     tokens = [row[start:end] for row, start, end in zip(token_BS, lengths, end_B, strict=True)]
     stopped_B = jax.device_get(stop_lib.stopped(state.stop_B))
     metrics = _metrics(model, drafter, state, tokens, seconds, _compilations() - compiled)
-    return Generation(tokens, ['stop' if x else 'length' for x in stopped_B], metrics)
+    ended: Any = ['stop' if x else 'length' for x in stopped_B]
+    return Generation(tokens, ended, metrics, state.draft)
 
 
 def ready(model: Model) -> Model:
@@ -160,70 +165,6 @@ def bucket(n: int) -> int:
     return max(16, power * 3 // 4 if n <= power * 3 // 4 else power)
 
 
-def _check(model, prompts, max_new_tokens, sampler, drafter, verifier, stops) -> np.ndarray:
-    """Refuses what cannot work; returns the length at which each row ends."""
-    config = model.config
-    if not len(prompts):
-        raise ValueError('prompts: none given')
-    new = np.broadcast_to(np.asarray(max_new_tokens), (len(prompts),))
-    if new.min() < 1:
-        raise ValueError(f'max_new_tokens: {new.min()}; expected at least 1')
-    for i, prompt in enumerate(prompts):
-        ids = np.asarray(prompt)
-        if not ids.size:
-            raise ValueError(f'prompt {i} is empty; start it with the id that starts documents')
-        if ids.ndim != 1 or ids.dtype.kind not in 'iu':
-            raise ValueError(
-                f'prompt {i}: {ids.dtype} of shape {ids.shape}; expected a list of ids'
-            )
-        bad = ids[(ids < 0) | (ids >= config.vocab_size)]
-        if bad.size:
-            raise ValueError(f'prompt {i}: id {bad[0]} is not in [0, {config.vocab_size})')
-        if ids.size + new[i] > config.max_length:
-            raise ValueError(
-                f'prompt {i} has {ids.size} tokens, and {new[i]} more do not fit: the model is '
-                f'meant for {config.max_length} (max_length)'
-            )
-    sample.check(sampler)
-    verify.check_pairing(drafter, verifier, sampler)
-    _check_draft_model(model, drafter)
-    if drafter.nodes > config.max_length:
-        raise ValueError(
-            f'drafter: a tree of {drafter.nodes} nodes; max_length is {config.max_length}'
-        )
-    if stops is not None and stops.table.shape[1] != config.vocab_size:
-        raise ValueError(
-            f'stops: made for {stops.table.shape[1]} symbols; the model has {config.vocab_size}'
-        )
-    if stops is not None and stops.start_B.shape[0] != len(prompts):
-        raise ValueError(f'stops: for {stops.start_B.shape[0]} rows; there are {len(prompts)}')
-    return np.asarray([len(p) for p in prompts], np.int32) + new.astype(np.int32)
-
-
-def _check_draft_model(model: Model, drafter: Drafter) -> None:
-    draft = drafter.model
-    if draft is None:
-        return
-    if draft.tokenizer and model.tokenizer and draft.tokenizer != model.tokenizer:
-        raise ValueError(
-            f'draft and target have different tokenizers ({draft.tokenizer[:12]} and '
-            f'{model.tokenizer[:12]}): their ids do not mean the same bytes'
-        )
-    if draft.config.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f'draft and target have different vocabularies: {draft.config.vocab_size} and '
-            f'{model.config.vocab_size} symbols; they must share a tokenizer'
-        )
-
-
-def _row_keys(key: jax.Array, rows: int) -> jax.Array:
-    if key.ndim == 0:
-        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
-    if key.shape != (rows,):
-        raise ValueError(f'key: of shape {key.shape}; expected one key, or one for each of {rows}')
-    return key
-
-
 def _prepare(model, prompts, limits, drafter, verifier, keys) -> tuple[Plan, Text, jax.Array]:
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     width, size = bucket(int(lengths.max())), bucket(int(limits.max()))
@@ -238,12 +179,12 @@ def _prepare(model, prompts, limits, drafter, verifier, keys) -> tuple[Plan, Tex
 
 
 def _run(plan, model, drafter, sampler, stops, state: State, stream: Stream | None) -> State:
-    arguments = (plan, model.params, drafter.params, sampler, stops.table)
+    inputs = (plan, model.params, drafter.params, sampler, stops.table)
     if stream is None:
-        return rounds.loop(*arguments, state, FOREVER)
+        return rounds.loop(*inputs, state, FOREVER)
     length_B, done_B = jax.device_get((state.text.length_B, state.done_B))
     while not done_B.all():
-        state = rounds.loop(*arguments, state, 1)
+        state = rounds.loop(*inputs, state, 1)
         after_B, done_B, token_BS = jax.device_get(
             (state.text.length_B, state.done_B, state.text.token_BS)
         )

@@ -12,7 +12,7 @@ are refused, by type.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -205,7 +205,7 @@ def check_pairing(drafter: Drafter, verifier: Verifier, sampler: sample.Sampler 
         sampler's temperature is known and not 0.
     """
     if not issubclass(drafter.trees, verifier.trees):
-        raise _refusal(verifier, drafter.trees, f' ({drafter.propose.__module__})')
+        raise _refusal(verifier, drafter.trees, f' ({_module(drafter.propose)})')
     if verifier is speculative_sampling and drafter.branching > 1:
         raise ValueError(ONE_CHILD.format(drafter.branching))
     if verifier is greedy_walk and sampler is not None:
@@ -215,6 +215,10 @@ def check_pairing(drafter: Drafter, verifier: Verifier, sampler: sample.Sampler 
                 f'a greedy walk is for temperature 0, not {temperature}: '
                 f'use {default_for(drafter.trees).name}'
             )
+
+
+def _module(function: Any) -> str:
+    return getattr(function, 'func', function).__module__  # of a functools.partial, too
 
 
 def _exact_for(trees: type[DraftTree]) -> list[Verifier]:

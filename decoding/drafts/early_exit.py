@@ -71,11 +71,11 @@ def early_exit(
       layers: E, how many of its layers draft.
       length: tokens of a chain.
       sampler: what makes the draft's law of its logits; by default they are taken as they are.
-        Best the target's; a repetition penalty is left out.
+        Best the target's, with one setting for all rows; a repetition penalty is left out.
       adapter: see `adapter.init`; none by default.
 
     Raises:
-      ValueError: `layers` or `length` is out of range.
+      ValueError: `layers` or `length` is out of range; a setting of `sampler` is no number.
     """
     config = target.config
     if not 1 <= layers < config.n_layers:
@@ -85,6 +85,8 @@ def early_exit(
         )
     if length < 1:
         raise ValueError(f'early_exit: chains of {length} tokens; expected at least 1')
+    if any(jnp.ndim(setting) for setting in jax.tree.leaves(sampler)):
+        raise ValueError('early_exit: settings of its sampler are numbers, the same for all rows')
     static = _Exit(config, layers, length, target.bos)
     sampler = dataclasses.replace(sampler or Sampler(), repetition_penalty=None)
     return Drafter(

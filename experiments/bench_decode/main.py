@@ -29,10 +29,11 @@ SETTLE = 0.5  # seconds in which the threads of PyTorch stop to look for more wo
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
-    """Prints the tables; returns the metrics. `curve.json` in `out` keeps the cost curve."""
+    """Prints the tables; returns the metrics."""
+    del out
     params = jax.jit(functools.partial(params_lib.init, config.model))(jax.random.key(0))
     model = ready(Model(config.model, params))
-    metrics = {**plain(config, model, params), **costs(config, model, out)}
+    metrics = {**plain(config, model, params), **costs(config, model)}
     del params
     return {**metrics, **one_round(config, model)}
 
@@ -152,15 +153,10 @@ def _hugging_face(config: Config, params: Any, batch: int) -> Callable[[], float
     return per_pass
 
 
-def costs(config: Config, model: Model, out: epath.Path) -> dict[str, float]:
+def costs(config: Config, model: Model) -> dict[str, float]:
     """What a pass over several nodes costs, and the tree size that follows."""
     rows = config.prompt_tokens + config.new_tokens
-    about = {
-        'cpu': report.environment()['cpu'], **report.devices(), 'rows': rows,
-        'model': repr(config.model), 'nodes': config.nodes, 'repeats': config.repeats,
-    }  # fmt: skip
-    find = functools.partial(calibrate.measure, model, 1, rows, config.nodes, config.repeats)
-    curve = calibrate.remembered(out / 'curve.json', about, find)
+    curve = calibrate.measure(model, 1, rows, config.nodes, config.repeats)
     one = curve.at(1)
     rates = template.acceptance_of(8).tolist()
     best = calibrate.best_nodes(curve, rates)

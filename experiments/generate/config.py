@@ -10,9 +10,12 @@ terminal, the text alone is printed.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import tyro
+
+WITH_DRAFT_MODEL = ('chain', 'iid', 'recursive', 'recursive_branching', 'dynamic')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Config:
       prompt: what is continued.
       drafter: how to draft; chain, iid, dynamic and the recursive ones need `draft`.
       draft: folder of a smaller bundle with the same tokenizer.
-      nodes: drafted nodes per pass of the target.
+      nodes: drafted nodes per pass of the target; `auto` measures once what passes cost here, and
+        takes the number that is worth most. Of a prime number `recursive` and `iid` make one chain.
       exit_layers: of the model, run by an early exit.
       longest: n-gram that lookup matches.
       max_tokens: drawn at most.
@@ -43,7 +47,7 @@ class Config:
         'recycling', 'early_exit',
     ] = 'none'  # fmt: skip
     draft: str | None = None
-    nodes: int = 14
+    nodes: int | Literal['auto'] = 14
     exit_layers: int = 1
     longest: int = 6
     max_tokens: int = 100
@@ -55,11 +59,25 @@ class Config:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ('nodes', 'exit_layers', 'longest', 'max_tokens'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'--{name}: {getattr(self, name)}; expected at least 1')
-        if not self.draft_temperature > 0:
-            raise ValueError(f'--draft_temperature: {self.draft_temperature}; expected above 0')
+        for name in ('nodes', 'exit_layers', 'longest', 'max_tokens', 'top_k'):
+            value = getattr(self, name)
+            if value not in (None, 'auto'):
+                _require(name, value, 1 <= value < 2**31, 'at least 1, below 2**31')
+        _require('seed', self.seed, 0 <= self.seed < 2**32, '0 or more, below 2**32')
+        finite = 0 <= self.temperature < math.inf
+        _require('temperature', self.temperature, finite, '0 or more, and finite')
+        positive = 0 < self.draft_temperature < math.inf
+        _require('draft_temperature', self.draft_temperature, positive, 'above 0, and finite')
+        if self.top_p is not None:
+            _require('top_p', self.top_p, 0 < self.top_p <= 1, 'above 0, at most 1')
+        if self.draft is not None and self.drafter not in WITH_DRAFT_MODEL:
+            drafters = ', '.join(WITH_DRAFT_MODEL)
+            raise ValueError(f'--draft: {self.drafter} has no draft model; {drafters} have')
+
+
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f'--{name}: {value}; expected {expected}')
 
 
 SCALES = {'text': Config()}

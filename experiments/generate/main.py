@@ -1,5 +1,6 @@
 """Streams one text, and says how fast it came."""
 
+import functools
 import time
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 from etils import epath
 from rich.console import Console
 
-from decoding import sample, stop
+from decoding import calibrate, sample, stop
 from decoding.drafter import Drafter
+from decoding.drafts import template
 from decoding.generate import generate, plain, ready
 from decoding.sample import Sampler
 from experiments import decoding_models, report
@@ -19,6 +21,9 @@ from experiments.generate.stream import Painter
 from experiments.speculative import drafters
 from experiments.speculative.drafters import Parts
 
+_CALIBRATED_ROWS = 256  # of the cache, while passes are timed
+_RANKS = 8  # of candidates whose acceptance is assumed
+
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
     """Prints prompt and continuation as it comes, then its speed; returns both figures."""
@@ -27,7 +32,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     if not config.prompt:
         raise ValueError('--prompt: empty; give some text to continue')
     loaded = decoding_models.load(config.bundle)
-    drafter = make_drafter(config, loaded, sampler)
+    drafter = make_drafter(config, loaded, sampler, out)
     prompt = loaded.encode(config.prompt.encode())
     written = loaded.token_bytes()
     stops = None
@@ -60,8 +65,8 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     return result
 
 
-def make_drafter(config: Config, loaded: Loaded, sampler: Sampler) -> Drafter:
-    """Returns the drafter that the config asks for.
+def make_drafter(config: Config, loaded: Loaded, sampler: Sampler, out: epath.Path) -> Drafter:
+    """Returns the drafter that the config asks for; `out` keeps what passes cost.
 
     Raises:
       ValueError: it needs a draft model and has none, or cannot be made with these sizes.
@@ -71,9 +76,23 @@ def make_drafter(config: Config, loaded: Loaded, sampler: Sampler) -> Drafter:
         return plain()
     draft = None if config.draft is None else ready(decoding_models.load(config.draft).model)
     parts = Parts(loaded.model, draft, config.exit_layers, None, config.longest)
-    drafter = drafters.of_budget(config.drafter, parts, config.nodes)
+    nodes = _best_nodes(loaded, out) if config.nodes == 'auto' else config.nodes
+    drafter = drafters.of_budget(config.drafter, parts, nodes)
     law = decoding_models.draft_sampler(sampler, drafter, config.draft_temperature)
     return drafters.with_sampler(drafter, law)
+
+
+def _best_nodes(loaded: Loaded, out: epath.Path) -> int:
+    """Returns how many nodes are best drafted on this machine, at rates assumed for any text."""
+    model, rows = ready(loaded.model), min(loaded.model.config.max_length, _CALIBRATED_ROWS)
+    about = {
+        'cpu': report.environment()['cpu'], **report.devices(), 'rows': rows,
+        'jax': jax.__version__, 'model': repr(model.config),
+    }  # fmt: skip
+    find = functools.partial(calibrate.measure, model, 1, rows)
+    curve = calibrate.remembered(out / 'curve.json', about, find)
+    best = calibrate.best_nodes(curve, template.acceptance_of(_RANKS).tolist())
+    return max(len(best.template.parent) - 1, 1)
 
 
 def describe(tokens: int, rounds: int, tokens_per_s: float | None) -> str:

@@ -53,7 +53,8 @@ class Config:
       adapter_train: how the early exit's adapter is trained.
       spec_bench: Spec-Bench's `question.jsonl`; held-out text is continued if not given.
       prompts: how many; of Spec-Bench, of each task.
-      prompt_tokens: of each prompt; of Spec-Bench, at most.
+      prompt_tokens: of each prompt; of Spec-Bench, at most, the last ones: give about 2000 for
+        its long tasks.
       new_tokens: drawn after each prompt.
       drafters: rows of the grid.
       ratio: the grid drafts with the model nearest to this many times smaller than the target.
@@ -116,6 +117,9 @@ class Config:
             _require(name, getattr(self, name), getattr(self, name) >= 1, 'at least 1')
         _require('prompt_tokens', self.prompt_tokens, self.prompt_tokens >= 2, 'at least 2')
         _require('budgets', self.budgets, bool(self.budgets or self.lengths), 'some, or --lengths')
+        for name in ('temperatures', 'batches', 'drafters'):
+            _require(name, getattr(self, name), bool(getattr(self, name)), 'at least one')
+        _require('sweep_budget', self.sweep_budget, self.sweep_budget >= 1, 'at least 1')
         for name in ('budgets', 'lengths', 'batches'):
             for value in getattr(self, name):
                 _require(name, value, value >= 1, 'at least 1')
@@ -131,9 +135,10 @@ class Config:
             _require('drafters', name, name in known, f'some of {", ".join(known)}')
         for name in self.sweep:
             _require('sweep', name, name in drawn, f'some of {", ".join(drawn)}')
-        if 'recursive_branching' in self.drafters:
+        if 'recursive_branching' in (*self.drafters, *self.sweep):
             factors = drafters.FACTORS
-            for budget in self.budgets:
+            sweep = (self.sweep_budget,) if 'recursive_branching' in self.sweep else ()
+            for budget in (*self.budgets, *sweep):
                 expected = f'some of {", ".join(map(str, factors))}, for recursive_branching'
                 _require('budgets', budget, budget in factors, expected)
         if self.target_bundle is None:

@@ -131,12 +131,13 @@ def summary(tasks: Sequence[Sequence[tuple[Run, Run]]]) -> dict[str, Any]:
     efficiency = tokens.sum() / rounds.sum()
     # of a ratio of sums; what varies are prompts, since repeats of one may have the same text
     residuals = (tokens - efficiency * rounds).reshape(len(repeats), -1).sum(axis=0)
-    error = np.sqrt(np.sum(residuals**2)) / rounds.sum()
+    # the residuals of one call add up to 0 whatever it did
+    error = np.sqrt(np.sum(residuals**2)) / rounds.sum() if len(residuals) > 1 else None
     cost = calls[0].block_efficiency / calls[0].memory_bound_speedup
     rates, offered = acceptance(calls)
     return {
         'block_efficiency': float(efficiency),
-        'block_efficiency_error': float(error),
+        'block_efficiency_error': None if error is None else float(error),
         'memory_bound_speedup': float(efficiency / cost),
         'tokens_per_s': float(np.median([drafted.tokens_per_s for _, drafted in repeats])),
         'plain_tokens_per_s': float(np.median([side.tokens_per_s for side, _ in repeats])),

@@ -55,10 +55,15 @@ def prepare(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Mode
         if draft.model.tokenizer != target.model.tokenizer:
             raise ValueError(f'{path}: another tokenizer than that of {paths[0]}')
     size = params.count(target.model.config)
-    by_ratio = {
-        round(size / params.count(draft.model.config)): ready(draft.model)
-        for draft in reversed(drafts)
-    }
+    by_ratio = {}
+    for path, draft in zip(paths[1:], drafts, strict=True):
+        ratio = round(size / params.count(draft.model.config))
+        if ratio < 1 or ratio in by_ratio:
+            raise ValueError(
+                f'{path}: {max(ratio, 0)} times smaller than the target, as is another draft model '
+                'or none that drafts; give models of different sizes, smaller than the target'
+            )
+        by_ratio[ratio] = ready(draft.model)
     adapter = None
     if 'early_exit_adapter' in config.drafters:
         adapter = _adapter(config, target, corpus.train, out, mesh)

@@ -42,6 +42,7 @@ def flat(rows: Rows, main: int) -> dict[str, float]:
         report.key(metric, row['drafter'], **_conditions(row, main)): row[metric]
         for row in rows
         for metric in METRICS
+        if row[metric] is not None
     }
 
 
@@ -111,12 +112,15 @@ def claims(rows: Rows) -> list[str]:
 
 def _claim(better: Mapping[str, Any], worse: Mapping[str, Any]) -> str:
     a, b = better['block_efficiency'], worse['block_efficiency']
-    error = np.hypot(better['block_efficiency_error'], worse['block_efficiency_error'])
+    errors = [row['block_efficiency_error'] for row in (better, worse)]
     verdict = 'shown' if a > b else 'NOT SHOWN at this scale'
-    if abs(a - b) < error:
-        verdict += ', within the error'
+    known = 'error unknown'
+    if None not in errors:
+        error = np.hypot(*errors)
+        verdict += ', within the error' if abs(a - b) < error else ''
+        known = f'error {error:.2f}'
     names = [drafters.NAMES[row['drafter']] for row in (better, worse)]
-    return f'{verdict}: {names[0]} above {names[1]} ({a:.2f} and {b:.2f}, error {error:.2f})'
+    return f'{verdict}: {names[0]} above {names[1]} ({a:.2f} and {b:.2f}, {known})'
 
 
 def plot(out: epath.Path, config: Config, rows: Rows) -> None:

@@ -84,10 +84,12 @@ def test_target_only_walk_gives_the_tokens_of_plain_sampling(drafter):
         # compiled once: a temperature is data
         assert result.metrics.compilations == (2 if temperature == 0.0 else 0)
         assert result.metrics.tokens == 8 * NEW
-    alone = generate(
-        TARGET, PROMPTS[2:3], key=KEYS[2:3], verifier=verify.target_only_walk, **settings
-    )
-    np.testing.assert_array_equal(alone.tokens[0], plain_text(1.0).tokens[2])
+    for temperature in (0.0, 0.3, 1.0):
+        settings['sampler'] = Sampler(temperature=jnp.float32(temperature))
+        alone = generate(
+            TARGET, PROMPTS[2:3], key=KEYS[2:3], verifier=verify.target_only_walk, **settings
+        )
+        np.testing.assert_array_equal(alone.tokens[0], plain_text(temperature).tokens[2])
 
 
 @EACH
@@ -272,6 +274,25 @@ def test_a_repetition_penalty_counts_the_path_too():
     equal(result, expected)
 
 
+def test_rows_may_have_settings_of_their_own():
+    temperatures = jnp.asarray([0.0, 1.0, 0.0, 1.0], jnp.float32)
+    result = generate(
+        TARGET, PROMPTS[:4], key=KEYS[:4], max_new_tokens=NEW, sampler=Sampler(temperatures),
+        drafter=DRAFTERS['beam'], verifier=verify.target_only_walk,
+    )  # fmt: skip
+    for i, tokens in enumerate(result.tokens):
+        np.testing.assert_array_equal(tokens, plain_text(float(temperatures[i])).tokens[i])
+
+
+def test_recycling_can_start_from_what_an_earlier_call_learned():
+    call = {'key': KEYS[:2], 'max_new_tokens': NEW, 'sampler': Sampler(jnp.float32(0))}
+    cold = generate(TARGET, PROMPTS[:2], drafter=DRAFTERS['recycling'], **call)
+    known_VR = recycling.pool(cold.draft.successor_BVR)
+    warm = generate(TARGET, PROMPTS[:2], drafter=recycling.recycling(V, warm_VR=known_VR), **call)
+    assert warm.metrics.rounds < cold.metrics.rounds
+    equal(warm, cold)
+
+
 def test_bad_arguments_are_refused_before_anything_compiles():
     key = jax.random.key(0)
     other = Model(Config(V + 1, 8, 1, 1, 1, 8, 8), {}, 'abc')
@@ -287,6 +308,12 @@ def test_bad_arguments_are_refused_before_anything_compiles():
         ('expected one key', {'key': jax.random.split(key, 3)}),
         ('for 3 rows', {'stops': stop.none(V, 3)}),
         ('made for 9', {'stops': stop.none(9, 1)}),
+        ('max_new_tokens', {'max_new_tokens': 2.7}),
+        ('max_new_tokens', {'max_new_tokens': [1, 2]}),
+        ('jax.random.key', {'key': jnp.zeros(2, jnp.uint32)}),
+        ('jax.random.key', {'key': 0}),
+        ('a setting of shape', {'sampler': Sampler(temperature=jnp.ones(3))}),
+        ('of another model', {'drafter': early_exit.early_exit(make(4, 16, 0), 1, 3)}),
     ]
     for message, changed in cases:
         arguments = {'prompts': [[1]], 'key': key, 'max_new_tokens': 10, **changed}

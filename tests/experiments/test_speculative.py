@@ -125,6 +125,7 @@ def test_settings_that_cannot_work_are_refused():
         ('drafters', ('eagle',)), ('temperatures', (-0.5,)), ('budgets', (0,)),
         ('draft_bundles', ('somewhere',)), ('budgets', (7,)), ('new_tokens', 500),
         ('greedy_draft_temperature', 0.0), ('exit_layers', 4), ('prompt_tokens', 1),
+        ('temperatures', ()), ('batches', ()), ('sweep_budget', 0),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f'--{field}'):
             config_lib.Config(**{field: value})

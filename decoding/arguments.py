@@ -1,0 +1,116 @@
+"""What `generate` is given, checked before anything compiles."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decoding import sample, verify
+from decoding.drafter import Drafter, Model, Verifier
+from decoding.sample import Sampler
+from decoding.stop import Stops
+
+
+def check(
+    model: Model,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    max_new_tokens: int | Sequence[int],
+    sampler: Sampler,
+    drafter: Drafter,
+    verifier: Verifier,
+    stops: Stops | None,
+) -> np.ndarray:
+    """Returns the length at which each row ends, int32 `[B]`; arguments are those of `generate`.
+
+    Raises:
+      ValueError: an argument cannot work; names it.
+      TypeError: the verifier is not exact for the drafter's trees.
+    """
+    config = model.config
+    if not len(prompts):
+        raise ValueError('prompts: none given')
+    new = np.asarray(max_new_tokens)
+    if new.shape not in ((), (len(prompts),)) or new.dtype.kind not in 'iu':
+        raise ValueError(
+            f'max_new_tokens: {max_new_tokens}; expected a whole number, or one for each of '
+            f'{len(prompts)} rows'
+        )
+    new = np.broadcast_to(new, (len(prompts),))
+    if new.min() < 1:
+        raise ValueError(f'max_new_tokens: {new.min()}; expected at least 1')
+    for i, prompt in enumerate(prompts):
+        ids = np.asarray(prompt)
+        if not ids.size:
+            raise ValueError(f'prompt {i} is empty; start it with the id that starts documents')
+        if ids.ndim != 1 or ids.dtype.kind not in 'iu':
+            raise ValueError(
+                f'prompt {i}: {ids.dtype} of shape {ids.shape}; expected a list of ids'
+            )
+        bad = ids[(ids < 0) | (ids >= config.vocab_size)]
+        if bad.size:
+            raise ValueError(f'prompt {i}: id {bad[0]} is not in [0, {config.vocab_size})')
+        if ids.size + new[i] > config.max_length:
+            raise ValueError(
+                f'prompt {i} has {ids.size} tokens, and {new[i]} more do not fit: the model is '
+                f'meant for {config.max_length} (max_length)'
+            )
+    sample.check(sampler)
+    verify.check_pairing(drafter, verifier, sampler)
+    _check_draft_model(model, drafter)
+    if drafter.nodes > config.max_length:
+        raise ValueError(
+            f'drafter: a tree of {drafter.nodes} nodes; max_length is {config.max_length}'
+        )
+    if stops is not None and stops.table.shape[1] != config.vocab_size:
+        raise ValueError(
+            f'stops: made for {stops.table.shape[1]} symbols; the model has {config.vocab_size}'
+        )
+    if stops is not None and stops.start_B.shape[0] != len(prompts):
+        raise ValueError(f'stops: for {stops.start_B.shape[0]} rows; there are {len(prompts)}')
+    return np.asarray([len(p) for p in prompts], np.int32) + new.astype(np.int32)
+
+
+def _check_draft_model(model: Model, drafter: Drafter) -> None:
+    draft = drafter.model
+    if draft is None:
+        return
+    if drafter.shared_layers and (draft.config, draft.bos) != (model.config, model.bos):
+        raise ValueError(
+            'drafter: an early exit of another model than the target, whose layers it runs'
+        )
+    if draft.tokenizer and model.tokenizer and draft.tokenizer != model.tokenizer:
+        raise ValueError(
+            f'draft and target have different tokenizers ({draft.tokenizer[:12]} and '
+            f'{model.tokenizer[:12]}): their ids do not mean the same bytes'
+        )
+    if draft.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f'draft and target have different vocabularies: {draft.config.vocab_size} and '
+            f'{model.config.vocab_size} symbols; they must share a tokenizer'
+        )
+
+
+def per_row(sampler: Sampler, rows: int) -> Sampler:
+    """Returns the sampler with settings `[B]` as columns, which the nodes of a row share."""
+
+    def column(setting):
+        shape = np.shape(setting)
+        if shape not in ((), (rows,), (rows, 1)):
+            raise ValueError(f'sampler: a setting of shape {shape}; expected a number, or {rows}')
+        return jnp.asarray(setting)[:, None] if shape == (rows,) else setting
+
+    return jax.tree.map(column, sampler)
+
+
+def row_keys(key: jax.Array, rows: int) -> jax.Array:
+    """Returns a key for each row; raises ValueError for what is none."""
+    dtype: Any = getattr(key, 'dtype', None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise ValueError(f'key: {type(key).__name__}; expected one of jax.random.key(seed)')
+    if key.ndim == 0:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    if key.shape != (rows,):
+        raise ValueError(f'key: of shape {key.shape}; expected one key, or one for each of {rows}')
+    return key
