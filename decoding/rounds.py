@@ -14,7 +14,7 @@ from decoding.drafter import Begun, Drafter, Outcome, Text, Verdict, Verifier
 from decoding.sample import Sampler
 from decoding.tree import DraftTree
 from lm import cache as cache_lib
-from lm import transformer
+from lm import lexinvariant, tables, transformer
 from lm.cache import Cache
 from lm.config import Config
 from lm.kernels.mask import Mask, pack_bits
@@ -64,6 +64,7 @@ class State:
       text: prompts and continuations.
       cache: the target's; holds `text.length_B - 1` rows.
       draft: the drafter's state.
+      tables: the target's, drawn for these texts; None where they are learned.
       stop_B: state of each row's stop automaton.
       limit_B: length at which a row ends.
       done_B: rows that are finished.
@@ -73,6 +74,7 @@ class State:
     text: Text
     cache: Cache
     draft: Any
+    tables: Params | None
     stop_B: jax.Array
     limit_B: jax.Array
     done_B: jax.Array
@@ -88,8 +90,12 @@ def prefill(
     config, drafter = plan.config, plan.drafter
     b, l = prompt_BL.shape
     cache = cache_lib.init(config, b, plan.rows)
+    own = None
+    if config.lexinvariant is not None:
+        params = lexinvariant.with_tables(params, config, text.key_B)
+        own = params['tables']
     positions_BL = jnp.broadcast_to(jnp.arange(l), (b, l))
-    x_BLD = transformer.embed(params['tables'], config, prompt_BL)
+    x_BLD = tables.embed(params['tables'], config, prompt_BL)
     _, read = transformer.body(params['body'], config, x_BLD, positions_BL, cache=cache)
     assert read is not None
     cache = cache_lib.truncate(read, text.length_B - 1)
@@ -97,7 +103,8 @@ def prefill(
     by_depth = jnp.zeros((b, drafter.depth + 1), jnp.int32)
     by_rank = jnp.zeros((b, max(drafter.branching, 1)), jnp.int32)
     counts = Counts(jnp.zeros(b, jnp.int32), by_depth, by_depth, by_rank, by_rank)
-    return State(text, cache, draft, stop_B, limit_B, text.length_B >= limit_B, counts)
+    done_B = text.length_B >= limit_B
+    return State(text, cache, draft, own, stop_B, limit_B, done_B, counts)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
@@ -123,6 +130,8 @@ def one_round(
 ) -> State:
     """Drafts, verifies and commits once; every live row gains at least one token."""
     drafter, text = plan.drafter, state.text
+    if state.tables is not None:
+        params = {**params, 'tables': state.tables}
     drafted, draft, begun = drafter.propose(draft_params, state.draft, text, params, state.cache)
     logits_BTV, cache = target_pass(plan, params, drafted, begun, text, state.cache)
     logprob_BTV = law(plan, sampler, drafted, logits_BTV, text)
@@ -145,6 +154,7 @@ def commit(
         text=after,
         cache=cache_lib.keep(state.cache, root_B, verdict.path_BP, count_B),
         draft=plan.drafter.update(draft_params, state.draft, outcome),
+        tables=state.tables,
         stop_B=stop_B,
         limit_B=state.limit_B,
         done_B=state.done_B | stopped_B | (after.length_B >= state.limit_B),
@@ -175,7 +185,7 @@ def target_pass(
         assert longer is not None
         cache = longer
         h_BTD = transformer.final_norm(params['body'], config, x_BTD)
-        logits_BTV = transformer.unembed(params['tables'], config, h_BTD)
+        logits_BTV = tables.unembed(params['tables'], config, h_BTD)
     if plan.bos is not None:
         logits_BTV = logits_BTV.at[..., plan.bos].set(-jnp.inf)
     return logits_BTV, cache

@@ -37,6 +37,9 @@ class Fitted(NamedTuple):
 
 def with_vocabulary(config: Config, vocab_size: int) -> Config:
     """Returns the config with room for the tokenizer's ids and one input-only id, BOS."""
+    if config.lexinvariant is not None:
+        # what is never seen would keep its share of the probability
+        return dataclasses.replace(config, vocab_size=vocab_size + 1)
     padded = -(-(vocab_size + 1) // _TABLE_MULTIPLE) * _TABLE_MULTIPLE
     return dataclasses.replace(config, vocab_size=padded)
 
@@ -45,8 +48,7 @@ def loss_fn(config: Config, z_loss: float) -> train.LossFn:
     """Returns the next-token loss of a model as the training loop wants it."""
 
     def loss(weights: Params, batch: dict[str, jax.Array], key: jax.Array):
-        del key
-        return losses.next_token_loss(weights, config, batch, z_loss)
+        return losses.next_token_loss(weights, config, batch, z_loss, key)
 
     return loss
 

@@ -32,6 +32,45 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lexinvariant:
+    """Which rows of the token table are drawn anew for each sequence (`lm.lexinvariant`).
+
+    Attributes:
+      kind: `gaussian`, independent normal rows (Huang et al. 2023, arXiv 2305.16349), or
+        `permuted`, the rows of one fixed random table in a random order.
+      probability: with which a symbol type's row is drawn and not learned, for each sequence and
+        type. Below 1 there is a learned table beside (the paper's regulariser has 0.2).
+      always, never: ids of symbol types whose probability is 1, or 0, instead.
+    """
+
+    kind: Literal['gaussian', 'permuted'] = 'gaussian'
+    probability: float = 1.0
+    always: tuple[int, ...] = ()
+    never: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.kind not in ('gaussian', 'permuted'):
+            raise ValueError(f"Lexinvariant.kind: {self.kind!r}; expected 'gaussian' or 'permuted'")
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f'Lexinvariant.probability: {self.probability}; expected 0 to 1')
+        if not all(isinstance(i, int) for i in (*self.always, *self.never)):
+            raise ValueError('Lexinvariant: `always` and `never` hold ids, whole numbers')
+        both = sorted(set(self.always) & set(self.never))
+        if both:
+            raise ValueError(f'Lexinvariant: id {both[0]} is in `always` and in `never`')
+
+    @property
+    def partial(self) -> bool:
+        """Whether some rows are learned."""
+        return self.probability < 1 or bool(self.never)
+
+    @property
+    def draws(self) -> bool:
+        """Whether any row is drawn."""
+        return self.probability > 0 or bool(self.always)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One decoder transformer: what Llama, Mistral, Qwen and Gemma checkpoints need.
 
@@ -48,12 +87,13 @@ class Config:
       unit_offset: RMSNorm multiplies by `1 + w` instead of `w` (Gemma).
       post_norm: another RMSNorm after attention and after the MLP (Gemma 2, 3).
       qk_norm: RMSNorm over each query and key head before RoPE (Qwen 3, Gemma 3).
-      qkv_bias: biases on the q, k and v projections (Qwen 2).
+      qkv_bias: biases on the q, k and v projections (Qwen 2); those of q and k begin at random.
       attention_scale: multiplies q . k; `None` means `head_dim ** -0.5`.
       attention_softcap: attention logits become `cap * tanh(logits / cap)` (Gemma 2).
       logit_softcap: the same for output logits.
       scale_embeddings: token vectors are multiplied by `sqrt(d_model)` (Gemma).
       tied: output logits use the input table.
+      lexinvariant: token tables that are drawn per sequence; `None`: learned ones.
       rope_theta: base of the rotary frequencies; `local_rope_theta` that of windowed layers.
       rope_scaling: applies to layers without a window only where `local_rope_theta` is given.
       window: a query sees keys at distance below this, in windowed layers; `None`: all keys.
@@ -84,6 +124,7 @@ class Config:
     logit_softcap: float | None = None
     scale_embeddings: bool = False
     tied: bool = False
+    lexinvariant: Lexinvariant | None = None
     rope_theta: float = 10_000.0
     local_rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
@@ -110,6 +151,11 @@ class Config:
             _check(self, name, getattr(self, name) > 0, 'a positive number')
         _check(self, 'window', self.window is None or self.window >= 1, 'at least 1, or none')
         _check(self, 'window_pattern', len(self.window_pattern) >= 1, 'at least one entry')
+        if self.lexinvariant is not None:
+            _check(self, 'tied', self.tied, 'True: lexinvariant symbols have one row each')
+            ids = (*self.lexinvariant.always, *self.lexinvariant.never)
+            known = all(0 <= i < self.vocab_size for i in ids)
+            _check(self, 'lexinvariant', known, f'ids in [0, {self.vocab_size})')
 
     @property
     def query_scale(self) -> float:
@@ -155,11 +201,18 @@ def from_dict(fields: dict[str, Any]) -> Config:
     try:
         if values.get('rope_scaling') is not None:
             values['rope_scaling'] = RopeScaling(**values['rope_scaling'])
+        if values.get('lexinvariant') is not None:
+            values['lexinvariant'] = _lexinvariant(values['lexinvariant'])
         if 'window_pattern' in values:
             values['window_pattern'] = tuple(values['window_pattern'])
         return Config(**values)
     except TypeError as error:
         raise ValueError(f'model config: a value has the wrong type: {error}') from None
+
+
+def _lexinvariant(fields: dict[str, Any]) -> Lexinvariant:
+    values: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+    return Lexinvariant(**values)
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -171,6 +224,6 @@ def _fits(kind: Any, value: Any) -> bool:
         return isinstance(value, list | tuple) and all(_fits(parts[0], item) for item in value)
     if typing.get_origin(kind) is Literal:
         return value in parts
-    if kind is RopeScaling:
+    if kind in (RopeScaling, Lexinvariant):
         return isinstance(value, dict)
     return type(value) in ((int, float) if kind is float else (kind,))

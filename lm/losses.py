@@ -1,24 +1,14 @@
 """Losses as functions of hidden states, never of all logits at once."""
 
-import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm import layers, transformer
+from lm import lexinvariant, sequence_loss, tables, transformer
 from lm.config import Config
+from lm.cross_entropy import TokenLosses, chunked_cross_entropy
 from lm.params import Params
-
-VOCABULARY_CHUNK = 1024
-
-
-class TokenLosses(NamedTuple):
-    """Per token, f32 `[T]`: `-log p(target)` in nats, and the log of the softmax's normaliser."""
-
-    nats: jax.Array
-    log_normalizer: jax.Array
 
 
 def bits_per_byte(nats: float, n_bytes: int) -> float:
@@ -26,118 +16,75 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
     return nats / math.log(2) / n_bytes
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def chunked_cross_entropy(
-    h_TD: jax.Array,
-    table_VD: jax.Array,
-    targets_T: jax.Array,
-    softcap: float | None = None,
-    chunk: int = VOCABULARY_CHUNK,
+def token_losses(
+    params: Params, config: Config, batch: dict[str, jax.Array], key: jax.Array | None = None
 ) -> TokenLosses:
-    """Cross-entropy of `h . table` against targets, `chunk` rows of the table at a time.
+    """Returns the losses of each target of a packed batch, f32 `[B, L]`.
 
-    Logits of `[T, chunk]` are all that ever exists; the backward pass computes them again. So
-    memory does not grow with V, but for the table's own gradient. Sums run in f32.
+    Args:
+      params, config: the model.
+      batch: see `lm.data`.
+      key: from which a lexinvariant model's tables are drawn; others need none.
     """
-    losses, _ = _forward(h_TD, table_VD, targets_T, softcap, chunk)
-    return losses
+    if config.lexinvariant is not None and config.lexinvariant.draws:
+        if key is None:
+            raise ValueError('the tables of this model are drawn: give a key')
+        return _lexinvariant_losses(params, config, batch, key)
+    x_BLD = tables.embed(params['tables'], config, batch['tokens'])
+    h_BLD = _hidden(params, config, x_BLD, batch)
+    return _against(tables.output_table(params['tables']), config, h_BLD, batch['targets'])
 
 
-def _chunks(table_VD: jax.Array, chunk: int) -> tuple[jax.Array, int]:
-    """Returns the table as `[n, chunk, D]`, zero rows appended, and the chunk size used."""
-    v, d = table_VD.shape
-    chunk = min(chunk, v)
-    n = -(-v // chunk)
-    padded = jnp.pad(table_VD, ((0, n * chunk - v), (0, 0))) if n * chunk != v else table_VD
-    return padded.reshape(n, chunk, d), chunk
+def _lexinvariant_losses(
+    params: Params, config: Config, batch: dict[str, jax.Array], key: jax.Array
+) -> TokenLosses:
+    law, segments_BL = config.lexinvariant, batch['segments']
+    assert law is not None
+    tokens_BL, targets_BL = batch['tokens'], batch['targets']
+    key_B = lexinvariant.sequence_keys(key, len(tokens_BL))
+    if law.kind == 'permuted' and not law.partial:
+        # one table for all: after renaming, the loss is a learned model's, without its gradient
+        tokens_BL, targets_BL = lexinvariant.relabel(
+            config, key_B, segments_BL, tokens_BL, targets_BL
+        )
+        table_VD = lexinvariant.fixed_table(config, jnp.arange(config.vocab_size))
+        x_BLD = tables.embed({'input_VD': table_VD}, config, tokens_BL)
+        return _against(table_VD, config, _hidden(params, config, x_BLD, batch), targets_BL)
+    learned = params['tables']
+    x_BLD = lexinvariant.embed(learned, config, key_B, segments_BL, tokens_BL)
+    h_BLD = _hidden(params, config, x_BLD, batch)
+    return sequence_loss.cross_entropy(
+        config, h_BLD, learned.get('input_VD'), key_B, segments_BL, targets_BL
+    )
 
 
-def _chunk_logits(h_TD, rows_CD, first, vocab_size, softcap):
-    logits = layers.softcap(layers.einsum('td,cd->tc', h_TD, rows_CD, jnp.float32), softcap)
-    exists = first + jnp.arange(rows_CD.shape[0]) < vocab_size
-    return jnp.where(exists, logits, -jnp.inf)
-
-
-def _forward(h_TD, table_VD, targets_T, softcap, chunk):
-    rows_nCD, chunk = _chunks(table_VD, chunk)
-    v = table_VD.shape[0]
-
-    def step(carry, inputs):
-        highest, total, target = carry
-        index, rows_CD = inputs
-        logits = _chunk_logits(h_TD, rows_CD, index * chunk, v, softcap)
-        new_highest = jnp.maximum(highest, logits.max(-1))
-        total = total * jnp.exp(highest - new_highest)
-        total += jnp.exp(logits - new_highest[:, None]).sum(-1)
-        local = targets_T - index * chunk
-        here = (local >= 0) & (local < chunk)
-        picked = jnp.take_along_axis(logits, jnp.clip(local, 0, chunk - 1)[:, None], 1)[:, 0]
-        return (new_highest, total, jnp.where(here, picked, target)), None
-
-    zero = jnp.zeros(h_TD.shape[0], jnp.float32)
-    start = (jnp.full_like(zero, -jnp.inf), zero, zero)
-    indices = jnp.arange(rows_nCD.shape[0])
-    (highest, total, target), _ = jax.lax.scan(step, start, (indices, rows_nCD))
-    log_normalizer = highest + jnp.log(total)
-    losses = TokenLosses(log_normalizer - target, log_normalizer)
-    return losses, (h_TD, table_VD, targets_T, log_normalizer)
-
-
-def _backward(softcap, chunk, saved, cotangent: TokenLosses):
-    h_TD, table_VD, targets_T, log_normalizer = saved
-    rows_nCD, chunk = _chunks(table_VD, chunk)
-    v, d = table_VD.shape
-    # d nats/d logit = p - [target], d log_normalizer/d logit = p
-    p_weight = cotangent.nats + cotangent.log_normalizer
-
-    def step(dh_TD, inputs):
-        index, rows_CD = inputs
-        logits = _chunk_logits(h_TD, rows_CD, index * chunk, v, softcap)
-        d_logits = jnp.exp(logits - log_normalizer[:, None]) * p_weight[:, None]
-        is_target = (targets_T - index * chunk)[:, None] == jnp.arange(chunk)
-        d_logits -= jnp.where(is_target, cotangent.nats[:, None], 0.0)
-        if softcap is not None:
-            slope = 1 - (jnp.where(jnp.isfinite(logits), logits, 0.0) / softcap) ** 2
-            d_logits *= slope
-        d_logits = d_logits.astype(h_TD.dtype)
-        dh_TD += layers.einsum('tc,cd->td', d_logits, rows_CD, jnp.float32)
-        d_rows_CD = layers.einsum('tc,td->cd', d_logits, h_TD, jnp.float32)
-        return dh_TD, d_rows_CD.astype(table_VD.dtype)
-
-    indices = jnp.arange(rows_nCD.shape[0])
-    start = jnp.zeros(h_TD.shape, jnp.float32)
-    dh_TD, d_rows = jax.lax.scan(step, start, (indices, rows_nCD))
-    return dh_TD.astype(h_TD.dtype), d_rows.reshape(-1, d)[:v], None
-
-
-chunked_cross_entropy.defvjp(_forward, _backward)
-
-
-def token_losses(params: Params, config: Config, batch: dict[str, jax.Array]) -> TokenLosses:
-    """Returns the losses of each target of a packed batch, f32 `[B, L]`."""
-    x_BLD = transformer.embed(params['tables'], config, batch['tokens'])
-    h_BLD, _ = transformer.body(
+def _hidden(
+    params: Params, config: Config, x_BLD: jax.Array, batch: dict[str, jax.Array]
+) -> jax.Array:
+    return transformer.body(
         params['body'], config, x_BLD, batch['positions'], segments_BL=batch['segments']
-    )
-    shape = batch['targets'].shape
+    )[0]
+
+
+def _against(
+    table_VD: jax.Array, config: Config, h_BLD: jax.Array, targets_BL: jax.Array
+) -> TokenLosses:
     losses = chunked_cross_entropy(
-        h_BLD.reshape(-1, config.d_model),
-        transformer.output_table(params['tables']),
-        batch['targets'].reshape(-1),
-        config.logit_softcap,
+        h_BLD.reshape(-1, config.d_model), table_VD, targets_BL.reshape(-1), config.logit_softcap
     )
-    return TokenLosses(losses.nats.reshape(shape), losses.log_normalizer.reshape(shape))
+    return TokenLosses(*(x.reshape(targets_BL.shape) for x in losses))
 
 
 def next_token_loss(
-    params: Params, config: Config, batch: dict[str, jax.Array], z_loss: float = 0.0
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    params: Params, config: Config, batch: dict[str, jax.Array], z_loss: float = 0.0,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
     """Returns the weighted mean loss in nats per token, and sums for metrics.
 
     `z_loss` times the squared log normaliser is added (PaLM, section 5): it keeps logits from
-    drifting.
+    drifting. `key`: see `token_losses`.
     """
-    losses = token_losses(params, config, batch)
+    losses = token_losses(params, config, batch, key)
     weights = batch['weights']
     total = jnp.maximum(weights.sum(), 1.0)
     nats = (losses.nats * weights).sum()

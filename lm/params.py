@@ -60,8 +60,10 @@ def leaves(config: Config) -> dict[str, Any]:
         'w_down_NFD': layer((f, d), ('ff', 'embed'), deep * f**-0.5),
     }
     if config.qkv_bias:
-        layers['bq_NHC'] = layer((h, c), ('heads', 'head'), None)
-        layers['bk_NKC'] = layer((k, c), ('kv_heads', 'head'), None)
+        # a part of q . k that depends on the distance alone; from zeros it would grow slowly, and
+        # where symbols are drawn (`lexinvariant`) nothing else can attend to a place
+        layers['bq_NHC'] = layer((h, c), ('heads', 'head'), 1.0)
+        layers['bk_NKC'] = layer((k, c), ('kv_heads', 'head'), 1.0)
         layers['bv_NKC'] = layer((k, c), ('kv_heads', 'head'), None)
     if config.qk_norm:
         layers['q_norm_NC'] = norm(c, 'head')
@@ -72,6 +74,8 @@ def leaves(config: Config) -> dict[str, Any]:
     table = Leaf((v, d), ('vocab', 'embed'), d**-0.5)
     body = {'layers': layers, 'final_norm_D': Leaf((d,), ('norm',), None, one)}
     tables = {'input_VD': table} if config.tied else {'input_VD': table, 'output_VD': table}
+    if config.lexinvariant is not None and not config.lexinvariant.partial:
+        tables = {}  # drawn, not learned: no leaf has a V axis
     return {'body': body, 'tables': tables}
 
 

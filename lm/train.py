@@ -69,17 +69,29 @@ class TrainState:
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Returns the state before the first step; the optimizer's arrays lie where their params do."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    shardings = optax.tree_map_params(
-        optimizer,
-        # Adafactor's row and column statistics are not of their parameter's shape
-        lambda leaf, param: param.sharding if leaf.shape == param.shape else everywhere,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda _: everywhere,
-    )
+    shardings = optimizer_shardings(params, jax.eval_shape(optimizer.init, params), mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    everywhere = NamedSharding(mesh, PartitionSpec())
     return TrainState(jax.device_put(jnp.zeros((), jnp.int32), everywhere), params, opt_state)
+
+
+def optimizer_shardings(params: Any, opt_state: Any, mesh: Mesh) -> Any:
+    """Returns where an optimizer's arrays lie: those of a parameter's shape, as the parameter does.
+
+    Args:
+      params: arrays, or their shapes with shardings.
+      opt_state: shapes of the optimizer's state, in which moments have their parameters' names.
+      mesh: over which all else, such as Adafactor's row and column statistics, is replicated.
+    """
+    known = dict(jax.tree_util.tree_leaves_with_path(params))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(path, leaf):
+        names = (path[i:] for i in range(len(path)))
+        param = next((known[name] for name in names if name in known), None)
+        return param.sharding if param is not None and param.shape == leaf.shape else everywhere
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
 def train_step(
@@ -205,12 +217,12 @@ def evaluate(
     loss: LossFn, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
 ) -> dict[str, float]:
     """Returns the loss's sums over all batches, added up in f64 on the host."""
-    step = jax.jit(lambda params, batch: loss(params, batch, jax.random.key(0))[1])
+    step = jax.jit(lambda params, batch, key: loss(params, batch, key)[1])
     totals: dict[str, float] = {}
     pending = None
     with jax.set_mesh(mesh):
-        for batch in batches:
-            sums = step(params, put(batch, mesh))
+        for i, batch in enumerate(batches):
+            sums = step(params, put(batch, mesh), jax.random.fold_in(jax.random.key(0), i))
             totals, pending = _add(totals, pending), sums
     return _add(totals, pending)
 

@@ -1,4 +1,4 @@
-"""The decoder transformer as pure functions: `embed`, `body`, `unembed`, and what joins them.
+"""The decoder transformer as pure functions: the body, and what joins it with its tables.
 
     tokens_BL -- embed --> x_BLD -- body --> h_BLD -- unembed --> logits_BLV
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import cache as cache_lib
-from lm import layers, mesh
+from lm import layers, mesh, tables
 from lm.attention import attention
 from lm.cache import Cache
 from lm.config import Config
@@ -22,24 +22,6 @@ from lm.kernels.mask import Mask
 from lm.params import Params
 
 ACTIVATIONS = ('batch', 'length', 'embed')
-
-
-def embed(tables: Params, config: Config, tokens_BL: jax.Array) -> jax.Array:
-    """Returns the vectors of tokens, `[B, L, D]`."""
-    x_BLD = tables['input_VD'][tokens_BL].astype(config.dtype)
-    x_BLD = mesh.constrain(x_BLD, ACTIVATIONS)
-    return x_BLD * config.d_model**0.5 if config.scale_embeddings else x_BLD
-
-
-def output_table(tables: Params) -> jax.Array:
-    """Returns the table whose rows meet hidden states in the logits, `[V, D]`."""
-    return tables['output_VD'] if 'output_VD' in tables else tables['input_VD']
-
-
-def unembed(tables: Params, config: Config, h_BLD: jax.Array) -> jax.Array:
-    """Returns logits, f32 `[..., V]`."""
-    logits = layers.einsum('...d,vd->...v', h_BLD, output_table(tables), jnp.float32)
-    return layers.softcap(logits, config.logit_softcap)
 
 
 def body(
@@ -206,9 +188,9 @@ def forward(
     """Returns logits f32 `[B, L, V]` of whole texts; positions count from 0 by default."""
     if positions_BL is None:
         positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-    x_BLD = embed(params['tables'], config, tokens_BL)
+    x_BLD = tables.embed(params['tables'], config, tokens_BL)
     h_BLD, _ = body(params['body'], config, x_BLD, positions_BL, segments_BL=segments_BL)
-    return unembed(params['tables'], config, h_BLD)
+    return tables.unembed(params['tables'], config, h_BLD)
 
 
 def step(
@@ -235,10 +217,10 @@ def step(
     """
     if positions_BL is None:
         positions_BL = cache.length_B[:, None] + jnp.arange(tokens_BL.shape[1])
-    x_BLD = embed(params['tables'], config, tokens_BL)
+    x_BLD = tables.embed(params['tables'], config, tokens_BL)
     h_BLD, longer = body(
         params['body'], config, x_BLD, positions_BL, ancestors_BLW=ancestors_BLW, nodes=nodes,
         cache=cache,
     )  # fmt: skip
     assert longer is not None
-    return unembed(params['tables'], config, h_BLD), longer
+    return tables.unembed(params['tables'], config, h_BLD), longer

@@ -80,12 +80,10 @@ def prepare(params: Params, config: Config) -> Params:
     stacked = params['body']['layers']
     layers = tuple(_layer(stacked, i, config) for i in range(config.n_layers))
     tables = params['tables']
-    table_VD = tables.get('output_VD', tables['input_VD'])
-    output = WeightsFirst(table_VD, (table_VD.shape[:1],))
-    return {
-        'body': {**params['body'], 'layers': layers},
-        'tables': {**tables, 'output_VD': output},
-    }
+    if config.lexinvariant is None:
+        table_VD = tables.get('output_VD', tables['input_VD'])
+        tables = {**tables, 'output_VD': WeightsFirst(table_VD, (table_VD.shape[:1],))}
+    return {'body': {**params['body'], 'layers': layers}, 'tables': tables}
 
 
 def is_prepared(params: Params) -> bool:

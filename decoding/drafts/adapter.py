@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lm import cache as cache_lib
 from lm import layers as layers_lib
-from lm import transformer
+from lm import tables, transformer
 from lm.attention import attention
 from lm.cache import Cache
 from lm.config import Config
@@ -100,15 +100,15 @@ def loss(
       The mean in nats per token, and sums for metrics, as `lm.losses.next_token_loss`.
     """
     positions_BL, segments_BL = batch['positions'], batch['segments']
-    body, tables = params['body'], params['tables']
+    body, table = params['body'], params['tables']
     mask = Mask(positions_BL, positions_BL[:, None], segments_BL, segments_BL)
-    x_BLD = transformer.embed(tables, config, batch['tokens'])
+    x_BLD = tables.embed(table, config, batch['tokens'])
     exit_BLD, _ = transformer.blocks(body, config, x_BLD, mask, only=(0, layers))
     x_BLD, _ = transformer.blocks(body, config, exit_BLD, mask, only=(layers, config.n_layers))
-    target_BLV = transformer.unembed(tables, config, transformer.final_norm(body, config, x_BLD))
+    target_BLV = tables.unembed(table, config, transformer.final_norm(body, config, x_BLD))
     exit_BLD, target_BLV = jax.lax.stop_gradient((exit_BLD, target_BLV))
     h_BLD, _ = adapt(adapter, config, exit_BLD, positions_BL, segments_BL=segments_BL)
-    logprob_BLV = jax.nn.log_softmax(transformer.unembed(tables, config, h_BLD))
+    logprob_BLV = jax.nn.log_softmax(tables.unembed(table, config, h_BLD))
     nats_BL = -jnp.sum(jax.nn.softmax(target_BLV) * logprob_BLV, axis=-1)
     weights = batch['weights']
     nats = jnp.sum(nats_BL * weights)

@@ -9,6 +9,7 @@ Nodes of the last level are never run. If one of them is accepted, its row is mi
 round begins, which is why each round runs the last two tokens of the text, not only the root.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import flax.struct
@@ -19,7 +20,7 @@ from decoding import sample
 from decoding.drafter import Model, Outcome, Text
 from decoding.sample import Sampler
 from lm import cache as cache_lib
-from lm import transformer
+from lm import tables, transformer
 from lm.cache import Cache
 from lm.kernels.mask import pack_bits
 from lm.params import Params
@@ -40,11 +41,13 @@ class State:
       cache: of the draft model; after `update`, all of the text that it will not run again.
       root_B: int32, the row of the last tree's root.
       row_BT: int32, row of each node of that tree, counted from its root's.
+      tables: drawn for these texts (`lm.lexinvariant`); None where they are learned.
     """
 
     cache: Cache
     root_B: jax.Array
     row_BT: jax.Array
+    tables: Params | None
 
 
 class Level(NamedTuple):
@@ -79,7 +82,7 @@ def update(weights: Weights, state: State, outcome: Outcome) -> State:
     path_BP, accepted_B = outcome.verdict.path_BP, outcome.verdict.accepted_B
     rows_BP = jnp.take_along_axis(state.row_BT, path_BP, axis=1)
     cache = cache_lib.keep(state.cache, state.root_B, rows_BP, accepted_B)
-    return State(cache, state.root_B, state.row_BT)
+    return dataclasses.replace(state, cache=cache)
 
 
 def begin(model: Model, sampler: Sampler, cache: Cache, text: Text) -> tuple[Level, Cache]:
@@ -133,7 +136,7 @@ def pick(values_BM: jax.Array, index_BK: jax.Array) -> jax.Array:
 
 
 def _body(model: Model, token_BL, positions_BL, cache: Cache, **tree) -> tuple[jax.Array, Cache]:
-    x_BLD = transformer.embed(model.params['tables'], model.config, token_BL)
+    x_BLD = tables.embed(model.params['tables'], model.config, token_BL)
     h_BLD, longer = transformer.body(
         model.params['body'], model.config, x_BLD, positions_BL, cache=cache, **tree
     )
@@ -142,7 +145,7 @@ def _body(model: Model, token_BL, positions_BL, cache: Cache, **tree) -> tuple[j
 
 
 def _law(model: Model, sampler: Sampler, h_BMD: jax.Array, seen_BMV) -> jax.Array:
-    logits_BMV = transformer.unembed(model.params['tables'], model.config, h_BMD)
+    logits_BMV = tables.unembed(model.params['tables'], model.config, h_BMD)
     if model.bos is not None:
         logits_BMV = logits_BMV.at[..., model.bos].set(-jnp.inf)
     return sample.log_law(sampler, logits_BMV, seen_BMV)

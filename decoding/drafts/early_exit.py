@@ -21,7 +21,7 @@ from decoding.sample import Sampler
 from decoding.tree import WithoutReplacement
 from lm import cache as cache_lib
 from lm import params as params_lib
-from lm import transformer
+from lm import tables, transformer
 from lm.cache import Cache
 from lm.config import Config
 from lm.kernels.mask import Mask
@@ -176,7 +176,7 @@ def _node(
 def _first_layers(
     static: _Exit, target: Params, token_BL: jax.Array, positions_BL: jax.Array, cache: Cache | None
 ) -> tuple[jax.Array, Cache | None]:
-    x_BLD = transformer.embed(target['tables'], static.config, token_BL)
+    x_BLD = tables.embed(target['tables'], static.config, token_BL)
     mask = Mask(positions_BL, positions_BL[:, None])
     return transformer.blocks(
         target['body'], static.config, x_BLD, mask, cache, only=(0, static.layers)
@@ -185,7 +185,7 @@ def _first_layers(
 
 def _law(static: _Exit, sampler: Sampler, target: Params, h_BD: jax.Array) -> jax.Array:
     """Returns the draft's log-probabilities `[B, V]`."""
-    logits_BV = transformer.unembed(target['tables'], static.config, h_BD)
+    logits_BV = tables.unembed(target['tables'], static.config, h_BD)
     if static.bos is not None:
         logits_BV = logits_BV.at[:, static.bos].set(-jnp.inf)
     return sample.log_law(sampler, logits_BV)

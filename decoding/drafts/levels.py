@@ -12,6 +12,7 @@ from decoding.drafts import draft_model
 from decoding.drafts.draft_model import State, Weights, pick
 from decoding.sample import Sampler
 from decoding.tree import DraftTree
+from lm import lexinvariant
 from lm import params as params_lib
 from lm.cache import Cache
 from lm.params import Params
@@ -66,16 +67,19 @@ def drafter(
 
     def run(weights: Weights, state: State, text: Text, target: Params, target_cache: Cache):
         del target, target_cache
-        live = bare._replace(params=weights.params)
+        params = weights.params
+        if state.tables is not None:
+            params = {**params, 'tables': state.tables}
+        live = bare._replace(params=params)
         tree, row_BT, cache = propose(live, weights.sampler, state.cache, text)
-        return tree, State(cache, text.length_B - 1, row_BT), None
+        return tree, State(cache, text.length_B - 1, row_BT, state.tables), None
 
     def init(weights: Weights, text: Text, rows: int) -> State:
-        cache = draft_model.prefill(
-            bare._replace(params=weights.params), text, rows + drawn - nodes
-        )
+        params = lexinvariant.with_tables(weights.params, model.config, text.key_B)
+        cache = draft_model.prefill(bare._replace(params=params), text, rows + drawn - nodes)
         row_BT = jnp.zeros((text.length_B.shape[0], nodes), jnp.int32)
-        return State(cache, text.length_B - 1, row_BT)
+        own = None if model.config.lexinvariant is None else params['tables']
+        return State(cache, text.length_B - 1, row_BT, own)
 
     return Drafter(
         init=init,

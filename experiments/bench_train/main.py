@@ -14,7 +14,7 @@ from etils import epath
 from experiments import language_model, report
 from experiments.bench_train.config import Config
 from experiments.report import Column
-from lm import losses, optimizer, params, train
+from lm import cross_entropy, optimizer, params, train
 from lm import mesh as mesh_lib
 from lm.config import Config as ModelConfig
 
@@ -142,7 +142,7 @@ def _loss_analysis(tokens: int, width: int, vocab_size: int) -> Any:
     targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
 
     def mean(h, table, targets):
-        return losses.chunked_cross_entropy(h, table, targets).nats.mean()
+        return cross_entropy.chunked_cross_entropy(h, table, targets).nats.mean()
 
     step = jax.jit(jax.value_and_grad(mean, argnums=(0, 1)))
     return step.lower(h, table, targets).compile().memory_analysis()

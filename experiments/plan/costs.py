@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from experiments.plan.chips import Topology, axis_bandwidth
-from lm import losses, params
+from lm import cross_entropy, params
 from lm import mesh as mesh_lib
 from lm.config import Config as ModelConfig
 from lm.params import Leaf
@@ -254,7 +254,7 @@ def memory(
         working += cast if model.param_dtype != model.dtype else 0
         saved = case.tokens * model.d_model if model.remat else block / case.itemsize
         working += model.n_layers * saved * case.itemsize
-        working += case.tokens * (losses.VOCABULARY_CHUNK + model.d_model) * _F32
+        working += case.tokens * (cross_entropy.VOCABULARY_CHUNK + model.d_model) * _F32
         working += table * case.itemsize if case.data > 1 else 0
     else:
         working += case.tokens * case.vocabulary * _F32

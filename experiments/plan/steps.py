@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from experiments import language_model
@@ -68,14 +67,9 @@ def _train(model: ModelConfig, batch: int, length: int, mesh: Any) -> Step:
     weights = params.abstract(model, mesh)
     optimizer = optimizer_lib.make(optimizer_lib.OptimizerConfig(), _STEPS)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    # as lm.train.init_state places it: moments lie where their parameters do
-    opt_state = optax.tree_map_params(
-        optimizer,
-        lambda leaf, weight: _array(leaf, weight.sharding),
-        jax.eval_shape(optimizer.init, weights),
-        weights,
-        transform_non_params=lambda leaf: _array(leaf, everywhere),
-    )
+    opt_state = jax.eval_shape(optimizer.init, weights)
+    placed = train.optimizer_shardings(weights, opt_state, mesh)
+    opt_state = jax.tree.map(_array, opt_state, placed)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     state = train.TrainState(step, weights, opt_state)
     rows = mesh_lib.batch_sharding(mesh)

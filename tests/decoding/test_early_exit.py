@@ -16,7 +16,7 @@ from decoding.sample import Sampler
 from decoding.tree import WithoutReplacement
 from lm import cache as cache_lib
 from lm import params as params_lib
-from lm import transformer
+from lm import tables, transformer
 from lm.config import Config
 from lm.kernels.mask import Mask, pack_bits
 
@@ -69,13 +69,13 @@ def start() -> tuple[Text, cache_lib.Cache]:
 def read_out(token_BL: jax.Array, adapted: bool) -> jax.Array:
     """Returns the draft's laws `[B, L, V]` after each token, without any cache."""
     positions_BL = jnp.broadcast_to(jnp.arange(token_BL.shape[1]), token_BL.shape)
-    x_BLD = transformer.embed(PARAMS['tables'], CONFIG, token_BL)
+    x_BLD = tables.embed(PARAMS['tables'], CONFIG, token_BL)
     mask = Mask(positions_BL, positions_BL[:, None])
     x_BLD, _ = transformer.blocks(PARAMS['body'], CONFIG, x_BLD, mask, only=(0, E))
     h_BLD = transformer.final_norm(PARAMS['body'], CONFIG, x_BLD)
     if adapted:
         h_BLD, _ = adapter_lib.adapt(ADAPTER, CONFIG, x_BLD, positions_BL)
-    logits_BLV = transformer.unembed(PARAMS['tables'], CONFIG, h_BLD).at[..., 0].set(-jnp.inf)
+    logits_BLV = tables.unembed(PARAMS['tables'], CONFIG, h_BLD).at[..., 0].set(-jnp.inf)
     return sample.log_law(Sampler(temperature=0.7, top_k=9), logits_BLV)
 
 
@@ -92,7 +92,7 @@ def both_passes(drafted, begun, text, cache):
         PARAMS['body'], CONFIG, begun.x_BTD, mask, begun.cache, only=(E, CONFIG.n_layers)
     )
     h_BTD = transformer.final_norm(PARAMS['body'], CONFIG, x_BTD)
-    return (transformer.unembed(PARAMS['tables'], CONFIG, h_BTD), deep), full
+    return (tables.unembed(PARAMS['tables'], CONFIG, h_BTD), deep), full
 
 
 @jax.jit

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import cache, losses, params, presets, transformer
+from lm import cache, losses, params, presets, tables, transformer
 from lm.config import Config, RopeScaling
 from lm.kernels.mask import pack_bits
 
@@ -39,7 +39,7 @@ def tokens():
 
 def test_no_logit_depends_on_a_later_token(model, tokens):
     config, weights = model
-    x = transformer.embed(weights['tables'], config, tokens)
+    x = tables.embed(weights['tables'], config, tokens)
     positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
 
     def total(x):

@@ -1,0 +1,96 @@
+"""Models with tables drawn per text decode as any other: plainly, and with every kind of draft."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding.drafter import Model
+from decoding.drafts import chain, early_exit, recursive
+from decoding.generate import generate
+from decoding.sample import Sampler, at_position, draw, log_law
+from decoding.verify import target_only_walk
+from lm import lexinvariant, params, transformer
+from lm.config import Config, Lexinvariant
+
+V, NEW = 13, 12
+PROMPTS = [[1, 2, 3, 1, 2], [5, 5], [7, 4, 7, 4]]
+KEYS = jax.random.split(jax.random.key(5), 3)
+SAMPLER = Sampler(temperature=jnp.float32(0.7))
+LAWS = {
+    'gaussian': Lexinvariant('gaussian'),
+    'permuted': Lexinvariant('permuted'),
+    'partial': Lexinvariant('gaussian', 0.5),
+}
+
+
+def make(law: Lexinvariant | None, layers: int, width: int) -> Model:
+    config = Config(
+        V, width, layers, 2, 1, 8, 2 * width, max_length=64, unroll=layers, tied=True,
+        scale_embeddings=True, lexinvariant=law,
+    )  # fmt: skip
+    return Model(config, params.init(config, jax.random.key(width)))
+
+
+DRAFTERS = {
+    'chain': lambda target: chain.chain(make(None, 1, 8), 2),
+    'beam': lambda target: recursive.beam(make(Lexinvariant(), 1, 8), 2, 2),
+    'early exit': lambda target: early_exit.early_exit(target, 1, 3),
+}
+
+
+@functools.cache
+def plain_text(law):
+    return generate(make(law, 2, 16), PROMPTS, key=KEYS, max_new_tokens=NEW, sampler=SAMPLER)
+
+
+@pytest.mark.parametrize('law', LAWS.values(), ids=LAWS)
+def test_a_text_keeps_its_table(law):
+    target, plain = make(law, 2, 16), plain_text(law)
+    p = lexinvariant.with_tables(target.params, target.config, KEYS)
+    forward = jax.jit(transformer.forward, static_argnums=1)
+    texts = np.zeros((3, 24), np.int32)
+    ends = np.array([len(prompt) for prompt in PROMPTS])
+    for row, prompt in zip(texts, PROMPTS):
+        row[: len(prompt)] = prompt
+    for _ in range(NEW):
+        logits = forward(p, target.config, jnp.asarray(texts))[np.arange(3), ends - 1]
+        texts[np.arange(3), ends] = draw(log_law(SAMPLER, logits), KEYS, jnp.asarray(ends))
+        ends += 1
+    for row, end, tokens in zip(texts, ends, plain.tokens):
+        np.testing.assert_array_equal(row[end - NEW : end], tokens)
+
+
+@pytest.mark.parametrize('kind', DRAFTERS)
+def test_drafts_leave_the_text_as_it_was(kind):
+    law = LAWS['permuted' if kind == 'chain' else 'gaussian']
+    target, call = make(law, 2, 16), {'key': KEYS, 'max_new_tokens': NEW, 'sampler': SAMPLER}
+    drafter = DRAFTERS[kind](target)
+    drafted = generate(target, PROMPTS, drafter=drafter, verifier=target_only_walk, **call)
+    for row, other in zip(drafted.tokens, plain_text(law).tokens, strict=True):
+        np.testing.assert_array_equal(row, other)
+
+
+def test_a_draft_from_the_targets_own_tables_is_taken():
+    """A draft model that is the target draws the same table of a text's key."""
+    target = make(Lexinvariant(), 2, 16)
+    greedy = Sampler(temperature=jnp.float32(0))
+    result = generate(
+        target, PROMPTS, key=KEYS, max_new_tokens=NEW, sampler=greedy,
+        drafter=chain.chain(target, 3, greedy),
+    )  # fmt: skip
+    assert result.metrics.rounds == 3 * NEW // 4
+
+
+def test_no_draw_of_a_text_shares_its_key_with_the_table():
+    """Or a draft would be accepted where the table has it so."""
+    base = KEYS[:1]
+    table = lexinvariant.of_segment(base, lexinvariant._DECODING)
+    rows = [jax.random.fold_in(table[0], symbol) for symbol in range(V)]
+    own = {tuple(jax.random.key_data(key).tolist()) for key in [table[0], *rows]}
+    draws = [at_position(base, jnp.asarray([n]), *tags)[0]
+             for n in range(64) for tags in ((), (1,), (2,))]  # fmt: skip
+    assert not own & {tuple(jax.random.key_data(key).tolist()) for key in draws}
+    assert len(own) == V + 1
