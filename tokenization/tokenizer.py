@@ -109,7 +109,7 @@ def read_kind(path: epath.PathLike) -> dict:
 
 def load(path: epath.PathLike) -> Tokenizer:
     """Returns the tokenizer saved in the folder `path`; never executes code from there."""
-    from tokenization import arithmetic_tokenizer, bpe, byte, equal_info
+    from tokenization import arithmetic_tokenizer, bpe, byte, characters, equal_info
 
     kind = read_kind(path)['kind']
     match kind:
@@ -117,11 +117,13 @@ def load(path: epath.PathLike) -> Tokenizer:
             return byte.ByteTokenizer.load(path)
         case 'bpe':
             return bpe.BPETokenizer.load(path)
+        case 'characters':
+            return characters.CharacterTokenizer.load(path)
         case 'equal_info':
             return equal_info.EqualInfoTokenizer.load(path)
         case 'arithmetic':
             return arithmetic_tokenizer.ArithmeticTokenizer.load(path)
     raise ValueError(
-        f'{path}: unknown tokenizer kind {kind!r}; this version knows byte, bpe, equal_info '
-        'and arithmetic'
+        f'{path}: unknown tokenizer kind {kind!r}; this version knows byte, bpe, characters, '
+        'equal_info and arithmetic'
     )

@@ -1,0 +1,151 @@
+"""Language models whose symbols have no fixed meaning, after Huang et al. 2023 (arXiv 2305.16349).
+
+A standard model and a lexinvariant one of the same size are trained on the same text, and compared
+by position; made to decipher substitution ciphers; asked for look-ups and permutations; and mixed,
+each symbol's row being random with probability p.
+
+    python -m experiments.run lexinvariant                  # 2 cores: about 13 minutes, resumable
+    python -m experiments.run lexinvariant --scale gpu
+    python -m experiments.run lexinvariant --prose 'novels/*.txt' --code 'src/*.c'
+
+Expected at `demo` on the standard library: perplexities that fall with the position, from a greater
+gap than they end with, and none of the paper's other findings; the README has the tables. `paper`
+holds the paper's sizes (150M parameters); it is type-checked only.
+"""
+
+import dataclasses
+from dataclasses import field
+from typing import Literal
+
+from lm.config import Config as ModelConfig
+from lm.optimizer import OptimizerConfig
+from lm.train import TrainConfig
+
+
+def _model(width: int, layers: int, heads: int, hidden: int, length: int, **more) -> ModelConfig:
+    return ModelConfig(
+        256, width, layers, heads, heads, width // heads, hidden, max_length=length,
+        activation='relu', qkv_bias=True, tied=True, **more,
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One comparison.
+
+    Attributes:
+      prose, code: globs of text files; by default the standard library's documentation strings
+        and comments, and what is left of its source without them.
+      kind: of the lexinvariant tables. The paper's are `gaussian`; `permuted` ones are learned with
+        in far fewer steps where the width is small, which is why `demo` has them.
+      model: its shape; the vocabulary follows from the tokenizer.
+      train: how each model is trained.
+      bpe_size: of the small BPE vocabulary; characters are the other one.
+      bpe_domains: on which models over BPE are trained.
+      probabilities: between 0 and 1, with which rows are random in the regularised models.
+      valid_bytes: of each domain's held-out text, evaluated at most.
+      probe_steps, probe_batch, probe_hidden: of the 2-layer network that reads hidden states.
+      ciphers: held-out texts that are deciphered.
+      contexts: after so many characters of cipher text, accuracy is reported.
+      climbs: restarts of the classical attack, whose best key counts.
+      queries: of each reasoning task.
+      pairs: of symbols, of which a look-up asks for one.
+      examples: of a permutation, before it is asked for.
+      symbols: that a permutation reorders.
+    """
+
+    prose: str | None = None
+    code: str | None = None
+    kind: Literal['gaussian', 'permuted'] = 'permuted'
+    model: ModelConfig = field(default_factory=lambda: _model(64, 2, 2, 192, 128, unroll=2))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            900, 32, 128, OptimizerConfig(learning_rate=6e-3), checkpoint_every=300
+        )
+    )
+    bpe_size: int = 512
+    bpe_domains: tuple[str, ...] = ('prose',)
+    probabilities: tuple[float, ...] = (0.1, 0.2, 0.5)
+    valid_bytes: int = 60_000
+    probe_steps: int = 300
+    probe_batch: int = 32
+    probe_hidden: int = 512
+    ciphers: int = 96
+    contexts: tuple[int, ...] = (16, 32, 64, 128)
+    climbs: int = 32
+    queries: int = 512
+    pairs: int = 8
+    examples: int = 6
+    symbols: int = 4
+
+    def __post_init__(self):
+        for name in (
+            'bpe_size', 'valid_bytes', 'probe_steps', 'probe_batch', 'probe_hidden', 'ciphers',
+            'climbs', 'queries', 'pairs', 'examples',
+        ):  # fmt: skip
+            _require(name, getattr(self, name), getattr(self, name) >= 1, 'at least 1')
+        _require('symbols', self.symbols, 2 <= self.symbols <= 10, '2 to 10')
+        _require('pairs', self.pairs, self.pairs <= 31, 'at most 31')
+        for p in self.probabilities:
+            _require('probabilities', p, 0 < p < 1, 'between 0 and 1, which have rows of their own')
+        _require('contexts', self.contexts, bool(self.contexts), 'at least one')
+        for n in self.contexts:
+            _require('contexts', n, 1 <= n <= self.train.length, f'at most {self.train.length}')
+        for name in self.bpe_domains:
+            _require('bpe_domains', name, name in DOMAINS, f'some of {", ".join(DOMAINS)}')
+        _require('bpe_size', self.bpe_size, self.bpe_size > 256, 'more than the 256 bytes')
+        if not (self.model.tied and self.model.lexinvariant is None):
+            raise ValueError('--model: expected a tied one; its tables are set by the experiment')
+
+
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f'--{name}: {value}; expected {expected}')
+
+
+DOMAINS = ('prose', 'code')
+RESUMES = True
+SCALES = {
+    'demo': Config(),
+    'tiny': Config(
+        model=_model(16, 1, 2, 16, 32),
+        train=TrainConfig(3, 4, 32, checkpoint_every=3),
+        bpe_size=260,
+        probabilities=(0.2,),
+        valid_bytes=3_000,
+        probe_steps=3,
+        probe_batch=4,
+        probe_hidden=8,
+        ciphers=4,
+        contexts=(8, 32),
+        climbs=1,
+        queries=8,
+        pairs=3,
+        examples=2,
+        symbols=3,
+    ),
+    'gpu': Config(
+        kind='gaussian',
+        model=_model(512, 8, 8, 2048, 512, dtype='bfloat16'),
+        train=TrainConfig(3000, 64, 512, OptimizerConfig(learning_rate=1e-3), checkpoint_every=500),
+        bpe_size=8192,
+        bpe_domains=DOMAINS,
+        valid_bytes=1_000_000,
+        probe_steps=1000,
+        ciphers=512,
+        contexts=(16, 32, 64, 128, 256, 512),
+        queries=2048,
+    ),
+    'paper': Config(
+        kind='gaussian',
+        model=_model(1024, 12, 8, 2816, 512, dtype='bfloat16'),
+        train=TrainConfig(250_000, 128, 512, OptimizerConfig('adafactor'), checkpoint_every=1000),
+        bpe_size=32_000,
+        bpe_domains=DOMAINS,
+        valid_bytes=10_000_000,
+        probe_steps=10_000,
+        ciphers=1000,
+        contexts=(16, 32, 64, 128, 256, 512),
+        queries=2048,
+    ),
+}

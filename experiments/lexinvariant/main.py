@@ -1,0 +1,130 @@
+"""Trains the models, and asks them for text, ciphers and look-ups."""
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from rich.console import Console
+
+from experiments import language_model, report, resume
+from experiments.language_model import Fitted
+from experiments.lexinvariant import classical, decipher, domains, drawing, models, results, tasks
+from experiments.lexinvariant.config import Config
+from experiments.lexinvariant.models import CHARACTERS, Name, Text
+from lm import mesh as mesh_lib
+from lm.metrics import ProgressLine
+
+
+def main(config: Config, out: epath.Path) -> dict[str, float]:
+    """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
+    begin = time.monotonic()
+    mesh = mesh_lib.make(devices=jax.devices()[:1])
+    language_model.check(config.model, config.train, mesh, 'train')
+    found = domains.open_domains(config)
+    for domain, corpus in found.items():
+        (out / domain).mkdir(parents=True, exist_ok=True)
+        resume.claim_corpus(out / domain, corpus)
+    names = models.wanted(config)
+    texts = models.texts(config, found, names, out)
+    fitted = {
+        name: models.fit(config, name, texts[name.tokenizer, name.domain], out, mesh)
+        for name in names
+    }
+    curves: dict[Name, dict[str, list[float]]] = {}
+    for name in names:
+        if name.probability in results.KINDS:
+            text = texts[name.tokenizer, name.domain]
+            curve = functools.partial(_curve, fitted[name], text, config, mesh)
+            curves[name] = _once(out, f'positions_{name.folder}', curve)
+    pieces_NL = texts[CHARACTERS, 'prose'].test_NL
+    distinct = round(np.mean([len(np.unique(piece_L)) for piece_L in pieces_NL]))
+    metrics = results.positions(config, curves, distinct)
+    rows = _ciphers(config, fitted, texts[CHARACTERS, 'prose'], out)
+    metrics |= results.ciphers(config, rows)
+    mixed = []
+    for name in sorted(names, key=lambda name: name.probability):
+        if (name.tokenizer, name.domain) == (CHARACTERS, 'prose'):
+            row = functools.partial(_regularised, config, fitted[name], texts, mesh)
+            mixed.append({'p': name.probability, **_once(out, f'tasks_{name.folder}', row)})
+    metrics |= results.tasks(mixed, {n: task.chance for n, task in tasks.make(config).items()})
+    results.plot(out, config, curves, rows)
+    Console().print(f'plots, bundles and result.json: {out}')
+    return {**metrics, report.key('seconds', 'this_process'): time.monotonic() - begin}
+
+
+def _once(out: epath.Path, name: str, make: Callable[[], Any]) -> Any:
+    """Returns what a part of the run came to, now or before it was resumed."""
+    file = out / 'parts' / f'{name}.json'
+    if not file.exists():
+        file.parent.mkdir(exist_ok=True)
+        report.write_json_atomic(file, make())
+    return json.loads(file.read_text())
+
+
+def _curve(fitted: Fitted, text: Text, config: Config, mesh) -> dict[str, list[float]]:
+    nats_L = models.nats_by_position(fitted, text, config.train.batch_size, mesh)
+    return {'nats': nats_L.tolist(), 'bytes': models.bytes_by_position(text).tolist()}
+
+
+def _ciphers(
+    config: Config, fitted: dict[Name, Fitted], text: Text, out: epath.Path
+) -> list[dict[str, Any]]:
+    """Returns a row per model and context, the classical attack last; draws one text."""
+
+    def read() -> list[dict[str, Any]]:
+        readings = {
+            kind: decipher.read(config, fitted[Name(CHARACTERS, 'prose', p)], text, kind)
+            for p, kind in results.KINDS.items()
+        }
+        drawing.draw(out / 'deciphering.png', readings, row=0)
+        rows = []
+        for kind, reading in readings.items():
+            for n in config.contexts:
+                keys = decipher.recovered_keys(reading, n)
+                accuracy = decipher.accuracy(reading, n)
+                rows.append(_row(kind, n, accuracy, keys, reading))
+        return rows + _classical(config, readings['lexinvariant'], text)
+
+    return _once(out, 'ciphers', read)
+
+
+def _row(model: str, context: int, accuracy: float | None, keys, reading) -> dict[str, Any]:
+    return {
+        'model': model, 'context': context, 'accuracy': accuracy,
+        'text': decipher.text_accuracy(keys, reading, context),
+        'key': decipher.key_recovery(keys, reading, context),
+    }  # fmt: skip
+
+
+def _classical(config: Config, reading: decipher.Reading, text: Text) -> list[dict[str, Any]]:
+    single_V, bigram_VV = classical.statistics(text.train, text.tokenizer.vocab_size)
+    rows = []
+    with ProgressLine('classical attack', len(config.contexts)) as progress:
+        for i, n in enumerate(config.contexts):
+            keys = [
+                classical.attack(cipher_L[:n], single_V, bigram_VV, config.climbs, seed)
+                for seed, cipher_L in enumerate(reading.cipher_NL)
+            ]
+            rows.append(_row('classical', n, None, keys, reading))
+            progress.update(i + 1)
+    return rows
+
+
+def _regularised(
+    config: Config, fitted: Fitted, texts: dict[tuple[str, str], Text], mesh
+) -> dict[str, float]:
+    """Returns bits per byte of both domains, and accuracies of the tasks."""
+    rested = models.at_rest(fitted)
+    found = {}
+    for domain in domains.DOMAINS:
+        text = texts[CHARACTERS, domain]
+        nats_L = models.nats_by_position(rested, text, config.train.batch_size, mesh)
+        found[domain] = float(nats_L.mean() / np.log(2))
+    for name, task in tasks.make(config).items():
+        found[name] = tasks.accuracy(rested, task)
+    return found

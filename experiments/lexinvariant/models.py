@@ -1,0 +1,160 @@
+"""The models that are compared: one loop and one body, and four ways to make the table."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from experiments import language_model, resume
+from experiments.corpora import Corpus
+from experiments.language_model import Fitted
+from experiments.lexinvariant import domains as domains_lib
+from experiments.lexinvariant.config import Config
+from lm import bundle, lexinvariant, losses, tables, train, transformer
+from lm.config import Config as ModelConfig
+from lm.config import Lexinvariant
+from lm.data import Documents
+from lm.params import Params
+from tokenization.bpe import BPETokenizer
+from tokenization.characters import CharacterTokenizer
+from tokenization.tokenizer import Tokenizer
+
+CHARACTERS, BPE = 'characters', 'bpe'
+STANDARD, LEXINVARIANT = 0.0, 1.0  # probabilities of a row to be random
+
+
+class Name(NamedTuple):
+    """A model: its tokenizer, the domain it read, and the probability that a row is random."""
+
+    tokenizer: str
+    domain: str
+    probability: float
+
+    @property
+    def folder(self) -> str:
+        """For its files."""
+        return f'{self.tokenizer}_{self.domain}_{self.probability:g}'
+
+
+class Text(NamedTuple):
+    """A domain as ids of one tokenizer.
+
+    Attributes:
+      tokenizer: see `Tokenizer`.
+      train: documents.
+      test_NL: pieces of held-out documents, one id longer than what is read of them. They begin
+        anywhere, as most rows of training do, and so without BOS.
+    """
+
+    tokenizer: Tokenizer
+    train: Documents
+    test_NL: np.ndarray
+
+
+def wanted(config: Config) -> list[Name]:
+    """Returns the models to train: pairs for each text, and the regularised ones on prose."""
+    pairs = [(CHARACTERS, 'prose'), (CHARACTERS, 'code'), *((BPE, d) for d in config.bpe_domains)]
+    both = [Name(*pair, p) for pair in pairs for p in (STANDARD, LEXINVARIANT)]
+    return both + [Name(CHARACTERS, 'prose', p) for p in config.probabilities]
+
+
+def texts(
+    config: Config, domains: dict[str, Corpus], names: Sequence[Name], out: epath.Path
+) -> dict[tuple[str, str], Text]:
+    """Returns each domain in each tokenizer that a model reads it in."""
+    found = {}
+    for tokenizer_name, domain in dict.fromkeys((n.tokenizer, n.domain) for n in names):
+        corpus = domains[domain]
+        tokenizer: Tokenizer = CharacterTokenizer()
+        if tokenizer_name == BPE:
+            train_bpe = lambda train=corpus.train: BPETokenizer.train(train, config.bpe_size)  # noqa: E731
+            tokenizer = resume.tokenizer_once(out / 'tokenizers' / domain, train_bpe)
+        encoded = resume.encoded_once(
+            tokenizer, corpus.train, out / 'encoded' / f'{tokenizer_name}_{domain}', 'encoding'
+        )
+        length = config.train.length + 1
+        domains_lib.chunks(encoded, length, 1)  # or there would be none to train a probe with
+        ids = tokenizer.encode_batch(corpus.test)
+        pieces_NL = domains_lib.chunks(ids, length, max(config.valid_bytes // length, 1))
+        found[tokenizer_name, domain] = Text(tokenizer, encoded, pieces_NL)
+    return found
+
+
+def model_config(config: Config, probability: float) -> ModelConfig:
+    """Returns the shape of a model whose rows are random with this probability."""
+    law = Lexinvariant(config.kind, probability) if probability else None
+    return dataclasses.replace(config.model, lexinvariant=law)
+
+
+def fit(config: Config, name: Name, text: Text, out: epath.Path, mesh: Mesh) -> Fitted:
+    """Trains a model, or resumes, or loads it; leaves a bundle."""
+    path, size = out / 'bundles' / name.folder, text.tokenizer.vocab_size
+    if (path / 'config.json').exists():
+        loaded = bundle.load(path, mesh)
+        return Fitted(loaded.config, loaded.params, 0.0)
+    model = model_config(config, name.probability)
+    folder = out / 'training' / name.folder
+    fitted = language_model.fit(model, config.train, text.train, size, folder, mesh, name.folder)
+    bundle.save(path, fitted.config, fitted.params, text.tokenizer, size)
+    return fitted
+
+
+def at_rest(fitted: Fitted) -> Fitted:
+    """Returns a regularised model as it is used: with its learned rows, as dropout is left out."""
+    law = fitted.config.lexinvariant
+    if law is None or not law.partial:
+        return fitted
+    return fitted._replace(config=dataclasses.replace(fitted.config, lexinvariant=None))
+
+
+def hidden(params: Params, config: ModelConfig, tokens_BL: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns hidden states `[B, L, D]` of rows of one text each, tables drawn where they are."""
+    key_B = lexinvariant.sequence_keys(key, len(tokens_BL))
+    own = lexinvariant.with_tables(params, config, key_B)
+    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    x_BLD = tables.embed(own['tables'], config, tokens_BL)
+    return transformer.body(own['body'], config, x_BLD, positions_BL)[0]
+
+
+def nats_by_position(fitted: Fitted, text: Text, batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Returns the mean loss in nats at each position of held-out texts, f64 `[L]`.
+
+    At position 0 one id is known, that before it. Each batch has tables of its own.
+    """
+    n, length = text.test_NL.shape[0], text.test_NL.shape[1] - 1
+
+    @jax.jit
+    def total(params, batch, key):
+        nats_BL = losses.token_losses(params, fitted.config, batch, key).nats
+        return (nats_BL * batch['weights']).sum(0)
+
+    sum_L = np.zeros(length)
+    with jax.set_mesh(mesh):
+        for start in range(0, n, batch_size):
+            rows = np.arange(start, start + batch_size)
+            piece_BL = text.test_NL[np.minimum(rows, n - 1)]
+            target_BL = piece_BL[:, 1:]
+            weight_BL = np.broadcast_to((rows < n)[:, None], target_BL.shape)
+            batch = {
+                'tokens': piece_BL[:, :-1],
+                'targets': target_BL,
+                'segments': np.ones_like(target_BL),
+                'positions': np.broadcast_to(np.arange(length, dtype=np.int32), target_BL.shape),
+                'weights': weight_BL.astype(np.float32),
+            }
+            key = jax.random.fold_in(jax.random.key(1), start)
+            nats_L = total(fitted.params, train.put(batch, mesh), key)
+            sum_L += np.asarray(nats_L, np.float64)
+    return sum_L / n
+
+
+def bytes_by_position(text: Text) -> np.ndarray:
+    """Returns the mean number of bytes at each position of held-out texts, f64 `[L]`."""
+    tokenizer = text.tokenizer
+    size_V = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    return size_V[text.test_NL[:, 1:]].mean(0)

@@ -1,0 +1,93 @@
+"""Reasoning in the context alone: symbols drawn afresh, so that nothing learned of them helps.
+
+    look-up        k:W,R:a,9:c,R:      ->  a
+    permutation    aT4>4aT;Kp2>2Kp;x8L>  ->  Lx8
+
+(Huang et al. 2023, whose models read no such tasks in training either.)
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.language_model import Fitted
+from experiments.lexinvariant import models
+from experiments.lexinvariant.config import Config
+from lm import lexinvariant, tables
+
+_POOL = np.array([*range(ord('0'), ord('9') + 1), *range(ord('A'), ord('Z') + 1),
+                  *range(ord('a'), ord('z') + 1)])  # fmt: skip
+LOOKUP, PERMUTATION = 'lookup', 'permutation'
+_AT_ONCE = 64
+
+
+class Task(NamedTuple):
+    """Queries and answers.
+
+    Attributes:
+      tokens_QL: ids, the answers among them.
+      answers: columns of the answer's symbols; each is predicted from the column before.
+      chance: accuracy of a guess among the symbols that the task gives for an answer.
+    """
+
+    tokens_QL: np.ndarray
+    answers: range
+    chance: float
+
+
+def make(config: Config) -> dict[str, Task]:
+    """Returns both tasks."""
+    random = np.random.default_rng(0)
+    return {
+        LOOKUP: Task(
+            np.array([_lookup(config, random) for _ in range(config.queries)]),
+            range(4 * config.pairs + 2, 4 * config.pairs + 3), 1 / config.pairs,
+        ),
+        PERMUTATION: Task(
+            np.array([_permutation(config, random) for _ in range(config.queries)]),
+            range((2 * config.symbols + 2) * config.examples + config.symbols + 1,
+                  (2 * config.symbols + 2) * (config.examples + 1) - 1),
+            1 / config.symbols,
+        ),
+    }  # fmt: skip
+
+
+def _lookup(config: Config, random: np.random.Generator) -> list[int]:
+    names, values = random.choice(_POOL, (2, config.pairs), replace=False)
+    asked = random.integers(config.pairs)
+    text: list[int] = []
+    for name, value in [*zip(names, values), (names[asked], values[asked])]:
+        text += [name, ord(':'), value, ord(',')]
+    return text[:-1]
+
+
+def _permutation(config: Config, random: np.random.Generator) -> list[int]:
+    order = random.permutation(config.symbols)
+    while (order == np.arange(config.symbols)).all():
+        order = random.permutation(config.symbols)
+    text: list[int] = []
+    for _ in range(config.examples + 1):
+        symbols = random.choice(_POOL, config.symbols, replace=False)
+        text += [*symbols, ord('>'), *symbols[order], ord(';')]
+    return text[:-1]
+
+
+def accuracy(fitted: Fitted, task: Task) -> float:
+    """Returns the share of the answers' symbols that the model finds most probable."""
+    config = fitted.config
+
+    @jax.jit
+    def best(params, tokens_BL, key):
+        h_BLD = models.hidden(params, config, tokens_BL[:, :-1], key)[:, task.answers.start - 1 :]
+        key_B = lexinvariant.sequence_keys(key, len(tokens_BL))
+        own = lexinvariant.with_tables(params, config, key_B)
+        return jnp.argmax(tables.unembed(own['tables'], config, h_BLD), axis=-1)
+
+    right = 0.0
+    for start in range(0, len(task.tokens_QL), _AT_ONCE):
+        rows = jnp.asarray(task.tokens_QL[start : start + _AT_ONCE], jnp.int32)
+        found = best(fitted.params, rows, jax.random.fold_in(jax.random.key(7), start))
+        right += float((found == rows[:, task.answers.start : task.answers.stop]).mean(1).sum())
+    return right / len(task.tokens_QL)
