@@ -2,7 +2,7 @@
 
     python -m experiments.run bench_tables
 
-On 2 cores: about 4 minutes. Expected there, at V = 32,768: a step of a `permuted` model takes no
+On 2 cores: about 3 minutes. Expected there, at V = 32,768: a step of a `permuted` model takes no
 longer than a learned table's, and peak memory of both kinds stays below it.
 """
 
