@@ -108,7 +108,7 @@ def test_both_tables_show_every_cell():
 
 def test_scatter_is_a_png_whose_labels_do_not_overlap(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(plots, '_save', lambda path, figure: figures.append(figure))
+    monkeypatch.setattr(plots, 'save', lambda path, figure: figures.append(figure))
     # Six points in one heap: to the right of each alone, the labels would cover one another.
     points = [plots.Point(f'tokenizer {i}', 100 + i, 1 + 0.01 * i, 'g') for i in range(6)]
     points.append(plots.Point('far', 1000, 2, 'h'))
