@@ -80,11 +80,10 @@ def save(
         tokenizer.save(folder / 'tokenizer')
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / 'params', params)
-        model = config_lib.to_dict(config)
         described = {
             'format': FORMAT,
-            'model': model,
-            'digest': digest(model, params),
+            'model': config_lib.to_dict(config),
+            'digest': digest(config, params),
             'bos': bos,
             'metrics': dict(metrics or {}),
             'commit': provenance.commit()[0],
@@ -126,7 +125,7 @@ def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
             params = checkpointer.restore(folder / 'params', abstract)
         except Exception as error:
             raise ValueError(f'{path}: params cannot be read; copy them again: {error}') from error
-    if 'digest' in described and described['digest'] != digest(model, params):
+    if 'digest' in described and described['digest'] != digest(config, params):
         raise ValueError(f'{path}: params/ is not what was saved: damaged; copy the bundle again')
     return Bundle(
         config, params, folder / 'tokenizer', described.get('bos'), described.get('metrics', {})
@@ -161,12 +160,9 @@ def _name(path: Any) -> str:
     return '/'.join(str(entry.key) for entry in path)
 
 
-def digest(model: Mapping[str, Any], params: Params) -> str:
-    """Returns a hex SHA-256 of the config as it is written, and of every parameter's bytes.
-
-    As written, not as read: a later version may know more fields.
-    """
-    result = hashlib.sha256(json.dumps(model, sort_keys=True).encode())
+def digest(config: Config, params: Params) -> str:
+    """Returns a hex SHA-256 of the config and of every parameter's bytes."""
+    result = hashlib.sha256(json.dumps(config_lib.to_dict(config), sort_keys=True).encode())
     for path, leaf in sorted(
         jax.tree_util.tree_leaves_with_path(params), key=lambda entry: _name(entry[0])
     ):

@@ -6,6 +6,7 @@ import types
 import typing
 from typing import Any, Literal
 
+_LATER = ('lexinvariant',)
 DTYPES = ('float32', 'bfloat16')
 ACTIVATIONS = ('silu', 'gelu_tanh', 'relu')
 
@@ -177,8 +178,12 @@ def _check(config: Config, name: str, holds: bool, expected: str) -> None:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Returns the config as plain JSON values."""
-    return dataclasses.asdict(config)
+    """Returns the config as plain JSON values.
+
+    Fields that came later are written only where they are set: digests of older models stand.
+    """
+    fields = dataclasses.asdict(config)
+    return {name: x for name, x in fields.items() if name not in _LATER or x is not None}
 
 
 def from_dict(fields: dict[str, Any]) -> Config:
