@@ -125,8 +125,8 @@ def generate(
     verifier = verify.default_for(drafter.trees) if verifier is None else verifier
     limits = arguments.check(model, prompts, max_new_tokens, sampler, drafter, verifier, stops)
     sampler = arguments.per_row(sampler, len(prompts))
-    model = ready(model)
     keys = arguments.row_keys(key, len(prompts))
+    model = ready(model)
     plan, text, prompt_BL = _prepare(model, prompts, limits, drafter, verifier, keys)
     stops = stop_lib.none(model.config.vocab_size, len(prompts)) if stops is None else stops
     compiled = _compilations()

@@ -90,10 +90,8 @@ def prefill(
     config, drafter = plan.config, plan.drafter
     b, l = prompt_BL.shape
     cache = cache_lib.init(config, b, plan.rows)
-    own = None
-    if config.lexinvariant is not None:
-        params = lexinvariant.with_tables(params, config, text.key_B)
-        own = params['tables']
+    own = lexinvariant.drawn_for(params, config, text.key_B)
+    params = lexinvariant.with_tables(params, own)
     positions_BL = jnp.broadcast_to(jnp.arange(l), (b, l))
     x_BLD = tables.embed(params['tables'], config, prompt_BL)
     _, read = transformer.body(params['body'], config, x_BLD, positions_BL, cache=cache)
@@ -130,8 +128,7 @@ def one_round(
 ) -> State:
     """Drafts, verifies and commits once; every live row gains at least one token."""
     drafter, text = plan.drafter, state.text
-    if state.tables is not None:
-        params = {**params, 'tables': state.tables}
+    params = lexinvariant.with_tables(params, state.tables)
     drafted, draft, begun = drafter.propose(draft_params, state.draft, text, params, state.cache)
     logits_BTV, cache = target_pass(plan, params, drafted, begun, text, state.cache)
     logprob_BTV = law(plan, sampler, drafted, logits_BTV, text)

@@ -84,6 +84,11 @@ def key(metric: str, row: str, **conditions: object) -> str:
     return '/'.join(parts)
 
 
+def claim(holds: bool, what: str) -> str:
+    """Returns a line that says whether a paper's finding shows in one's own numbers."""
+    return f'{"shown" if holds else "NOT SHOWN at this scale"}: {what}'
+
+
 def environment() -> dict[str, Any]:
     """Returns where a number was measured, apart from the accelerator (see `devices`).
 

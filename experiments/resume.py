@@ -86,3 +86,11 @@ def encoded_once(
 
             EncodedDocuments.write(folder, ids(), tokenizer.vocab_size)
     return EncodedDocuments(folder)
+
+
+def part_once(file: epath.Path, make: Callable[[], Any]) -> Any:
+    """Returns what a part of a run came to, as JSON: `file`'s content, or what is made now."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        report.write_json_atomic(file, make())
+    return json.loads(file.read_text())

@@ -160,17 +160,25 @@ def draw(learned: Params, config: Config, key_B: jax.Array) -> Params:
     return {'input_BVD': mesh.constrain(rows_BVD, ('batch', 'vocab', 'embed'))}
 
 
-def with_tables(params: Params, config: Config, key_B: jax.Array) -> Params:
-    """Returns parameters to decode texts with: drawn tables where the model has such.
+def drawn_for(params: Params, config: Config, key_B: jax.Array) -> Params | None:
+    """Returns the tables of texts that are decoded, to be kept beside their cache.
 
     Args:
       params: of the model.
       config: its config.
       key_B: each text's own key, of which a table's is folded.
+
+    Returns:
+      What `draw` makes; None where nothing is drawn, and the parameters' own tables serve.
     """
     if config.lexinvariant is None or not config.lexinvariant.draws:
-        return params
-    return {**params, 'tables': draw(params['tables'], config, of_segment(key_B, _DECODING))}
+        return None
+    return draw(params['tables'], config, of_segment(key_B, _DECODING))
+
+
+def with_tables(params: Params, drawn: Params | None) -> Params:
+    """Returns parameters to decode texts with: `drawn_for` them, or as they are."""
+    return params if drawn is None else {**params, 'tables': drawn}
 
 
 def _law(config: Config):

@@ -22,7 +22,7 @@ def embed(tables: Params, config: Config, tokens_BL: jax.Array) -> jax.Array:
     """
     if not tables:
         raise ValueError(
-            'this model has no learned table: draw one per sequence (lexinvariant.with_tables)'
+            'this model has no learned table: draw one per sequence (lexinvariant.drawn_for)'
         )
     if 'row_BV' in tables:
         tokens_BL = jnp.take_along_axis(tables['row_BV'], tokens_BL, axis=1)

@@ -20,8 +20,8 @@ from decoding.drafts import adapter as adapter_lib
 from decoding.sample import Sampler
 from decoding.tree import WithoutReplacement
 from lm import cache as cache_lib
+from lm import lexinvariant, tables, transformer
 from lm import params as params_lib
-from lm import tables, transformer
 from lm.cache import Cache
 from lm.config import Config
 from lm.kernels.mask import Mask
@@ -110,10 +110,12 @@ def _init(static: _Exit, weights: Weights, text: Text, rows: int) -> Cache | Non
     if weights.adapter is None or weights.target is None:
         return None
     config = static.config
+    own = lexinvariant.drawn_for(weights.target, config, text.key_B)  # the very tables of the loop
+    target = lexinvariant.with_tables(weights.target, own)
     b, s = text.token_BS.shape
     positions_BS = jnp.broadcast_to(jnp.arange(s), (b, s))
     token_BS = jnp.where(positions_BS < text.length_B[:, None], text.token_BS, 0)
-    x_BSD, _ = _first_layers(static, weights.target, token_BS, positions_BS, None)
+    x_BSD, _ = _first_layers(static, target, token_BS, positions_BS, None)
     cache = cache_lib.init(adapter_lib.one_layer(config), b, rows)
     _, filled = adapter_lib.adapt(weights.adapter, config, x_BSD, positions_BS, cache=cache)
     assert filled is not None

@@ -67,18 +67,15 @@ def drafter(
 
     def run(weights: Weights, state: State, text: Text, target: Params, target_cache: Cache):
         del target, target_cache
-        params = weights.params
-        if state.tables is not None:
-            params = {**params, 'tables': state.tables}
-        live = bare._replace(params=params)
+        live = bare._replace(params=lexinvariant.with_tables(weights.params, state.tables))
         tree, row_BT, cache = propose(live, weights.sampler, state.cache, text)
         return tree, State(cache, text.length_B - 1, row_BT, state.tables), None
 
     def init(weights: Weights, text: Text, rows: int) -> State:
-        params = lexinvariant.with_tables(weights.params, model.config, text.key_B)
-        cache = draft_model.prefill(bare._replace(params=params), text, rows + drawn - nodes)
+        own = lexinvariant.drawn_for(weights.params, model.config, text.key_B)
+        live = bare._replace(params=lexinvariant.with_tables(weights.params, own))
+        cache = draft_model.prefill(live, text, rows + drawn - nodes)
         row_BT = jnp.zeros((text.length_B.shape[0], nodes), jnp.int32)
-        own = None if model.config.lexinvariant is None else params['tables']
         return State(cache, text.length_B - 1, row_BT, own)
 
     return Drafter(

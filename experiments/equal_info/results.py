@@ -83,7 +83,7 @@ def claims(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
         return rows[row]['bits_per_byte']
 
     def line(claim, shown, figures):
-        return f'{"shown" if shown else "NOT SHOWN at this scale"}: {claim} ({figures})'
+        return report.claim(shown, f'{claim} ({figures})')
 
     ac, windows = below('arithmetic_256'), below('equal_info_16_256')
     return [

@@ -15,6 +15,8 @@ from typing import Literal
 
 import tyro
 
+from experiments.settings import require
+
 WITH_DRAFT_MODEL = ('chain', 'iid', 'recursive', 'recursive_branching', 'dynamic')
 
 
@@ -62,22 +64,17 @@ class Config:
         for name in ('nodes', 'exit_layers', 'longest', 'max_tokens', 'top_k'):
             value = getattr(self, name)
             if value not in (None, 'auto'):
-                _require(name, value, 1 <= value < 2**31, 'at least 1, below 2**31')
-        _require('seed', self.seed, 0 <= self.seed < 2**32, '0 or more, below 2**32')
+                require(name, value, 1 <= value < 2**31, 'at least 1, below 2**31')
+        require('seed', self.seed, 0 <= self.seed < 2**32, '0 or more, below 2**32')
         finite = 0 <= self.temperature < math.inf
-        _require('temperature', self.temperature, finite, '0 or more, and finite')
+        require('temperature', self.temperature, finite, '0 or more, and finite')
         positive = 0 < self.draft_temperature < math.inf
-        _require('draft_temperature', self.draft_temperature, positive, 'above 0, and finite')
+        require('draft_temperature', self.draft_temperature, positive, 'above 0, and finite')
         if self.top_p is not None:
-            _require('top_p', self.top_p, 0 < self.top_p <= 1, 'above 0, at most 1')
+            require('top_p', self.top_p, 0 < self.top_p <= 1, 'above 0, at most 1')
         if self.draft is not None and self.drafter not in WITH_DRAFT_MODEL:
             drafters = ', '.join(WITH_DRAFT_MODEL)
             raise ValueError(f'--draft: {self.drafter} has no draft model; {drafters} have')
-
-
-def _require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f'--{name}: {value}; expected {expected}')
 
 
 SCALES = {'text': Config()}

@@ -17,6 +17,7 @@ import dataclasses
 from dataclasses import field
 from typing import Literal
 
+from experiments.settings import require
 from lm.config import Config as ModelConfig
 from lm.optimizer import OptimizerConfig
 from lm.train import TrainConfig
@@ -36,8 +37,8 @@ class Config:
     Attributes:
       prose, code: globs of text files; by default the standard library's documentation strings
         and comments, and what is left of its source without them.
-      kind: of the lexinvariant tables. The paper's are `gaussian`; `permuted` ones are learned with
-        in far fewer steps where the width is small, which is why `demo` has them.
+      kind: of the lexinvariant tables. The paper's are `gaussian`; `demo` has `permuted` ones, of
+        which a small model makes a little more in as few steps.
       model: its shape; the vocabulary follows from the tokenizer.
       train: how each model is trained.
       bpe_size: of the small BPE vocabulary; characters are the other one.
@@ -83,24 +84,19 @@ class Config:
             'bpe_size', 'valid_bytes', 'probe_steps', 'probe_batch', 'probe_hidden', 'ciphers',
             'climbs', 'queries', 'pairs', 'examples',
         ):  # fmt: skip
-            _require(name, getattr(self, name), getattr(self, name) >= 1, 'at least 1')
-        _require('symbols', self.symbols, 2 <= self.symbols <= 10, '2 to 10')
-        _require('pairs', self.pairs, self.pairs <= 31, 'at most 31')
+            require(name, getattr(self, name), getattr(self, name) >= 1, 'at least 1')
+        require('symbols', self.symbols, 2 <= self.symbols <= 10, '2 to 10')
+        require('pairs', self.pairs, self.pairs <= 31, 'at most 31')
         for p in self.probabilities:
-            _require('probabilities', p, 0 < p < 1, 'between 0 and 1, which have rows of their own')
-        _require('contexts', self.contexts, bool(self.contexts), 'at least one')
+            require('probabilities', p, 0 < p < 1, 'between 0 and 1, which have rows of their own')
+        require('contexts', self.contexts, bool(self.contexts), 'at least one')
         for n in self.contexts:
-            _require('contexts', n, 1 <= n <= self.train.length, f'at most {self.train.length}')
+            require('contexts', n, 1 <= n <= self.train.length, f'at most {self.train.length}')
         for name in self.bpe_domains:
-            _require('bpe_domains', name, name in DOMAINS, f'some of {", ".join(DOMAINS)}')
-        _require('bpe_size', self.bpe_size, self.bpe_size > 256, 'more than the 256 bytes')
+            require('bpe_domains', name, name in DOMAINS, f'some of {", ".join(DOMAINS)}')
+        require('bpe_size', self.bpe_size, self.bpe_size > 256, 'more than the 256 bytes')
         if not (self.model.tied and self.model.lexinvariant is None):
             raise ValueError('--model: expected a tied one; its tables are set by the experiment')
-
-
-def _require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f'--{name}: {value}; expected {expected}')
 
 
 DOMAINS = ('prose', 'code')

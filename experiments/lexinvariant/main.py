@@ -1,9 +1,7 @@
 """Trains the models, and asks them for text, ciphers and look-ups."""
 
 import functools
-import json
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,7 +27,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     for domain, corpus in found.items():
         (out / domain).mkdir(parents=True, exist_ok=True)
         resume.claim_corpus(out / domain, corpus)
-    names = models.wanted(config)
+    names, parts = models.wanted(config), out / 'parts'
     texts = models.texts(config, found, names, out)
     fitted = {
         name: models.fit(config, name, texts[name.tokenizer, name.domain], out, mesh)
@@ -40,7 +38,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         if name.probability in results.KINDS:
             text = texts[name.tokenizer, name.domain]
             curve = functools.partial(_curve, fitted[name], text, config, mesh)
-            curves[name] = _once(out, f'positions_{name.folder}', curve)
+            curves[name] = resume.part_once(parts / f'positions_{name.folder}.json', curve)
     pieces_NL = texts[CHARACTERS, 'prose'].test_NL
     distinct = round(np.mean([len(np.unique(piece_L)) for piece_L in pieces_NL]))
     metrics = results.positions(config, curves, distinct)
@@ -50,20 +48,12 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     for name in sorted(names, key=lambda name: name.probability):
         if (name.tokenizer, name.domain) == (CHARACTERS, 'prose'):
             row = functools.partial(_regularised, config, fitted[name], texts, mesh)
-            mixed.append({'p': name.probability, **_once(out, f'tasks_{name.folder}', row)})
+            found_here = resume.part_once(parts / f'tasks_{name.folder}.json', row)
+            mixed.append({'p': name.probability, **found_here})
     metrics |= results.tasks(mixed, {n: task.chance for n, task in tasks.make(config).items()})
     results.plot(out, config, curves, rows)
     Console().print(f'plots, bundles and result.json: {out}')
     return {**metrics, report.key('seconds', 'this_process'): time.monotonic() - begin}
-
-
-def _once(out: epath.Path, name: str, make: Callable[[], Any]) -> Any:
-    """Returns what a part of the run came to, now or before it was resumed."""
-    file = out / 'parts' / f'{name}.json'
-    if not file.exists():
-        file.parent.mkdir(exist_ok=True)
-        report.write_json_atomic(file, make())
-    return json.loads(file.read_text())
 
 
 def _curve(fitted: Fitted, text: Text, config: Config, mesh) -> dict[str, list[float]]:
@@ -90,7 +80,7 @@ def _ciphers(
                 rows.append(_row(kind, n, accuracy, keys, reading))
         return rows + _classical(config, readings['lexinvariant'], text)
 
-    return _once(out, 'ciphers', read)
+    return resume.part_once(out / 'parts' / 'ciphers.json', read)
 
 
 def _row(model: str, context: int, accuracy: float | None, keys, reading) -> dict[str, Any]:

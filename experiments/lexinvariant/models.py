@@ -115,7 +115,7 @@ def at_rest(fitted: Fitted) -> Fitted:
 def hidden(params: Params, config: ModelConfig, tokens_BL: jax.Array, key: jax.Array) -> jax.Array:
     """Returns hidden states `[B, L, D]` of rows of one text each, tables drawn where they are."""
     key_B = lexinvariant.sequence_keys(key, len(tokens_BL))
-    own = lexinvariant.with_tables(params, config, key_B)
+    own = lexinvariant.with_tables(params, lexinvariant.drawn_for(params, config, key_B))
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
     x_BLD = tables.embed(own['tables'], config, tokens_BL)
     return transformer.body(own['body'], config, x_BLD, positions_BL)[0]

@@ -24,11 +24,6 @@ PAPER_P = 0.2
 Curves = Mapping[Name, Mapping[str, list[float]]]
 
 
-def claim(holds: bool, what: str) -> str:
-    """Returns a finding of the paper, and whether it shows here."""
-    return f'{"shown" if holds else "NOT SHOWN at this scale"}: {what}'
-
-
 def spans(length: int) -> list[tuple[int, int]]:
     """Returns the stretches (N / 2, N] of positions that are averaged, counted from 1."""
     ends = [1]
@@ -63,7 +58,7 @@ def positions(config: Config, curves: Curves, distinct: int) -> dict[str, float]
                 'lexinvariant': np.exp(nats[1]), 'ratio': ratio, 'bits': bits[0], 'more': bits[1],
             })  # fmt: skip
         gaps = ratios[0] - 1, ratios[-1] - 1
-        shrinks.append(claim(
+        shrinks.append(report.claim(
             gaps[1] <= gaps[0] / 2, f'{domain}, {tokenizer}: the gap, ratio - 1, at least halves '
             f'with the context (from {gaps[0]:.1f} to {gaps[1]:.1f}, peak {max(ratios) - 1:.1f})',
         ))  # fmt: skip
@@ -94,8 +89,10 @@ def ciphers(config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
     ]  # fmt: skip
     last = {row['model']: row['key'] for row in rows}  # after the longest context
     report.table(rows, columns, f'{config.ciphers} substitution ciphers of 128 symbols', [
-        claim(last['lexinvariant'] > last['standard'], 'the lexinvariant model\'s states tell more '
-              f'of the key ({last["lexinvariant"]:.1%} and {last["standard"]:.1%})'),
+        report.claim(
+            last['lexinvariant'] > last['standard'], 'the lexinvariant model\'s states tell more '
+            f'of the key ({last["lexinvariant"]:.1%} and {last["standard"]:.1%})',
+        ),
         f'paper: {PAPER["key"]:.1%} of the key (150M parameters, 512 characters)',
         'positions read: in the second half of the context. key recovered: share of the symbols '
         'that occur. The classical attack climbs on bigrams of the training text, best of '
@@ -125,13 +122,13 @@ def tasks(rows: list[dict[str, Any]], chance: Mapping[str, float]) -> dict[str, 
     findings = []
     for name in ('lookup', 'permutation'):
         ours, standard = known[LEXINVARIANT][name], known[STANDARD][name]
-        findings.append(claim(
+        findings.append(report.claim(
             ours > 2 * standard, f'{name}: at least twice the standard model '
             f'({ours:.1%} and {standard:.1%})',
         ))  # fmt: skip
     for domain in ('prose', 'code') if PAPER_P in known else ():
         mixed, plain = known[PAPER_P][domain], known[STANDARD][domain]
-        findings.append(claim(
+        findings.append(report.claim(
             mixed < plain, f'p = {PAPER_P:g} regularises, {domain}: below p = 0 ({mixed:.3f} and '
             f'{plain:.3f} bits per byte; one seed)',
         ))  # fmt: skip

@@ -82,7 +82,7 @@ def accuracy(fitted: Fitted, task: Task) -> float:
     def best(params, tokens_BL, key):
         h_BLD = models.hidden(params, config, tokens_BL[:, :-1], key)[:, task.answers.start - 1 :]
         key_B = lexinvariant.sequence_keys(key, len(tokens_BL))
-        own = lexinvariant.with_tables(params, config, key_B)
+        own = lexinvariant.with_tables(params, lexinvariant.drawn_for(params, config, key_B))
         return jnp.argmax(tables.unembed(own['tables'], config, h_BLD), axis=-1)
 
     right = 0.0

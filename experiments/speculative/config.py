@@ -17,6 +17,7 @@ import dataclasses
 from dataclasses import field
 from typing import Any
 
+from experiments.settings import require
 from experiments.speculative import drafters
 from lm import presets
 from lm.config import Config as ModelConfig
@@ -114,52 +115,47 @@ class Config:
         for name in (
             'vocab_size', 'prompts', 'new_tokens', 'exit_layers', 'width', 'longest', 'repeats',
         ):  # fmt: skip
-            _require(name, getattr(self, name), getattr(self, name) >= 1, 'at least 1')
-        _require('prompt_tokens', self.prompt_tokens, self.prompt_tokens >= 2, 'at least 2')
-        _require('budgets', self.budgets, bool(self.budgets or self.lengths), 'some, or --lengths')
+            require(name, getattr(self, name), getattr(self, name) >= 1, 'at least 1')
+        require('prompt_tokens', self.prompt_tokens, self.prompt_tokens >= 2, 'at least 2')
+        require('budgets', self.budgets, bool(self.budgets or self.lengths), 'some, or --lengths')
         for name in ('temperatures', 'batches', 'drafters'):
-            _require(name, getattr(self, name), bool(getattr(self, name)), 'at least one')
-        _require('sweep_budget', self.sweep_budget, self.sweep_budget >= 1, 'at least 1')
+            require(name, getattr(self, name), bool(getattr(self, name)), 'at least one')
+        require('sweep_budget', self.sweep_budget, self.sweep_budget >= 1, 'at least 1')
         for name in ('budgets', 'lengths', 'batches'):
             for value in getattr(self, name):
-                _require(name, value, value >= 1, 'at least 1')
+                require(name, value, value >= 1, 'at least 1')
         for value in self.temperatures:
-            _require('temperatures', value, 0 <= value < float('inf'), '0 or more, and finite')
+            require('temperatures', value, 0 <= value < float('inf'), '0 or more, and finite')
         greedy = self.greedy_draft_temperature
-        _require('greedy_draft_temperature', greedy, greedy > 0, 'more than 0')
+        require('greedy_draft_temperature', greedy, greedy > 0, 'more than 0')
         for ratio in self.ratios:
-            _require('ratios', ratio, ratio in (4, 10, 50), 'some of 4, 10 and 50')
-        _require('ratios', self.ratios, bool(self.ratios), 'at least one')
+            require('ratios', ratio, ratio in (4, 10, 50), 'some of 4, 10 and 50')
+        require('ratios', self.ratios, bool(self.ratios), 'at least one')
         known, drawn = drafters.NAMES, drafters.WITH_DRAFT_MODEL
         for name in self.drafters:
-            _require('drafters', name, name in known, f'some of {", ".join(known)}')
+            require('drafters', name, name in known, f'some of {", ".join(known)}')
         for name in self.sweep:
-            _require('sweep', name, name in drawn, f'some of {", ".join(drawn)}')
+            require('sweep', name, name in drawn, f'some of {", ".join(drawn)}')
         if 'recursive_branching' in (*self.drafters, *self.sweep):
             factors = drafters.FACTORS
             sweep = (self.sweep_budget,) if 'recursive_branching' in self.sweep else ()
             for budget in (*self.budgets, *sweep):
                 expected = f'some of {", ".join(map(str, factors))}, for recursive_branching'
-                _require('budgets', budget, budget in factors, expected)
+                require('budgets', budget, budget in factors, expected)
         if self.target_bundle is None:
             self._check_trained()
         bundles = (self.target_bundle is None) == (not self.draft_bundles)
-        _require('draft_bundles', self.draft_bundles, bundles, 'some with --target_bundle, or none')
+        require('draft_bundles', self.draft_bundles, bundles, 'some with --target_bundle, or none')
 
     def _check_trained(self):
         layers = self.target.n_layers
-        _require('exit_layers', self.exit_layers, self.exit_layers < layers, f'less than {layers}')
+        require('exit_layers', self.exit_layers, self.exit_layers < layers, f'less than {layers}')
         longest = self.prompt_tokens + self.new_tokens
         for model in (self.target, *(getattr(self, f'draft_{n}') for n in self.ratios)):
-            _require(
+            require(
                 'new_tokens', self.new_tokens, longest <= model.max_length,
                 f'at most {model.max_length} with --prompt_tokens, as a model is made for',
             )  # fmt: skip
-
-
-def _require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f'--{name}: {value}; expected {expected}')
 
 
 _WHOLE_GRID: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Trains the models, measures the grid, prints the tables and the claims."""
 
-import json
+import functools
 import time
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 from rich.console import Console
 
-from decoding.drafter import Drafter, Model
+from decoding.drafter import Drafter
 from decoding.generate import ready
 from decoding.sample import Sampler
 from experiments import corpora, decoding_models, report, resume
@@ -47,7 +47,8 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     target, rows = ready(known.target.model), []
     with ProgressLine('measuring', len(grid)) as progress:
         for i, cell in enumerate(grid):
-            rows += _once(config, out, target, texts, cell, made[cell])
+            measured = functools.partial(measure.measure, config, cell, target, made[cell], texts)
+            rows += resume.part_once(out / 'cells' / f'{cell.name}.json', measured)
             progress.update(i + 1, cell.name)
     _show(config, known, rows, out)
     results.plot(out, config, rows)
@@ -76,20 +77,6 @@ def _drafter(config: Config, known: Models, cell: Cell) -> Drafter:
     if cell.kind == 'budget':
         return drafters.of_budget(cell.drafter, parts, cell.size)
     return drafters.of_length(cell.drafter, parts, cell.size, config.width)
-
-
-def _once(
-    config: Config, out: epath.Path, target: Model, texts: measure.Prompts, cell: Cell,
-    drafter: Drafter,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Returns the rows of a cell, measured now or by the run that is resumed."""
-    file = out / 'cells' / f'{cell.name}.json'
-    if file.exists():
-        return json.loads(file.read_text())
-    rows = measure.measure(config, cell, target, drafter, texts)
-    file.parent.mkdir(exist_ok=True)
-    report.write_json_atomic(file, rows)
-    return rows
 
 
 def _show(config: Config, known: Models, rows: list[dict[str, Any]], out: epath.Path) -> None:

@@ -12,7 +12,7 @@ from decoding import tree as tree_lib
 from decoding.drafter import Drafter, Model
 from decoding.drafts import chain, dynamic, early_exit, iid, lookup, recursive, recycling
 from decoding.generate import bucket, generate, plain
-from decoding.sample import Sampler, at_position, draw, log_law
+from decoding.sample import Sampler, draw, log_law
 from lm import params, transformer
 from lm.config import Config
 
@@ -291,39 +291,3 @@ def test_recycling_can_start_from_what_an_earlier_call_learned():
     warm = generate(TARGET, PROMPTS[:2], drafter=recycling.recycling(V, warm_VR=known_VR), **call)
     assert warm.metrics.rounds < cold.metrics.rounds
     equal(warm, cold)
-
-
-def test_bad_arguments_are_refused_before_anything_compiles():
-    key = jax.random.key(0)
-    other = Model(Config(V + 1, 8, 1, 1, 1, 8, 8), {}, 'abc')
-    cases = [
-        ('none given', {'prompts': []}),
-        ('prompt 1 is empty', {'prompts': [[1], []]}),
-        ('id 17 is not in', {'prompts': [[17]]}),
-        ('do not fit', {'prompts': [[1] * 250]}),
-        ('max_new_tokens', {'max_new_tokens': 0}),
-        ('temperature', {'sampler': Sampler(temperature=-1.0)}),
-        ('vocabularies', {'drafter': chain.chain(other, 2)}),
-        ('tree of', {'drafter': plain()._replace(nodes=300)}),
-        ('expected one key', {'key': jax.random.split(key, 3)}),
-        ('for 3 rows', {'stops': stop.none(V, 3)}),
-        ('made for 9', {'stops': stop.none(9, 1)}),
-        ('max_new_tokens', {'max_new_tokens': 2.7}),
-        ('max_new_tokens', {'max_new_tokens': [1, 2]}),
-        ('jax.random.key', {'key': jnp.zeros(2, jnp.uint32)}),
-        ('jax.random.key', {'key': 0}),
-        ('a setting of shape', {'sampler': Sampler(temperature=jnp.ones(3))}),
-        ('of another model', {'drafter': early_exit.early_exit(make(4, 16, 0), 1, 3)}),
-    ]
-    for message, changed in cases:
-        arguments = {'prompts': [[1]], 'key': key, 'max_new_tokens': 10, **changed}
-        with pytest.raises(ValueError, match=message):
-            generate(TARGET, arguments.pop('prompts'), **arguments)
-    strangers = chain.chain(DRAFT._replace(tokenizer='abc'), 2)
-    with pytest.raises(ValueError, match='tokenizers'):
-        generate(TARGET._replace(tokenizer='xyz'), [[1]], key=key, max_new_tokens=1,
-                 drafter=strangers)  # fmt: skip
-    with pytest.raises(TypeError, match='exact for'):
-        generate(TARGET, [[1]], key=key, max_new_tokens=1, drafter=DRAFTERS['lookup'],
-                 verifier=verify.recursive_rejection)  # fmt: skip
-    assert at_position(KEYS, jnp.arange(8)).shape == (8,)

@@ -1,5 +1,6 @@
 """Models with tables drawn per text decode as any other: plainly, and with every kind of draft."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from decoding.drafter import Model
-from decoding.drafts import chain, early_exit, recursive
+from decoding.drafts import adapter, chain, early_exit, recursive
 from decoding.generate import generate
 from decoding.sample import Sampler, at_position, draw, log_law
 from decoding.verify import target_only_walk
@@ -37,7 +38,9 @@ def make(law: Lexinvariant | None, layers: int, width: int) -> Model:
 DRAFTERS = {
     'chain': lambda target: chain.chain(make(None, 1, 8), 2),
     'beam': lambda target: recursive.beam(make(Lexinvariant(), 1, 8), 2, 2),
-    'early exit': lambda target: early_exit.early_exit(target, 1, 3),
+    'early exit': lambda target: early_exit.early_exit(
+        target, 1, 3, adapter=adapter.init(jax.random.key(1), target.config)
+    ),
 }
 
 
@@ -49,7 +52,8 @@ def plain_text(law):
 @pytest.mark.parametrize('law', LAWS.values(), ids=LAWS)
 def test_a_text_keeps_its_table(law):
     target, plain = make(law, 2, 16), plain_text(law)
-    p = lexinvariant.with_tables(target.params, target.config, KEYS)
+    drawn = lexinvariant.drawn_for(target.params, target.config, KEYS)
+    p = lexinvariant.with_tables(target.params, drawn)
     forward = jax.jit(transformer.forward, static_argnums=1)
     texts = np.zeros((3, 24), np.int32)
     ends = np.array([len(prompt) for prompt in PROMPTS])
@@ -82,6 +86,15 @@ def test_a_draft_from_the_targets_own_tables_is_taken():
         drafter=chain.chain(target, 3, greedy),
     )  # fmt: skip
     assert result.metrics.rounds == 3 * NEW // 4
+
+
+def test_where_nothing_is_drawn_a_call_leaves_the_models_own_tables_alone():
+    target = make(Lexinvariant(probability=0.0), 2, 16)
+    learned = target._replace(config=dataclasses.replace(target.config, lexinvariant=None))
+    call = {'key': KEYS, 'max_new_tokens': 4, 'sampler': SAMPLER}
+    first, again, expected = (generate(m, PROMPTS, **call) for m in (target, target, learned))
+    for rows in zip(first.tokens, again.tokens, expected.tokens, strict=True):
+        assert rows[0].tolist() == rows[1].tolist() == rows[2].tolist()
 
 
 def test_no_draw_of_a_text_shares_its_key_with_the_table():

@@ -123,7 +123,9 @@ def test_the_chunked_loss_and_its_gradients_are_the_dense_ones(law, softcap):
 @pytest.mark.parametrize('kind', ['gaussian', 'permuted'])
 def test_renaming_symbols_and_rows_renames_the_logits_bit_for_bit(kind):
     config = of_law(Lexinvariant(kind))
-    p = lexinvariant.with_tables(weights(config), config, jax.random.split(KEY, 2))
+    p = weights(config)
+    drawn = lexinvariant.drawn_for(p, config, jax.random.split(KEY, 2))
+    p = lexinvariant.with_tables(p, drawn)
     name = next(n for n in p['tables'] if n.endswith(('BVD', 'BV')))
     tokens = np.random.default_rng(1).integers(0, V, (2, 8))
     renamed = np.random.default_rng(2).permutation(V)
@@ -220,7 +222,9 @@ def test_types_that_are_always_or_never_drawn():
 @pytest.mark.parametrize('law', LAWS.values(), ids=LAWS)
 def test_cached_decoding_is_the_full_forward(law):
     config = of_law(law)
-    p = lexinvariant.with_tables(weights(config), config, jax.random.split(KEY, 2))
+    p = weights(config)
+    drawn = lexinvariant.drawn_for(p, config, jax.random.split(KEY, 2))
+    p = lexinvariant.with_tables(p, drawn)
     tokens = jnp.asarray(np.random.default_rng(4).integers(0, V, (2, 7)))
     cache = cache_lib.init(config, 2, 8)
     parts = []
