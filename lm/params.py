@@ -84,8 +84,12 @@ def _is_leaf(x: Any) -> bool:
 
 
 def init(config: Config, key: jax.Array) -> Params:
-    """Returns initial parameters; a leaf's values depend on the key and its name alone."""
-    dtype = jnp.dtype(config.param_dtype)
+    """Returns a model's initial parameters."""
+    return initial(leaves(config), config.param_dtype, key)
+
+
+def initial(tree: dict[str, Any], dtype: str, key: jax.Array) -> Params:
+    """Returns initial values of a dict of `Leaf`s; each depends on the key and its name alone."""
 
     def make(path, leaf: Leaf):
         if leaf.scale is None:
@@ -95,7 +99,7 @@ def init(config: Config, key: jax.Array) -> Params:
         noise = jax.random.normal(jax.random.fold_in(key, name_hash), leaf.shape, jnp.float32)
         return (noise * leaf.scale).astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(make, leaves(config), is_leaf=_is_leaf)
+    return jax.tree_util.tree_map_with_path(make, tree, is_leaf=_is_leaf)
 
 
 def abstract(config: Config, mesh: Mesh | None = None) -> Params:
@@ -110,11 +114,14 @@ def abstract(config: Config, mesh: Mesh | None = None) -> Params:
 
 
 def shardings(config: Config, mesh: Mesh) -> Params:
-    """Returns the `NamedSharding` of each leaf on `mesh`."""
+    """Returns the `NamedSharding` of each of a model's leaves on `mesh`."""
+    return placed(leaves(config), mesh)
+
+
+def placed(tree: dict[str, Any], mesh: Mesh) -> Params:
+    """Returns the `NamedSharding` of each of a dict of `Leaf`s on `mesh`."""
     return jax.tree.map(
-        lambda leaf: mesh_lib.sharding(mesh, leaf.axes, leaf.shape),
-        leaves(config),
-        is_leaf=_is_leaf,
+        lambda leaf: mesh_lib.sharding(mesh, leaf.axes, leaf.shape), tree, is_leaf=_is_leaf
     )
 
 

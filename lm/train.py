@@ -21,9 +21,9 @@ from lm.checkpoint import Checkpoints
 from lm.metrics import ProgressLine, Writer
 from lm.optimizer import OptimizerConfig
 
-# (params, batch, key) -> mean loss in nats, and sums over the batch for metrics:
-# at least `nats` and `tokens`
-LossFn = Callable[[Any, dict[str, jax.Array], jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+# (params, batch, key) -> mean loss in nats, and sums over the batch for metrics: at least `nats`
+# and `tokens`. A run with `frozen` arrays gives them to its loss as a last argument.
+LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +100,12 @@ def train_step(
     seed: int,
     state: TrainState,
     batch: dict[str, jax.Array],
+    *frozen: Any,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update; the loss's key depends on the seed and the step alone."""
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     grad = jax.value_and_grad(loss, has_aux=True)
-    (value, sums), gradient = grad(state.params, batch, key)
+    (value, sums), gradient = grad(state.params, batch, key, *frozen)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {'loss': value, 'gradient_norm': optax.tree.norm(gradient), **sums}
@@ -119,6 +120,7 @@ def run(
     folder: epath.PathLike,
     mesh: Mesh,
     label: str = 'train',
+    frozen: Any = None,
 ) -> TrainState:
     """Trains to `config.steps`, from the newest checkpoint in `folder` where there is one.
 
@@ -130,6 +132,7 @@ def run(
       folder: gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
       mesh: over which batches are split by rows.
       label: what the progress line calls the run.
+      frozen: arrays that the loss reads and nothing changes; they are in no checkpoint.
 
     Raises:
       ValueError: the folder's checkpoint is of another model.
@@ -146,8 +149,10 @@ def run(
         state = checkpoints.restore(start, like, iterator)
     rate = optimizer_lib.schedule(config.optimizer, config.steps)
 
-    def step_with_rate(state, batch):
-        after, metrics = train_step(loss, optimizer, config.seed, state, batch)
+    fixed = () if frozen is None else (frozen,)
+
+    def step_with_rate(state, batch, *fixed):
+        after, metrics = train_step(loss, optimizer, config.seed, state, batch, *fixed)
         return after, {**metrics, 'learning_rate': rate(state.step)}
 
     step_fn = jax.jit(
@@ -162,7 +167,7 @@ def run(
             log = _Log(config, writer, progress)
             for step in range(start + 1, config.steps + 1):
                 batch = put(next(iterator), mesh)
-                state, metrics = step_fn(state, batch)
+                state, metrics = step_fn(state, batch, *fixed)
                 log.add(step, metrics)
                 if step % config.checkpoint_every == 0 or step == config.steps:
                     log.finish()

@@ -131,6 +131,10 @@ class BPETokenizer(OneByOne):
             raise ValueError(f'the pattern {self.pattern!r} does not match every character')
         return ids_T
 
+    def encode_piece(self, data: bytes) -> list[int]:
+        """Returns the ids of `data` taken as one word: merged, but not split by the pattern."""
+        return self._encoding._encode_single_piece(data) if data else []
+
     def encode_batch(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Returns the ids of each document, encoded on all cores."""
         with futures.ThreadPoolExecutor() as pool:
