@@ -10,6 +10,7 @@ predicted in any chunks and in any order.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -184,7 +185,8 @@ def predict(
     n = math.ceil(u / chunk)
     # a short chunk is filled up: matrices of other sizes would be summed in another order
     padded = jnp.pad(pieces_UP, ((0, n * chunk - u), (0, 0)), constant_values=-1)
-    step = jax.checkpoint(lambda pieces: _predict_chunk(weights, config, source, pieces))
+    step = functools.partial(_predict_chunk, weights, config, source)
+    step = jax.checkpoint(step) if n > 1 else step
     rows = jax.lax.map(step, padded.reshape(n, chunk, -1))
     return {name: x.reshape(n * chunk, -1)[:u] for name, x in rows.items()}
 

@@ -1,4 +1,4 @@
-"""The hypernetwork: a row is its pieces' alone, rescaled to the source; losses; what never moves."""
+"""The hypernetwork: a row is its pieces' alone, rescaled to the source; its losses."""
 
 import dataclasses
 
