@@ -142,7 +142,7 @@ def context_vectors(
 
 def same_token(source: Tokenizer, tokens: Sequence[bytes]) -> np.ndarray:
     """Returns the source's id of each token, `[V]`; -1 where it has none."""
-    ids = {source.token_bytes(i): i for i in reversed(range(source.vocab_size))}
+    ids = {data: i for i, data in reversed([*enumerate(transfer.token_table(source))])}
     return np.array([ids.get(token, -1) if token else -1 for token in tokens])
 
 

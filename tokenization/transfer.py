@@ -38,7 +38,7 @@ class Vocabulary(NamedTuple):
     """What a table has rows for.
 
     Attributes:
-      tokens: the bytes of each row's token; empty for a special one.
+      tokens: the bytes of each row's token; empty for rows that no text uses.
       copied: rows of special tokens, and the source's rows that they are copies of.
     """
 
@@ -53,38 +53,60 @@ Method = Callable[[Source, Vocabulary, jax.Array], Params]
 def vocabulary(source: Source, target: Tokenizer) -> Vocabulary:
     """Returns the rows that a model needs for `target`: one per id, and one for BOS behind them.
 
+    Special tokens are matched by their roles. What `target` never writes has no use: a special
+    token without a counterpart, a second id for the same bytes (`A` and `<0x41>`).
+
     Raises:
-      ValueError: the target has no ids; an id does not stand for fixed bytes; two ids stand for
-        the same bytes, and would share their probability; or a single byte has no id.
+      ValueError: the target has no ids, or none for some single byte.
     """
-    if not target.vocab_size:
+    tokens = list(token_table(target))
+    if not tokens:
         raise ValueError('the target vocabulary is empty')
-    tokens = tuple(target.token_bytes(i) for i in range(target.vocab_size))
     seen: dict[bytes, int] = {}
     for i, token in enumerate(tokens):
         if token and seen.setdefault(token, i) != i:
-            raise ValueError(f'ids {seen[token]} and {i} stand for the same bytes, {token!r}')
+            written = target.encode(token).tolist() == [i]
+            tokens[seen[token] if written else i] = b''
+            seen[token] = i if written else seen[token]
     missing = [byte for byte in range(256) if bytes([byte]) not in seen]
     if missing:
         raise ValueError(
             f'the target has no id for {len(missing)} single bytes, {missing[0]} first'
         )
-    return Vocabulary((*tokens, b''), {len(tokens): source.bos})
+    roles = {'bos': source.bos, **getattr(source.tokenizer, 'special', {})}
+    special = getattr(target, 'special', {})
+    copied = {i: roles[role] for role, i in special.items() if role in roles}
+    return Vocabulary((*tokens, b''), {**copied, len(tokens): source.bos})
+
+
+def token_table(tokenizer: Tokenizer) -> tuple[bytes, ...]:
+    """Returns the bytes of each id; empty for one that has none of its own."""
+
+    def data(i: int) -> bytes:
+        try:
+            return tokenizer.token_bytes(i)
+        except ValueError:
+            return b''
+
+    return tuple(data(i) for i in range(tokenizer.vocab_size))
 
 
 def with_tables(source: Source, vocabulary: Vocabulary, tables: Params) -> tuple[Config, Params]:
-    """Returns the model with other tables; rows of special tokens are the source's, to the bit."""
+    """Returns the model with other tables.
+
+    Rows of special tokens are the source's, to the bit; those that no text uses are the source's
+    mean row, unlikely everywhere.
+    """
     config = dataclasses.replace(source.config, vocab_size=len(vocabulary.tokens))
-    at, of = (np.array(ids, int) for ids in (list(x) for x in _pairs(vocabulary)))
-    cast = {
-        name: rows_VD.astype(config.param_dtype).at[at].set(source.params['tables'][name][of])
-        for name, rows_VD in tables.items()
-    }
-    return config, {'body': source.params['body'], 'tables': cast}
-
-
-def _pairs(vocabulary: Vocabulary):
-    return vocabulary.copied.keys(), vocabulary.copied.values()
+    used_V1 = np.array([[bool(token)] for token in vocabulary.tokens])
+    at, of = (np.array(list(ids), int) for ids in zip(*vocabulary.copied.items(), strict=True))
+    result = {}
+    for name, rows_VD in tables.items():
+        own_VD = source.params['tables'][name]
+        mean_D = own_VD[: source.tokenizer.vocab_size].astype(jnp.float32).mean(0)
+        rows_VD = jnp.where(used_V1, rows_VD, mean_D).astype(config.param_dtype)
+        result[name] = rows_VD.at[at].set(own_VD[of])
+    return config, {'body': source.params['body'], 'tables': result}
 
 
 def pieces(source: Source, vocabulary: Vocabulary, length: int) -> np.ndarray:

@@ -146,12 +146,28 @@ class TestVocabulary:
         [
             ([], 'empty'),
             ([bytes([i]) for i in range(255)], '1 single bytes, 255 first'),
-            ([bytes([i]) for i in range(256)] + [b'ab', b'ab'], "256 and 257 .* b'ab'"),
         ],
     )
     def test_refuses_what_would_be_garbage(self, source, tokens, error):
         with pytest.raises(ValueError, match=error):
             transfer.vocabulary(source, self.Fake(tokens))
+
+    def test_a_second_id_for_the_same_bytes_is_of_no_use(self, source):
+        tokens = [bytes([i]) for i in range(256)] + [b'A', b'']
+        found = transfer.vocabulary(source, self.Fake(tokens))
+        assert found.tokens == (*tokens[:256], b'', b'', b'') and found.copied == {258: source.bos}
+        tables = heuristics.mean_of_pieces(source, found, KEY)
+        _, weights = transfer.with_tables(source, found, tables)
+        own_VD = source.params['tables']['output_VD']
+        mean_D = own_VD[: source.tokenizer.vocab_size].mean(0)
+        for i in (256, 257):
+            np.testing.assert_allclose(weights['tables']['output_VD'][i], mean_D, atol=1e-6)
+
+    def test_special_tokens_are_matched_by_role(self, source):
+        target = self.Fake([*(bytes([i]) for i in range(256)), b'', b''])
+        target.__dict__['special'] = {'eos': 256, 'bos': 257}
+        found = transfer.vocabulary(source, target)
+        assert found.copied == {257: source.bos, 258: source.bos}
 
 
 class TestAddTask:
