@@ -186,16 +186,16 @@ def load_folder(path: epath.PathLike) -> HuggingFaceTokenizer:
     """
     folder = epath.Path(path)
     names = special_tokens.read_names(folder)
-    if (folder / _SOURCE).exists():
-        file = folder / _SOURCE
-        text = special_tokens.read_text(file)
-    elif (folder / 'tokenizer.model').exists():
-        file = folder / 'tokenizer.model'
-        text = sentencepiece.to_json(file.read_bytes(), special_tokens.read_added(folder))
-    elif (folder / 'vocab.json').exists():
-        return from_gpt2_files(folder / 'vocab.json', folder / 'merges.txt', names)
-    else:
+    found = [n for n in (_SOURCE, 'tokenizer.model', 'vocab.json') if (folder / n).exists()]
+    if not found:
         raise FileNotFoundError(f'{path}: no {_SOURCE}, tokenizer.model or vocab.json here')
+    file = folder / found[0]
+    if file.name == 'vocab.json':
+        return from_gpt2_files(file, folder / 'merges.txt', names)
+    if file.name == _SOURCE:
+        text = special_tokens.read_text(file)
+    else:
+        text = sentencepiece.read(file, special_tokens.read_added(folder))
     try:
         return HuggingFaceTokenizer.from_json(text, names)
     except ValueError as error:
