@@ -111,6 +111,31 @@ def curves(
     save(path, figure)
 
 
+def bars(
+    path: epath.PathLike, groups: Mapping[str, Mapping[str, float]], *, title: str, y_label: str
+) -> None:
+    """Saves bars, group -> name -> height; a name has one colour in all groups.
+
+    Raises:
+      ValueError: there are no groups.
+    """
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    if not names:
+        raise ValueError(f'{path}: no bars to plot')
+    figure, axes = _figure(title, '', y_label, False, False)
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        here = [(at, group[name]) for at, group in enumerate(groups.values()) if name in group]
+        x = [at + (i - (len(names) - 1) / 2) * width for at, _ in here]
+        axes.bar(
+            x, [height for _, height in here], width, color=COLORS[i % len(COLORS)], label=name
+        )
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.grid(visible=False, axis='x')
+    figure.legend(loc='outside lower center', ncols=min(len(names), 4), frameon=False)
+    save(path, figure)
+
+
 def _check(
     path: epath.PathLike,
     name: str,

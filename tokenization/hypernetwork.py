@@ -10,7 +10,6 @@ predicted in any chunks and in any order.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -141,7 +140,7 @@ def init(config: HypernetworkConfig, source: Params, key: jax.Array) -> Params:
     tree = leaves(config)
     start = params.initial(tree, 'float32', key)
     anchors_U = np.random.default_rng(0).permutation(config.vocab_size)[:ANCHORS]
-    rows_UE = _joined(config, source)[anchors_U]
+    rows_UE = _joined(config, source, anchors_U)
     start['source_mean_E'] = rows_UE.mean(0)
     start['source_deviation_E'] = jnp.maximum(rows_UE.std(0), 1e-6)
     predicted = predict(start, config, source, single(config, anchors_U))
@@ -161,13 +160,23 @@ def single(config: HypernetworkConfig, ids_U: Any) -> jax.Array:
     return jnp.pad(ids_U[:, None], ((0, 0), (0, config.pieces - 1)), constant_values=-1)
 
 
-def _joined(config: HypernetworkConfig, source: Params) -> jax.Array:
-    rows = [source[name].astype(jnp.float32) for name in config.tables]
-    return jnp.concatenate(rows, axis=-1)
+def read(weights: Params, config: HypernetworkConfig, source: Params) -> jax.Array:
+    """Returns the source's rows as the encoder reads them, `[vocab_size + 256, D]`.
+
+    Once per source and weights: a vocabulary has the same pieces again and again. The last 256
+    rows are those of bytes that the source lacks.
+    """
+    own_VE = _standardised(weights, _joined(config, source, slice(config.vocab_size)))
+    x_VE = jnp.concatenate([own_VE, weights['fallback_256E']]).astype(config.dtype)
+    return _project(weights['projector'], layers.einsum('ve,ed->vd', x_VE, weights['w_project_ED']))
 
 
 def predict(
-    weights: Params, config: HypernetworkConfig, source: Params, pieces_UP: jax.Array
+    weights: Params,
+    config: HypernetworkConfig,
+    source: Params,
+    pieces_UP: jax.Array,
+    read_VD: jax.Array | None = None,
 ) -> Params:
     """Returns the rows of U tokens: `input_VD` and, of untied models, `output_VD`; f32 `[U, D]`.
 
@@ -180,31 +189,30 @@ def predict(
       source: the model's tables.
       pieces_UP: int32 ids of the source tokenizer, `vocab_size + byte` for a byte that it lacks,
         padded with -1 at the end. A token without pieces gets rows that mean nothing.
+      read_VD: what `read` returned, for many calls with the same weights.
     """
     u, chunk = len(pieces_UP), config.chunk
     n = math.ceil(u / chunk)
     # a short chunk is filled up: matrices of other sizes would be summed in another order
     padded = jnp.pad(pieces_UP, ((0, n * chunk - u), (0, 0)), constant_values=-1)
-    step = functools.partial(_predict_chunk, weights, config, source)
-    step = jax.checkpoint(step) if n > 1 else step
-    rows = jax.lax.map(step, padded.reshape(n, chunk, -1))
+    read_VD = read(weights, config, source) if read_VD is None else read_VD
+
+    def step(pieces_UP):
+        return _predict_chunk(weights, config, source, read_VD, pieces_UP)
+
+    rows = jax.lax.map(jax.checkpoint(step) if n > 1 else step, padded.reshape(n, chunk, -1))
     return {name: x.reshape(n * chunk, -1)[:u] for name, x in rows.items()}
 
 
-def _predict_chunk(weights: Params, config: HypernetworkConfig, source: Params, pieces_UP):
+def _predict_chunk(weights, config: HypernetworkConfig, source, read_VD, pieces_UP) -> Params:
     real_UP = pieces_UP >= 0
-    x_UPE = _source_rows(weights, config, source, pieces_UP)
-    x_UPD = layers.einsum('upe,ed->upd', x_UPE.astype(config.dtype), weights['w_project_ED'])
-    x_UPD = _project(weights['projector'], x_UPD)
     positions_UP = jnp.broadcast_to(jnp.arange(pieces_UP.shape[1]), pieces_UP.shape)
     h_UPD, _ = transformer.body(
-        weights['encoder'], config.encoder, x_UPD, positions_UP,
+        weights['encoder'], config.encoder, read_VD[pieces_UP * real_UP], positions_UP,
         segments_BL=real_UP.astype(jnp.int32), causal=False,
     )  # fmt: skip
-    mean_UE = (x_UPE * real_UP[..., None]).sum(1) / jnp.maximum(real_UP.sum(1), 1)[:, None]
-    means = jnp.split(mean_UE, len(config.tables), axis=-1)
     result = {}
-    for name, mean_UD in zip(config.tables, means, strict=True):
+    for name, mean_UD in zip(config.tables, _means(weights, config, source, pieces_UP)):
         p = weights['heads'][name]
         h_UD = _project(p['projector'], h_UPD[:, 0])
         row_UD = layers.einsum('ud,de->ue', h_UD, p['w_out_DD'], jnp.float32)
@@ -213,18 +221,27 @@ def _predict_chunk(weights: Params, config: HypernetworkConfig, source: Params, 
     return result
 
 
-def _source_rows(weights: Params, config: HypernetworkConfig, source: Params, pieces_UP):
-    """Returns the pieces' rows in all tables, standardised per dimension, f32 `[U, P, E]`."""
-    mean_E, deviation_E = (
-        jax.lax.stop_gradient(weights[f'source_{name}_E']) for name in ('mean', 'deviation')
-    )
+def _means(weights, config: HypernetworkConfig, source, pieces_UP) -> list[jax.Array]:
+    """Returns the mean of the pieces' standardised rows in each table, f32 `[U, D]`."""
+    real_UP1 = (pieces_UP >= 0)[..., None]
     known_UP = jnp.clip(pieces_UP, 0, config.vocab_size - 1)
-    # gathered before they are joined: the whole tables are never copied
-    rows = [source[name][known_UP].astype(jnp.float32) for name in config.tables]
-    rows_UPE = (jnp.concatenate(rows, axis=-1) - mean_E) / deviation_E
+    rows_UPE = _standardised(weights, _joined(config, source, known_UP))
+    lacks_UP1 = (pieces_UP >= config.vocab_size)[..., None]
     byte_UP = jnp.clip(pieces_UP - config.vocab_size, 0, 255)
-    missing_UP1 = (pieces_UP >= config.vocab_size)[..., None]
-    return jnp.where(missing_UP1, weights['fallback_256E'][byte_UP], rows_UPE)
+    rows_UPE = jnp.where(lacks_UP1, weights['fallback_256E'][byte_UP], rows_UPE)
+    mean_UE = (rows_UPE * real_UP1).sum(1) / jnp.maximum(real_UP1.sum(1), 1)
+    return jnp.split(mean_UE, len(config.tables), axis=-1)
+
+
+def _joined(config: HypernetworkConfig, source: Params, at: Any) -> jax.Array:
+    """Returns some rows of all tables, side by side, f32 `[..., E]`."""
+    rows = [source[name][at].astype(jnp.float32) for name in config.tables]
+    return jnp.concatenate(rows, axis=-1)
+
+
+def _standardised(weights: Params, rows_E: jax.Array) -> jax.Array:
+    mean_E, deviation_E = (weights[f'source_{name}_E'] for name in ('mean', 'deviation'))
+    return (rows_E - jax.lax.stop_gradient(mean_E)) / jax.lax.stop_gradient(deviation_E)
 
 
 def _project(p: Params, x: jax.Array) -> jax.Array:

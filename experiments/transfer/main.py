@@ -1,0 +1,92 @@
+"""Trains a model and a hypernetwork, moves the model to every target, and measures."""
+
+import functools
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+from rich.console import Console
+
+from experiments import corpora, language_model, resume
+from experiments.corpora import Corpus
+from experiments.transfer import hyper, measure, results, targets
+from experiments.transfer.config import Config
+from experiments.transfer.measure import Moved
+from experiments.transfer.results import HYPERNETWORK
+from experiments.transfer.source import open_source
+from lm import bundle
+from lm import mesh as mesh_lib
+from tokenization import transfer
+from tokenization.tokenizer import Tokenizer
+from tokenization.transfer import Method, Source
+
+# trained on after the transfer, too: ours, and what the hypernetwork starts from
+TRAINED_ON = (HYPERNETWORK, 'mean_of_pieces')
+
+
+def main(config: Config, out: epath.Path) -> dict[str, float]:
+    """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
+    mesh = mesh_lib.make()
+    if config.bundle is None:
+        language_model.check(config.model, config.train, mesh, 'train')
+    corpus = corpora.open_corpus(config.data)
+    resume.claim_corpus(out, corpus)
+    source = open_source(config, corpus, out, mesh)
+    for run, name in ((config.transfer, 'transfer'), (config.continued, 'continued')):
+        language_model.check(source.config, run, mesh, name)
+    found = targets.build(config, corpus, out)
+    network = hyper.fit(config, source, corpus, out / 'hypernetwork', mesh)
+    texts = corpora.first_bytes(corpus.test, config.valid_bytes)
+    own = Moved(language_model.Fitted(source.config, source.params, 0.0), source.tokenizer, 0.0)
+    before = resume.part_once(
+        out / 'parts' / 'source.json', lambda: _row('source', 'own', 0, own, config, texts, mesh)
+    )
+    rows = [before]
+    for target, tokenizer in found.items():
+        made = measure.methods(
+            tokenizer, corpora.first_bytes(corpus.train, measure.CONTEXT_BYTES)
+        ) | {HYPERNETWORK: transfer.predicted(network.weights, network.config)}
+        for name, method in made.items():
+            for shots in config.shots if name in TRAINED_ON else (0,):
+                part = functools.partial(
+                    _measured, config, source, tokenizer, method, shots, corpus, texts, mesh,
+                    name, target, out,
+                )  # fmt: skip
+                file = out / 'parts' / f'{target}_{name}_{shots}.json'
+                rows.append(resume.part_once(file, part))
+    metrics = results.table(rows) | {'train_seconds/hypernetwork': network.seconds}
+    results.plot(out, rows)
+    Console().print(f'plots, bundles and result.json: {out}')
+    return metrics
+
+
+def _measured(
+    config: Config, source: Source, tokenizer: Tokenizer, method: Method, shots: int,
+    corpus: Corpus, texts: list[bytes], mesh: Mesh, name: str, target: str, out: epath.Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the row of one target, method and number of shots; saves the hypernetwork's model."""
+    moved = measure.move(source, tokenizer, method, mesh)
+    if shots:
+        documents = tokenizer.encode_batch(corpora.first_bytes(corpus.train, measure.SHOT_BYTES))
+        folder = out / 'shots' / f'{target}_{name}_{shots}'
+        moved = measure.train_on(
+            moved, config, shots, documents, folder, mesh, f'{target}, {name.replace("_", " ")}'
+        )
+    row = _row(name, target, shots, moved, config, texts, mesh)
+    if name == HYPERNETWORK:
+        bundle.save(
+            out / 'bundles' / f'{target}_{shots}', moved.fitted.config, moved.fitted.params,
+            tokenizer, tokenizer.vocab_size, {'bits_per_byte': row['bits_per_byte']},
+        )  # fmt: skip
+    return row
+
+
+def _row(
+    name: str, target: str, shots: int, moved: Moved, config: Config, texts: list[bytes], mesh: Mesh
+) -> dict[str, Any]:
+    ids = sum(map(len, moved.tokenizer.encode_batch(texts)))
+    return {
+        'method': name, 'target': target, 'shots': shots, 'seconds': moved.seconds,
+        'bits_per_byte': measure.bits_per_byte(moved, config, texts, mesh),
+        'bytes_per_token': sum(map(len, texts)) / ids, 'vocab_size': moved.tokenizer.vocab_size,
+    }  # fmt: skip

@@ -1,0 +1,106 @@
+"""Bits per byte of a moved model: zero-shot, and after a few steps of training on."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from experiments import language_model
+from experiments.language_model import Fitted
+from experiments.transfer.config import Config
+from lm import data, losses, params, train
+from lm.data import Documents
+from lm.params import Params
+from tokenization import heuristics, transfer
+from tokenization.tokenizer import Tokenizer
+from tokenization.transfer import Method, Source
+
+# Of text that the neighbours' auxiliary vectors are counted on, and that models are trained on
+# after a transfer.
+CONTEXT_BYTES, SHOT_BYTES = 2_000_000, 4_000_000
+
+
+class Moved(NamedTuple):
+    """A model with a target's tables; `seconds` to make them."""
+
+    fitted: Fitted
+    tokenizer: Tokenizer
+    seconds: float
+
+
+def methods(tokenizer: Tokenizer, documents: Sequence[bytes]) -> dict[str, Method]:
+    """Returns the heuristics, for a target."""
+
+    def neighbours(*arguments) -> Params:
+        vectors = heuristics.context_vectors(tokenizer, documents)
+        return heuristics.neighbours(vectors)(*arguments)
+
+    return {
+        'random': heuristics.random,
+        'mean': heuristics.mean,
+        'lexical_copy': heuristics.lexical_copy,
+        'neighbours': neighbours,
+        'mean_of_pieces': heuristics.mean_of_pieces,
+    }
+
+
+def move(source: Source, tokenizer: Tokenizer, method: Method, mesh: Mesh) -> Moved:
+    """Returns the model with tables for a target."""
+    vocabulary = transfer.vocabulary(source, tokenizer)
+    begin = time.monotonic()
+    tables = jax.block_until_ready(method(source, vocabulary, jax.random.key(0)))
+    seconds = time.monotonic() - begin
+    config, weights = transfer.with_tables(source, vocabulary, tables)
+    weights = jax.device_put(weights, params.shardings(config, mesh))
+    return Moved(Fitted(config, weights, 0.0), tokenizer, seconds)
+
+
+def bits_per_byte(moved: Moved, config: Config, texts: Sequence[bytes], mesh: Mesh) -> float:
+    """Returns the loss on texts in bits per byte of them."""
+    v = moved.tokenizer.vocab_size
+    batches = language_model.evaluation(
+        moved.tokenizer.encode_batch(texts), v, config.continued.batch_size,
+        config.continued.length,
+    )  # fmt: skip
+    n_bytes = sum(map(len, texts))
+    return losses.bits_per_byte(language_model.nats(moved.fitted, batches, mesh), n_bytes)
+
+
+def train_on(
+    moved: Moved, config: Config, steps: int, documents: Documents, folder: epath.Path,
+    mesh: Mesh, label: str,
+) -> Moved:  # fmt: skip
+    """Trains the whole moved model on; rows are held near where the transfer put them."""
+    run = dataclasses.replace(config.continued, steps=steps, checkpoint_every=steps)
+    model, start = moved.fitted.config, moved.fitted.params
+    v = moved.tokenizer.vocab_size
+
+    def loss(weights, batch, key, tables):
+        value, sums = losses.next_token_loss(weights, model, batch, run.z_loss, key)
+        distance = distance_of_rows(weights['tables'], tables)
+        return value + config.auxiliary * distance, {**sums, 'auxiliary': distance}
+
+    batches = data.training_batches(
+        documents, None, batch_size=run.batch_size // jax.process_count(), length=run.length,
+        bos=v, seed=run.seed, shard_index=jax.process_index(), shard_count=jax.process_count(),
+    )  # fmt: skip
+    state = train.run(
+        run, lambda key: jax.tree.map(jnp.copy, start), loss, batches, folder, mesh, label,
+        frozen=start['tables'],
+    )  # fmt: skip
+    return moved._replace(fitted=Fitted(model, state.params, 0.0))
+
+
+def distance_of_rows(tables: Params, start: Params) -> jax.Array:
+    """Mean squared distance of rows to their start, over their mean norm, averaged over tables."""
+    total = jnp.zeros(())
+    for name, rows_VD in tables.items():
+        aim_VD = start[name].astype(jnp.float32)
+        squared = ((rows_VD.astype(jnp.float32) - aim_VD) ** 2).sum(-1).mean()
+        total += squared / jnp.maximum(jnp.sqrt((aim_VD**2).sum(-1)).mean(), 1e-6)
+    return total / len(tables)

@@ -1,0 +1,52 @@
+"""The model that is moved: trained here over BPE, or given as a bundle."""
+
+from typing import cast
+
+from etils import epath
+from jax.sharding import Mesh
+
+import tokenization
+from experiments import language_model, resume
+from experiments.corpora import Corpus
+from experiments.transfer.config import Config
+from lm import bundle
+from tokenization import decompose
+from tokenization.bpe import BPETokenizer
+from tokenization.transfer import Source
+
+
+def open_source(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Source:
+    """Returns the source, trained, or what an earlier run trained.
+
+    Raises:
+      ValueError: the bundle has no id that starts documents, or a tokenizer that cannot take
+        another's tokens apart.
+    """
+    if config.bundle is None:
+        _train(config, corpus, out, mesh)
+    loaded = bundle.load(config.bundle or out / 'source' / 'bundle', mesh)
+    tokenizer = tokenization.load(loaded.tokenizer_path)
+    if loaded.bos is None:
+        raise ValueError(f'--bundle {config.bundle}: no id that starts documents: a transferred '
+                         'model would not know where a text begins')  # fmt: skip
+    if not hasattr(tokenizer, 'encode_piece'):
+        raise ValueError(f'--bundle {config.bundle}: its tokenizer cannot take tokens apart; '
+                         'expected BPE, bytes or an imported one')  # fmt: skip
+    return Source(loaded.config, loaded.params, cast(decompose.Source, tokenizer), loaded.bos)
+
+
+def _train(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> None:
+    folder = out / 'source'
+    if (folder / 'bundle').exists():
+        return
+    tokenizer = resume.tokenizer_once(
+        folder / 'tokenizer', lambda: BPETokenizer.train(corpus.train, config.vocab_size)
+    )
+    documents = resume.encoded_once(tokenizer, corpus.train, folder / 'encoded', 'encoding')
+    fitted = language_model.fit(
+        config.model, config.train, documents, tokenizer.vocab_size, folder, mesh, 'source model'
+    )
+    bundle.save(
+        folder / 'bundle', fitted.config, fitted.params, tokenizer, tokenizer.vocab_size,
+        {'train_seconds': fitted.seconds},
+    )  # fmt: skip
