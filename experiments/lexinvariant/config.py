@@ -4,7 +4,7 @@ A standard model and a lexinvariant one of the same size are trained on the same
 by position; made to decipher substitution ciphers; asked for look-ups and permutations; and mixed,
 each symbol's row being random with probability p.
 
-    python -m experiments.run lexinvariant                  # 2 cores: about 13 minutes, resumable
+    python -m experiments.run lexinvariant                  # 2 cores: about 16 minutes, resumable
     python -m experiments.run lexinvariant --scale gpu
     python -m experiments.run lexinvariant --prose 'novels/*.txt' --code 'src/*.c'
 
@@ -28,6 +28,9 @@ def _model(width: int, layers: int, heads: int, hidden: int, length: int, **more
         256, width, layers, heads, heads, width // heads, hidden, max_length=length,
         activation='relu', qkv_bias=True, tied=True, **more,
     )  # fmt: skip
+
+
+DOMAINS = ('prose', 'code')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Config:
         )
     )
     bpe_size: int = 512
-    bpe_domains: tuple[str, ...] = ('prose',)
+    bpe_domains: tuple[str, ...] = DOMAINS
     probabilities: tuple[float, ...] = (0.1, 0.2, 0.5)
     valid_bytes: int = 60_000
     probe_steps: int = 300
@@ -99,7 +102,6 @@ class Config:
             raise ValueError('--model: expected a tied one; its tables are set by the experiment')
 
 
-DOMAINS = ('prose', 'code')
 RESUMES = True
 SCALES = {
     'demo': Config(),
@@ -107,6 +109,7 @@ SCALES = {
         model=_model(16, 1, 2, 16, 32),
         train=TrainConfig(3, 4, 32, checkpoint_every=3),
         bpe_size=260,
+        bpe_domains=('prose',),
         probabilities=(0.2,),
         valid_bytes=3_000,
         probe_steps=3,
@@ -125,7 +128,6 @@ SCALES = {
         model=_model(512, 8, 8, 2048, 512, dtype='bfloat16'),
         train=TrainConfig(3000, 64, 512, OptimizerConfig(learning_rate=1e-3), checkpoint_every=500),
         bpe_size=8192,
-        bpe_domains=DOMAINS,
         valid_bytes=1_000_000,
         probe_steps=1000,
         ciphers=512,
@@ -137,7 +139,6 @@ SCALES = {
         model=_model(1024, 12, 8, 2816, 512, dtype='bfloat16'),
         train=TrainConfig(250_000, 128, 512, OptimizerConfig('adafactor'), checkpoint_every=1000),
         bpe_size=32_000,
-        bpe_domains=DOMAINS,
         valid_bytes=10_000_000,
         probe_steps=10_000,
         ciphers=1000,

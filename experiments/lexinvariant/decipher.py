@@ -126,13 +126,16 @@ def recovered_keys(reading: Reading, context: int) -> list[dict[int, int]]:
     return keys
 
 
-def key_recovery(keys: Sequence[dict[int, int]], reading: Reading, context: int) -> float:
-    """Returns the share of the symbols in contexts whose meaning is recovered, mean over texts."""
+def key_recovery(
+    keys: Sequence[dict[int, int]], reading: Reading, context: int
+) -> tuple[float, float]:
+    """Returns two shares: of the symbols in contexts whose meaning is recovered, mean over texts;
+    and of the texts where that is every symbol."""
     shares = []
     for key, plain_L, cipher_L in zip(keys, reading.plain_NL, reading.cipher_NL):
         truth = dict(zip(cipher_L[:context].tolist(), plain_L[:context].tolist()))
         shares.append(np.mean([key[symbol] == truth[symbol] for symbol in truth]))
-    return float(np.mean(shares))
+    return float(np.mean(shares)), float(np.mean(np.equal(shares, 1)))
 
 
 def text_accuracy(keys: Sequence[dict[int, int]], reading: Reading, context: int) -> float:

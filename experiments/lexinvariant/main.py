@@ -84,10 +84,10 @@ def _ciphers(
 
 
 def _row(model: str, context: int, accuracy: float | None, keys, reading) -> dict[str, Any]:
+    recovered, whole = decipher.key_recovery(keys, reading, context)
     return {
         'model': model, 'context': context, 'accuracy': accuracy,
-        'text': decipher.text_accuracy(keys, reading, context),
-        'key': decipher.key_recovery(keys, reading, context),
+        'text': decipher.text_accuracy(keys, reading, context), 'key': recovered, 'whole': whole,
     }  # fmt: skip
 
 

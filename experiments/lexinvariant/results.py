@@ -85,7 +85,7 @@ def ciphers(config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
     columns = [
         Column('model', 'who reads'), Column('context', 'characters', '.0f'),
         Column('accuracy', 'positions read', '.3f'), Column('text', 'text by the key', '.3f'),
-        Column('key', 'key recovered', '.3f'),
+        Column('key', 'key recovered', '.3f'), Column('whole', 'whole keys', '.3f'),
     ]  # fmt: skip
     last = {row['model']: row['key'] for row in rows}  # after the longest context
     report.table(rows, columns, f'{config.ciphers} substitution ciphers of 128 symbols', [
@@ -95,13 +95,15 @@ def ciphers(config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
         ),
         f'paper: {PAPER["key"]:.1%} of the key (150M parameters, 512 characters)',
         'positions read: in the second half of the context. key recovered: share of the symbols '
-        'that occur. The classical attack climbs on bigrams of the training text, best of '
+        'that occur; whole keys: share of texts where that is all of them. The classical attack '
+        'climbs on bigrams of the training text, best of '
         f'{config.climbs} climbs.',
     ])  # fmt: skip
     metrics: dict[str, float] = {}
     for row in rows:
         for metric, name in (
             ('decipher_accuracy', 'accuracy'), ('key_recovery', 'key'), ('text_accuracy', 'text'),
+            ('whole_keys', 'whole'),
         ):  # fmt: skip
             if row[name] is not None:
                 metrics[report.key(metric, row['model'], context=row['context'])] = row[name]

@@ -56,7 +56,8 @@ def test_a_symbols_positions_vote_on_its_meaning():
     reading = decipher.Reading(plain, cipher, np.log(p))
     assert decipher.recovered_keys(reading, 4) == [{2: 0, 0: 1}]
     assert decipher.recovered_keys(reading, 1) == [{2: 1}]
-    assert decipher.key_recovery([{2: 0, 0: 2}], reading, 4) == 0.5
+    assert decipher.key_recovery([{2: 0, 0: 2}], reading, 4) == (0.5, 0)
+    assert decipher.key_recovery([{2: 0, 0: 1}], reading, 4) == (1, 1)
     assert decipher.text_accuracy([{2: 0, 0: 2}], reading, 3) == pytest.approx(2 / 3)
     assert decipher.accuracy(reading, 4) == 0.5  # positions 2 and 3 of 4
 
@@ -72,9 +73,9 @@ def test_the_classical_attack_solves_a_long_cipher_and_not_a_short_one():
     cipher = decipher.encipher(plain.astype(np.int32), 12, seed=3)
     reading = decipher.Reading(plain, cipher, np.zeros((1, 1, 12)))
     solved = classical.attack(cipher[0], single, bigram, 8, seed=0)
-    assert decipher.key_recovery([solved], reading, 2000) == 1
+    assert decipher.key_recovery([solved], reading, 2000) == (1, 1)
     few = classical.attack(cipher[0, :5], single, bigram, 8, seed=0)
-    assert decipher.key_recovery([few], reading, 5) < 1
+    assert decipher.key_recovery([few], reading, 5)[0] < 1
 
 
 def test_tasks_can_be_answered_from_their_text_alone():
