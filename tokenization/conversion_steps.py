@@ -26,7 +26,7 @@ _IDEOGRAPHS = (
 
 def kind_of(source: Source) -> Kind:
     """Returns how a vocabulary spells bytes; raises ValueError if that cannot be told."""
-    names = {step['type'] for step in source.pre_tokenizers} | set(source.decoders)
+    names = {step['type'] for step in source.pre_tokenizers}
     spaces = 'Metaspace' in names or any(is_space_rule(step) for step in source.normalizers)
     if source.model == 'WordPiece':
         return 'words'
