@@ -61,6 +61,8 @@ def lossless(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[dict]
         split += added
         prefix = before or prefix
     if kind == 'words':
+        if [step['type'] for step in source.pre_tokenizers] != ['BertPreTokenizer']:
+            repairs.append('text is split into words as BERT does, not as the original does')
         blank = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
         kept, split, prefix = [blank], _bert_split(), 'unless'
         repairs.append(

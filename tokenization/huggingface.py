@@ -138,7 +138,7 @@ class HuggingFaceTokenizer:
     def save(self, path: epath.PathLike) -> None:
         """Writes the folder `path`: the `tokenizer.json` as it was read, and the roles."""
         with atomic.new_folder(path) as folder:
-            (folder / _SOURCE).write_text(self.source)
+            (folder / _SOURCE).write_bytes(self.source.encode())
             write_kind(folder, 'huggingface', vocab_size=self.vocab_size, special=self.special)
 
     @classmethod
