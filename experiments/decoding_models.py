@@ -12,6 +12,7 @@ import tokenization
 from decoding.drafter import Drafter, Model
 from decoding.sample import Sampler
 from lm import bundle, mesh
+from tokenization.huggingface import HuggingFaceTokenizer
 from tokenization.tokenizer import Tokenizer
 
 
@@ -32,13 +33,16 @@ class Loaded(NamedTuple):
         return start + self.tokenizer.encode(text).tolist()
 
     def token_bytes(self) -> list[bytes]:
-        """Returns what each id of the model writes; BOS writes nothing.
+        """Returns what each id of the model writes; BOS and special tokens write nothing.
 
         Raises:
           ValueError: an id of the tokenizer does not stand for fixed bytes by itself.
         """
         known = self.tokenizer.vocab_size
-        written = [self.tokenizer.token_bytes(i) for i in range(known)]
+        if isinstance(self.tokenizer, HuggingFaceTokenizer):
+            written = list(self.tokenizer.tokens)  # special ones write nothing
+        else:
+            written = [self.tokenizer.token_bytes(i) for i in range(known)]
         return written + [b''] * (self.model.config.vocab_size - known)
 
 

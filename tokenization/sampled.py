@@ -65,7 +65,6 @@ class SampledTokenizer:
 
     @functools.cached_property
     def _converted(self) -> Converted:
-        size = len(self.tokens)
         letters = spelling.to_letters(b''.join(self.tokens))
         ends = np.cumsum([len(token) for token in self.tokens]).tolist()
         pieces = [letters[start:end] for start, end in zip([0, *ends], ends)]
@@ -75,9 +74,18 @@ class SampledTokenizer:
         id_of = {token: i for i, token in enumerate(self.tokens) if len(token) == 1}
         bytes_256 = np.array([id_of[bytes([byte])] for byte in range(256)], np.int32)
         return Converted(
-            'letters', engine, engine.model, {}, np.arange(size, dtype=np.int32), self.tokens,
-            bytes_256, 0, frozenset(), '', (),
-        )  # fmt: skip
+            kind='letters',
+            engine=engine,
+            model=engine.model,
+            whole={},
+            ids=np.arange(len(self.tokens), dtype=np.int32),
+            tokens=self.tokens,
+            bytes=bytes_256,
+            added=0,
+            known=frozenset(),
+            prefix='',
+            repairs=(),
+        )
 
     def __getstate__(self) -> dict[str, object]:
         return {'tokens': self.tokens, 'scores_V': self.scores_V}
