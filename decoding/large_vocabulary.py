@@ -41,7 +41,7 @@ class Table:
 
 
 class Found(NamedTuple):
-    """What a pass over the table keeps; logits are capped, and divided by temperatures that are not 0.
+    """What a pass over the table keeps; logits are capped, and divided by temperatures above 0.
 
     Attributes:
       logits_BK, tokens_BK: the k greatest, f32, and their ids, int32; of equal ones the lower id
@@ -187,7 +187,7 @@ def _logits(table: Table, spec: str, h_BD: jax.Array, rows, temperature_B: jax.A
 def _search_rows(
     table: Table, h_BD: jax.Array, temperature_B: jax.Array, first: jax.Array | int, k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns logits and ids of the k greatest (all, where they are fewer), and the block masses."""
+    """Returns logits and ids of the k greatest, all where they are fewer, and the block masses."""
     b, rows = h_BD.shape[0], table.rows_VD.shape[0]
     k = min(k, rows)
 
