@@ -16,13 +16,22 @@ from lm import cache as cache_lib
 from lm import tables, transformer
 from lm.config import Config
 from lm.params import Params
+from lm.weights_first import WeightsFirst
 
 
 def output_table(model: Model, chunk: int = large_vocabulary.CHUNK) -> Table:
-    """Returns the model's output rows; ids from BOS on are never drawn."""
-    config = model.config
+    """Returns the model's output rows; ids from BOS on are never drawn.
+
+    Raises:
+      ValueError: the model has no learned table.
+    """
+    config, learned = model.config, model.params['tables']
+    if not learned:
+        raise ValueError('model: it draws its tables per text, and has no table of rows to search')
     size = config.vocab_size if model.bos is None else model.bos
-    rows_VD = tables.output_table(model.params['tables'])
+    rows_VD = tables.output_table(learned)
+    if isinstance(rows_VD, WeightsFirst):  # `decoding.generate.ready`
+        rows_VD = rows_VD.w_OI
     return Table(rows_VD, size, config.logit_softcap, chunk)
 
 
@@ -56,6 +65,7 @@ def generate(
     limits = arguments.check(
         model, prompts, max_new_tokens, sampler, generate_lib.plain(), verify.target_only_walk, None
     )
+    model = generate_lib.ready(model)
     table = output_table(model) if table is None else table
     keys = arguments.row_keys(key, len(prompts))
     longest = max(map(len, prompts))

@@ -39,7 +39,8 @@ def project(table: Table, rank: int) -> Projection:
     products_DD = layers.einsum('vd,ve->de', rows_VD, rows_VD, jnp.float32)
     basis_DR = jnp.linalg.eigh(products_DD)[1][:, -rank:].astype(table.rows_VD.dtype)
     rows_VR = layers.einsum('vd,dr->vr', table.rows_VD, basis_DR)
-    return Projection(basis_DR, Table(rows_VR, table.size, None, table.chunk))
+    chunk = table.chunk * (d // rank)  # about as many bytes at a time
+    return Projection(basis_DR, Table(rows_VR, table.size, None, chunk))
 
 
 def search(

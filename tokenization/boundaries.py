@@ -5,8 +5,9 @@ arXiv:2411.18553). A rule looks at the bytes of the two neighbours alone, not at
 them, so that a pair is allowed everywhere or nowhere.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal, get_args
 
 from tokenizers import Regex, pre_tokenizers
@@ -21,10 +22,9 @@ _MARKS = frozenset('.,!?;:()-"\'\\/`$%&*+<=>@[]^_{|}~')
 _REMEMBERED = 1 << 18  # pairs, across batches
 
 
-def may_merge(
-    boundary: Boundary, tokens: Sequence[bytes] = (), pattern: str = GPT2_PATTERN
-) -> MayMerge:
-    """Returns the rule: `rule(left, right)` says whether two neighbours may become one unit.
+@dataclasses.dataclass(frozen=True)
+class BoundaryRule:
+    """`rule(left, right)` says whether two neighbours, given by their bytes, may become one unit.
 
     Under every rule, a blank (ASCII white space) may only be the first byte of the union, unless
     the union is all blanks; two line feeds stay two. Then
@@ -38,30 +38,37 @@ def may_merge(
     A union that is not UTF-8, such as half a character, is allowed where its text would be
     looked at. Make a rule once and keep it: it remembers its answers.
 
-    Args:
+    Attributes:
       boundary: the rule's name.
       tokens: bytes of each source token; `word_hyphen` needs to know which are punctuation: those
         with a mark and no digit. Units that merging made are not.
       pattern: the regular expression that splits text into pretokens, for `pretokens`.
-
-    Raises:
-      ValueError: no such rule, or `word_hyphen` without tokens.
     """
-    if boundary not in get_args(Boundary):
-        raise ValueError(f'boundary {boundary!r}: expected {", ".join(get_args(Boundary))}')
-    rules: dict[str, Callable[[bytes, bytes, str], bool]] = {
-        'word': lambda left, right, text: len(text.split()) == 1,
-        'sentence': lambda left, right, text: True,
-    }
-    if boundary == 'word_hyphen':
-        rules['word_hyphen'] = _hyphen_rule(tokens)
-    if boundary == 'pretokens':
-        split = pre_tokenizers.Split(Regex(pattern), 'isolated').pre_tokenize_str
-        rules['pretokens'] = lambda left, right, text: len(split(text)) == 1
-    rule = rules[boundary]
 
-    @functools.lru_cache(_REMEMBERED)
-    def allowed(left: bytes, right: bytes) -> bool:
+    boundary: Boundary
+    tokens: tuple[bytes, ...] = ()
+    pattern: str = GPT2_PATTERN
+
+    def __post_init__(self) -> None:
+        if self.boundary not in get_args(Boundary):
+            known = ', '.join(get_args(Boundary))
+            raise ValueError(f'boundary {self.boundary!r}: expected {known}')
+        if self.boundary == 'word_hyphen' and not self.tokens:
+            raise ValueError('boundary word_hyphen: give the bytes of the source tokens')
+
+    def __call__(self, left: bytes, right: bytes) -> bool:
+        """Returns whether the two may become one."""
+        return self._answers(left, right)
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields alone: what is remembered stays behind when a worker gets a copy."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @functools.cached_property
+    def _answers(self) -> MayMerge:
+        return functools.lru_cache(_REMEMBERED)(self._decide)
+
+    def _decide(self, left: bytes, right: bytes) -> bool:
         union = left + right
         if not _BLANKS.isdisjoint(union[1:]) and (
             union == b'\n\n' or not _BLANKS.issuperset(union)
@@ -71,21 +78,24 @@ def may_merge(
             text = union.decode()
         except UnicodeDecodeError:
             return True
-        return rule(left, right, text)
+        if self.boundary == 'sentence':
+            return True
+        if self.boundary == 'pretokens':
+            return len(self._splitter.pre_tokenize_str(text)) == 1
+        return len(text.split()) == 1 and not self._joins_punctuation(left, right)
 
-    return allowed
+    def _joins_punctuation(self, left: bytes, right: bytes) -> bool:
+        if self.boundary != 'word_hyphen' or right == b'-':
+            return False
+        return right in self._punctuation and left not in self._punctuation
 
+    @functools.cached_property
+    def _splitter(self) -> pre_tokenizers.PreTokenizer:
+        return pre_tokenizers.Split(Regex(self.pattern), 'isolated')
 
-def _hyphen_rule(tokens: Sequence[bytes]) -> Callable[[bytes, bytes, str], bool]:
-    if not len(tokens):
-        raise ValueError('boundary word_hyphen: give the bytes of the source tokens')
-    punctuation = {token for token in tokens if _is_punctuation(token)}
-
-    def rule(left: bytes, right: bytes, text: str) -> bool:
-        joins = left not in punctuation and right in punctuation
-        return len(text.split()) == 1 and (not joins or right == b'-')
-
-    return rule
+    @functools.cached_property
+    def _punctuation(self) -> frozenset[bytes]:
+        return frozenset(token for token in self.tokens if _is_punctuation(token))
 
 
 def _is_punctuation(token: bytes) -> bool:

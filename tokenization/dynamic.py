@@ -5,7 +5,7 @@ arXiv:2411.18553). Documents are source tokens; neighbours that are frequent in 
 one unit, again and again. A unit is the tuple of source ids that it stands for, so it has bytes,
 and a row from any hypernetwork that reads source ids:
 
-    merged = merge(documents, tokens, 1000, may_merge('word', tokens))
+    merged = merge(documents, tokens, 1000, BoundaryRule('word', tokens))
     batch = pad(merged, length=512, units=4096, pieces=7)
     x_BLD = rows(batch.pieces_UP)['input_VD'][batch.index_BL]
 """
@@ -64,7 +64,7 @@ def merge(
       documents: source ids, int `[T]` each. Negative ones are padding, and left out.
       tokens: bytes of each source id; an id with none is special, and never merged.
       merges: how many at most; None goes on to the end.
-      allowed: the rule, from `boundaries.may_merge`.
+      allowed: the rule, from `boundaries.BoundaryRule`.
       max_pieces: source ids in a unit at most, so that none is too long for the hypernetwork.
 
     Raises:

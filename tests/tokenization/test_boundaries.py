@@ -1,8 +1,10 @@
 """Which neighbours may merge, rule by rule."""
 
+import pickle
+
 import pytest
 
-from tokenization.boundaries import may_merge
+from tokenization.boundaries import BoundaryRule
 
 TOKENS = [bytes([byte]) for byte in range(256)] + [b'the', b' cat', b'...', b'3.', b'\xe2\x82']
 
@@ -35,18 +37,20 @@ CASES = [
 
 @pytest.mark.parametrize('boundary', sorted(ALL))
 def test_rules(boundary):
-    rule = may_merge(boundary, TOKENS)
+    rule = BoundaryRule(boundary, tuple(TOKENS))
     for left, right, rules in CASES:
         assert rule(left, right) == (boundary in rules), (left, right)
+    copy = pickle.loads(pickle.dumps(rule))  # as a worker of a data pipeline gets it
+    assert copy == rule and copy(b'th', b'e') and not copy(b'a', b' ')
 
 
 def test_pretokens_follow_the_pattern():
-    rule = may_merge('pretokens', pattern=r'[a-z]+|-[a-z]+|[^a-z]')
+    rule = BoundaryRule('pretokens', pattern=r'[a-z]+|-[a-z]+|[^a-z]')
     assert rule(b'-', b'cat') and not rule(b'cat', b'-')
 
 
 def test_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="boundary 'line': expected pretokens, word"):
-        may_merge('line')
+        BoundaryRule('line')
     with pytest.raises(ValueError, match='word_hyphen: give the bytes'):
-        may_merge('word_hyphen')
+        BoundaryRule('word_hyphen')

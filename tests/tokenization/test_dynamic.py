@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenization import dynamic
-from tokenization.boundaries import may_merge
+from tokenization.boundaries import BoundaryRule
 from tokenization.pair_merging import PairMerger
 
 # Two ids spell the same, and the last is special.
 TOKENS = [b'a', b'b', b' ', b' a', b'.', b'-', b'\n', b'\xe2', b'\x82\xac', b'a', b'']
 SPECIAL = len(TOKENS) - 1
-RULES = [may_merge(b, TOKENS) for b in ('pretokens', 'word', 'word_hyphen', 'sentence')]
+RULES = [BoundaryRule(b, tuple(TOKENS)) for b in ('pretokens', 'word', 'word_hyphen', 'sentence')]
 
 document = st.lists(st.sampled_from([*range(len(TOKENS)), 0, 0, 1]), max_size=25)
 documents = st.lists(document.map(lambda d: np.asarray(d, np.int32)), max_size=5)
