@@ -6,6 +6,7 @@ is exact: nothing is searched for by an index. `project` makes one, for those wh
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -99,8 +100,8 @@ def search(table: Table, h_BD: jax.Array, k: int, temperature: jax.Array | float
         local = dataclasses.replace(table, rows_VD=rows_VD)
         return _search_rows(local, h_BD, temperature_B, first, k)
 
-    out = _over_rows(table, on_device, PartitionSpec(None, mesh_lib.AXES), h_BD, temperature_B)
-    logits, tokens, log_mass_BG = out
+    gather = functools.partial(jax.lax.all_gather, axis_name=mesh_lib.AXES, axis=1, tiled=True)
+    logits, tokens, log_mass_BG = _over_rows(table, on_device, gather, h_BD, temperature_B)
     logits_BK, best = jax.lax.top_k(logits, k)
     tokens_BK = jnp.take_along_axis(tokens, best, axis=1)
     blocks = -(-table.size // BLOCK)
@@ -126,15 +127,16 @@ def draw(
     block_B = jnp.argmax(found.log_mass_BG + noise[:, :blocks], axis=1)
     tokens_BX = block_B[:, None] * BLOCK + jnp.arange(within)
 
-    def on_device(rows_VD, h_BD, tokens_BX, first):
+    def on_device(rows_VD, h_BD, tokens_BX, temperature_B, first):
         local_BX = tokens_BX - first
         here = (local_BX >= 0) & (local_BX < rows_VD.shape[0])
         rows_BXD = rows_VD.at[local_BX].get(mode='clip')
-        logits_BX = _logits(table, 'bd,bxd->bx', h_BD, rows_BXD, found.temperature_B)
-        return jnp.where(here, logits_BX, 0)[None]
+        logits_BX = _logits(table, 'bd,bxd->bx', h_BD, rows_BXD, temperature_B)
+        return jnp.where(here, logits_BX, 0)
 
     # a block lies on one device: the others add zeros
-    logits_BX = _over_rows(table, on_device, _ROWS, h_BD, tokens_BX).sum(0)
+    add = functools.partial(jax.lax.psum, axis_name=mesh_lib.AXES)
+    logits_BX = _over_rows(table, on_device, add, h_BD, tokens_BX, found.temperature_B)
     logits_BX = jnp.where(tokens_BX < table.size, logits_BX, -jnp.inf)
     within_B = jnp.argmax(logits_BX + noise[:, blocks:], axis=1)
     drawn_B = (block_B * BLOCK + within_B).astype(jnp.int32)
@@ -152,10 +154,12 @@ def draw_among(found: Found, key_B: jax.Array, position_B: jax.Array) -> jax.Arr
     return jnp.take_along_axis(found.tokens_BK, best_B[:, None], axis=1)[:, 0]
 
 
-def _over_rows(table: Table, function: Callable[..., Any], out: PartitionSpec, *operands) -> Any:
+def _over_rows(
+    table: Table, function: Callable[..., Any], join: Callable[..., Any], *operands: Any
+) -> Any:
     """Returns `function(rows_VD, *operands, first)`, run by each device on its rows from `first`.
 
-    Results are joined along the axis that `out` divides.
+    `join` makes one result of the devices'; without a mesh there is one already.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -169,13 +173,12 @@ def _over_rows(table: Table, function: Callable[..., Any], out: PartitionSpec, *
 
     def on_device(rows_VD, *operands):
         first = jax.lax.axis_index(mesh_lib.AXES) * rows_VD.shape[0]
-        return function(rows_VD, *operands, first)
+        return join(function(rows_VD, *operands, first))
 
-    whole = (PartitionSpec(),) * len(operands)
-    # every device computes with all of h: it is small beside the table
-    return jax.shard_map(on_device, in_specs=(_ROWS, *whole), out_specs=out, check_vma=False)(
-        table.rows_VD, *operands
-    )
+    # every device computes with all of h, which is small beside the table
+    specs = (_ROWS, *(PartitionSpec() for _ in operands))
+    mapped = jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    return mapped(table.rows_VD, *operands)
 
 
 def _logits(table: Table, spec: str, h_BD: jax.Array, rows, temperature_B: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ again (Feher et al., 2024, arXiv:2411.18553, section on decoders).
 
 import dataclasses
 import functools
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent import futures
@@ -75,10 +76,11 @@ class StringTable(OneByOne):
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the folder `path`: the strings one after the other, and their sizes as uint32."""
+        flat, sizes = self.strings.flat.tobytes(), self.strings.sizes.astype('<u4').tobytes()
         with atomic.new_folder(path) as folder:
-            write_kind(folder, _KIND, vocab_size=self.vocab_size)
-            (folder / _BYTES).write_bytes(self.strings.flat.tobytes())
-            (folder / _SIZES).write_bytes(self.strings.sizes.astype('<u4').tobytes())
+            write_kind(folder, _KIND, sha256=hashlib.sha256(sizes + flat).hexdigest())
+            (folder / _BYTES).write_bytes(flat)
+            (folder / _SIZES).write_bytes(sizes)
 
     @classmethod
     def load(cls, path: epath.PathLike) -> 'StringTable':
@@ -94,11 +96,13 @@ class StringTable(OneByOne):
             if not (folder / name).exists():
                 raise FileNotFoundError(f'{folder / name}: no such file; save the tokenizer again')
         flat, sizes = ((folder / name).read_bytes() for name in (_BYTES, _SIZES))
-        count = fields.get('vocab_size')
-        if len(sizes) % 4 or len(sizes) // 4 != count:
+        if hashlib.sha256(sizes + flat).hexdigest() != fields.get('sha256'):
             raise ValueError(
-                f'{folder / _SIZES}: {len(sizes)} bytes; expected 4 for each of {count}'
+                f'{path}: {_BYTES} and {_SIZES} are not what was saved here (SHA-256 differs); '
+                'save the tokenizer again'
             )
+        if len(sizes) % 4:
+            raise ValueError(f'{folder / _SIZES}: {len(sizes)} bytes; expected a multiple of 4')
         offsets = np.concatenate([[0], np.cumsum(np.frombuffer(sizes, '<u4'), dtype=np.int64)])
         if offsets[-1] != len(flat):
             raise ValueError(f'{folder / _BYTES}: {len(flat)} bytes; the sizes are {offsets[-1]}')

@@ -45,7 +45,7 @@ def run(request):
     return on_mesh
 
 
-@pytest.mark.parametrize('k', [1, 20, V])
+@pytest.mark.parametrize('k', [20, V])
 def test_exactly_the_greatest_of_dense_logits(run, k):
     found, log_normalizer_B = run(lambda t: (f := large.search(t, H, k), f.log_normalizer_B))
     logits_BK, tokens_BK = jax.lax.top_k(DENSE, k)  # of equal ones the lower id is first

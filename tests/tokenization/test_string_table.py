@@ -1,5 +1,8 @@
 """Longest match over any vocabulary, and vocabularies that are extended."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -44,9 +47,16 @@ def test_damaged_files_are_refused(tmp_path, name):
     TABLE.save(tmp_path / 'table')
     file = tmp_path / 'table' / name
     whole = file.read_bytes()
-    for damaged in (b'', whole[:-1], whole + b'1234', whole[4:]):
+    for damaged in (b'', whole[:-1], whole + b'1234', whole[8:]):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r'expected 4 for each|the sizes are|single byte'):
+        with pytest.raises(ValueError, match='SHA-256 differs'):
+            StringTable.load(tmp_path / 'table')
+        # written by somebody who knows how
+        folder = tmp_path / 'table'
+        content = (folder / 'sizes.bin').read_bytes() + (folder / 'strings.bin').read_bytes()
+        forged = {'kind': 'string_table', 'sha256': hashlib.sha256(content).hexdigest()}
+        (folder / 'tessera.json').write_text(json.dumps(forged))
+        with pytest.raises(ValueError, match=r'multiple of 4|the sizes are|single byte'):
             StringTable.load(tmp_path / 'table')
     file.unlink()
     with pytest.raises(FileNotFoundError, match=name):
