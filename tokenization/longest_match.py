@@ -10,6 +10,8 @@ import functools
 
 import numpy as np
 
+_MOST_NODES = 1 << 24  # a node and a byte make a key of 32 bits
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Strings:
@@ -78,7 +80,8 @@ class LongestMatch:
         """Returns the trie of the strings with the given ids, int `[strings to match]`.
 
         Raises:
-          ValueError: a string is empty or comes twice, or a single byte is missing.
+          ValueError: a string is empty or comes twice, a single byte is missing, or the trie is too
+            large.
         """
         from tokenization import trie_walk
 
@@ -90,6 +93,8 @@ class LongestMatch:
         edges = []
         for depth in range(int(size.max(initial=0))):
             at = at[size[at] > depth]
+            if nodes > _MOST_NODES:
+                raise ValueError(f'more than {_MOST_NODES} nodes: leave out the longest strings')
             key = (node[at] << np.uint32(8)) | strings.flat[start[at] + depth]
             keys, child = np.unique(key, return_inverse=True)
             edges.append(keys)

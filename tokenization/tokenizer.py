@@ -109,7 +109,15 @@ def read_kind(path: epath.PathLike) -> dict:
 
 def load(path: epath.PathLike) -> Tokenizer:
     """Returns the tokenizer saved in the folder `path`; never executes code from there."""
-    from tokenization import arithmetic_tokenizer, bpe, byte, characters, equal_info, huggingface
+    from tokenization import (
+        arithmetic_tokenizer,
+        bpe,
+        byte,
+        characters,
+        equal_info,
+        huggingface,
+        string_table,
+    )
 
     kind = read_kind(path)['kind']
     match kind:
@@ -125,7 +133,9 @@ def load(path: epath.PathLike) -> Tokenizer:
             return arithmetic_tokenizer.ArithmeticTokenizer.load(path)
         case 'huggingface':
             return huggingface.HuggingFaceTokenizer.load(path)
+        case 'string_table':
+            return string_table.StringTable.load(path)
     raise ValueError(
         f'{path}: unknown tokenizer kind {kind!r}; this version knows byte, bpe, characters, '
-        'equal_info, arithmetic and huggingface'
+        'equal_info, arithmetic, huggingface and string_table'
     )

@@ -20,11 +20,6 @@ from tokenization.equal_info import EqualInfoTokenizer
 from tokenization.longest_match import Strings
 from tokenization.tokenizer import Tokenizer
 
-# As cl100k_base splits: at most three digits together, one sign before a word.
-DIGITS_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r'|\s*[\r\n]|\s+(?!\S)|\s+'
-)
 _FOLDER = pathlib.Path(__file__).parent
 _FILES = {'gpt2': ('gpt2', 'r50k_base'), 'cl100k': ('cl100k', 'cl100k_base')}
 _WINDOW_BYTES, _NGRAM_ORDER = 256, 3
@@ -34,12 +29,12 @@ def build(config: Config, corpus: Corpus, out: epath.Path) -> dict[Target, Token
     """Returns the targets, from `out` where an earlier run saved them."""
     makers: dict[Target, Callable[[], Tokenizer]] = {
         'bpe_same': lambda: BPETokenizer.train(
-            _half(corpus.train), config.vocab_size, DIGITS_PATTERN
+            _half(corpus.train), config.vocab_size, bpe.CL100K_PATTERN
         ),
         'bpe_4x': lambda: BPETokenizer.train(corpus.train, 4 * config.vocab_size),
         'bpe_code': lambda: BPETokenizer.train(_code(corpus), config.vocab_size),
         'gpt2': lambda: _released(config, 'gpt2', bpe.GPT2_PATTERN),
-        'cl100k': lambda: _released(config, 'cl100k', DIGITS_PATTERN),
+        'cl100k': lambda: _released(config, 'cl100k', bpe.CL100K_PATTERN),
         'bytes': ByteTokenizer,
         'equal_info': lambda: distinct(_equal_info(corpus.train)),
     }
