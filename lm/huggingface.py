@@ -1,0 +1,225 @@
+"""Checkpoints of Hugging Face in and out: Llama, Mistral, Qwen and Gemma in safetensors.
+
+A folder holds config.json and model.safetensors, or several such files and an index. Loading reads
+JSON and arrays and executes nothing.
+"""
+
+import functools
+import json
+import math
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lm import atomic, huggingface_config, safetensors_files
+from lm import mesh as mesh_lib
+from lm import params as params_lib
+from lm.config import DTYPES, Config
+from lm.huggingface_families import FAMILIES, Family
+from lm.huggingface_places import Place, by_name, mismatches, places, text_tensors
+from lm.params import Params
+from lm.safetensors_files import Source, Tensor
+
+MOST_SHARD_BYTES = 5_000_000_000
+
+
+class SavesHuggingFace(Protocol):
+    """A tokenizer that has a Hugging Face form."""
+
+    def save_huggingface(self, path: epath.PathLike) -> None:
+        """Writes its files into the folder `path`."""
+        ...
+
+
+class Checkpoint(NamedTuple):
+    """A folder whose tensors are known to fit its config.
+
+    Attributes:
+      family, config: of the model.
+      tensors: name -> where it lies; names as the family has them.
+    """
+
+    family: Family
+    config: Config
+    tensors: dict[str, Tensor]
+
+
+def check(folder: epath.PathLike, dtype: str | None = None) -> Checkpoint:
+    """Returns what a folder holds, after reading no more than JSON and headers.
+
+    Args:
+      folder: local or on `gs://`.
+      dtype: of the parameters, 'float32' or 'bfloat16'; by default bfloat16 where all tensors are,
+        else float32, which holds every float16, too.
+
+    Raises:
+      FileNotFoundError: no such folder, or it has no config.json or no safetensors.
+      ValueError: names everything that is wrong: files that are missing or damaged; a family or a
+        setting that is not supported; tensors that are missing, left over, or of another shape or
+        dtype than config.json asks for.
+    """
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f'dtype: {dtype!r}; expected one of {", ".join(DTYPES)}')
+    root = atomic.absolute(folder)
+    described = safetensors_files.read_json(root / 'config.json')
+    multimodal = described.get('model_type') == huggingface_config.MULTIMODAL
+    problems: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    try:
+        tensors = text_tensors(safetensors_files.read_folder(root), multimodal)
+    except ValueError as error:
+        problems.append(str(error))
+    narrow = tensors and all(t.dtype == 'BF16' for t in tensors.values())
+    try:
+        family, config = huggingface_config.read(
+            described, dtype or ('bfloat16' if narrow else 'float32')
+        )
+    except ValueError as error:
+        problems.append(f'config.json: {error}')
+    else:
+        # not before it is known that there are so many: a name for each layer takes memory
+        if tensors and config.n_layers > len(tensors):
+            problems.append(f'{config.n_layers} layers, but only {len(tensors)} tensors')
+        elif tensors:
+            problems += mismatches(places(config, family), tensors)
+    if problems:
+        raise ValueError(f'{folder}: {"; ".join(problems)}')
+    return Checkpoint(family, config, tensors)
+
+
+def load(
+    folder: epath.PathLike, mesh: Mesh | None = None, dtype: str | None = None
+) -> tuple[Config, Params]:
+    """Returns the config and the parameters of a checkpoint, sharded over `mesh`.
+
+    Tensors go one by one from their file to their devices; beside the parameters, this process
+    holds one tensor at a time, or the part of it that its devices keep.
+
+    Args:
+      folder: local or on `gs://`.
+      mesh: default: all devices.
+      dtype: see `check`; values are rounded to the nearest where it is narrower than theirs.
+
+    Raises:
+      FileNotFoundError, ValueError: see `check`; before any tensor is loaded.
+    """
+    family, config, tensors = check(folder, dtype)
+    abstract = params_lib.abstract(config, mesh or mesh_lib.make())
+    leaves, wanted = by_name(abstract), places(config, family)
+    found: dict[str, jax.Array] = {}
+    for name in sorted(wanted, key=lambda name: (str(tensors[name].file), tensors[name].begin)):
+        place, leaf = wanted[name], leaves[wanted[name].leaf]
+        value = _to_devices(tensors[name], place, leaf)
+        if place.layer is not None:
+            stack = found.pop(place.leaf, None)
+            if stack is None:
+                stack = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+            value = _insert(stack, value, place.layer, order=place.order, sharding=leaf.sharding)
+        found[place.leaf] = jax.block_until_ready(value)  # one tensor at a time, on its way, too
+    return config, jax.tree.unflatten(jax.tree.structure(abstract), [found[x] for x in leaves])
+
+
+@functools.partial(jax.jit, static_argnames=('order', 'sharding'), donate_argnums=0)
+def _insert(stack, tensor, layer, *, order: tuple[int, ...], sharding: NamedSharding):
+    """Writes a tensor into its layer of the leaf, in place; the device transposes."""
+    stack = jax.lax.dynamic_update_index_in_dim(stack, tensor.transpose(order), layer, 0)
+    return jax.lax.with_sharding_constraint(stack, sharding)
+
+
+def _to_devices(tensor: Tensor, place: Place, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns a tensor with an axis for each letter, each sharded as it is in the leaf."""
+    assert isinstance(leaf.sharding, NamedSharding)
+    spec = [*leaf.sharding.spec, *[None] * (len(leaf.shape) - len(leaf.sharding.spec))]
+    of_letter = dict(zip(place.order, spec[-len(place.order) :]))
+    axes = PartitionSpec(*[of_letter[i] for i in range(len(of_letter))])
+    sharding = NamedSharding(leaf.sharding.mesh, axes)
+    shape = place.split_shape
+    parts = {
+        device: tuple(range(size)[s] for s, size in zip(index or (), shape))
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    }
+    buffers = {part: np.empty([len(axis) for axis in part], leaf.dtype) for part in parts.values()}
+    unit = math.prod(place.sizes[x] for x in place.groups[0][1:])
+    for row, rows in safetensors_files.blocks(tensor, unit):
+        _fill(buffers, row // unit, rows.reshape(-1, *shape[1:]))
+    arrays = [jax.device_put(buffers[part], device) for device, part in parts.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _fill(buffers: dict[tuple[range, ...], np.ndarray], start: int, rows: np.ndarray) -> None:
+    """Copies to each buffer its part of some rows, which begin at `start` of the first axis."""
+    for (mine, *others), buffer in buffers.items():
+        first, last = max(mine.start, start), min(mine.stop, start + len(rows))
+        if first < last:
+            inside = tuple(slice(axis.start, axis.stop) for axis in others)
+            part = rows[(slice(first - start, last - start), *inside)]
+            buffer[first - mine.start : last - mine.start] = part
+
+
+def save(
+    folder: epath.PathLike,
+    config: Config,
+    params: Params,
+    family: str | None = None,
+    *,
+    tokenizer: SavesHuggingFace | None = None,
+    ids: dict[str, int] | None = None,
+    most_shard_bytes: int = MOST_SHARD_BYTES,
+) -> str:
+    """Writes a checkpoint that `load` and transformers read, whole or not at all.
+
+    Args:
+      folder: an older checkpoint there is replaced.
+      config, params: the model; parameters keep their dtype.
+      family: `model_type` to write; by default the first that has models like this.
+      tokenizer: writes its own files into the folder.
+      ids: fields of config.json such as bos_token_id and eos_token_id.
+      most_shard_bytes: of tensors in one file.
+
+    Returns:
+      The family.
+
+    Raises:
+      ValueError: no family, or not this one, has models like this; or parameters are spread over
+        other processes.
+      FileExistsError: `folder` is there and is no checkpoint.
+      OSError: it could not be written; says why.
+    """
+    known = {candidate.model_type: candidate for candidate in FAMILIES}
+    if family is not None and family not in known:
+        raise ValueError(f'family: {family!r}; expected one of {", ".join(known)}')
+    chosen = huggingface_config.find(config) if family is None else known[family]
+    described = huggingface_config.write(config, chosen)
+    described |= {f'{name}_token_id': None for name in ('bos', 'eos', 'pad')} | (ids or {})
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params)):
+        raise ValueError('parameters are spread over several processes; export from one')
+    target = atomic.absolute(folder)
+    if target.exists() and not (target / 'config.json').exists():
+        raise FileExistsError(f'{folder}: exists and is no checkpoint (it has no config.json)')
+    leaves = by_name(params)
+    sources = {n: _source(leaves[p.leaf], p) for n, p in places(config, chosen).items()}
+    with atomic.new_folder(folder) as partial:
+        if tokenizer is not None:
+            tokenizer.save_huggingface(partial)
+        safetensors_files.write_folder(partial, sources, most_shard_bytes)
+        (partial / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
+    return chosen.model_type
+
+
+def _source(leaf: jax.Array, place: Place) -> Source:
+    order = tuple(int(i) for i in np.argsort(place.order))
+
+    def make() -> np.ndarray:
+        value = leaf if place.layer is None else _extract(leaf, place.layer, order=order)
+        return np.asarray(value).reshape(place.shape)
+
+    return Source(np.dtype(leaf.dtype), place.shape, make)
+
+
+@functools.partial(jax.jit, static_argnames='order')
+def _extract(stack, layer, *, order: tuple[int, ...]):
+    return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False).transpose(order)
