@@ -7,6 +7,8 @@ JSON and arrays and executes nothing.
 import functools
 import json
 import math
+import mmap
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import jax
@@ -126,7 +128,12 @@ def load(
 @functools.partial(jax.jit, static_argnames=('order', 'sharding'), donate_argnums=0)
 def _insert(stack, tensor, layer, *, order: tuple[int, ...], sharding: NamedSharding):
     """Writes a tensor into its layer of the leaf, in place; the device transposes."""
-    stack = jax.lax.dynamic_update_index_in_dim(stack, tensor.transpose(order), layer, 0)
+    # as bits: a CPU would go through all of a bfloat16 stack, and write it anew
+    bits = jnp.dtype(f'uint{8 * stack.dtype.itemsize}')
+    layer_bits = jax.lax.bitcast_convert_type(tensor, bits).transpose(order)
+    stack_bits = jax.lax.bitcast_convert_type(stack, bits)
+    stack_bits = jax.lax.dynamic_update_index_in_dim(stack_bits, layer_bits, layer, 0)
+    stack = jax.lax.bitcast_convert_type(stack_bits, stack.dtype)
     return jax.lax.with_sharding_constraint(stack, sharding)
 
 
@@ -142,12 +149,18 @@ def _to_devices(tensor: Tensor, place: Place, leaf: jax.ShapeDtypeStruct) -> jax
         device: tuple(range(size)[s] for s, size in zip(index or (), shape))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
-    buffers = {part: np.empty([len(axis) for axis in part], leaf.dtype) for part in parts.values()}
+    buffers = {part: _empty([len(axis) for axis in part], leaf.dtype) for part in parts.values()}
     unit = math.prod(place.sizes[x] for x in place.groups[0][1:])
     for row, rows in safetensors_files.blocks(tensor, unit):
         _fill(buffers, row // unit, rows.reshape(-1, *shape[1:]))
     arrays = [jax.device_put(buffers[part], device) for device, part in parts.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Returns an array that goes back to the system when it is dropped; malloc would keep some."""
+    size = math.prod(shape) * dtype.itemsize
+    return np.frombuffer(mmap.mmap(-1, max(size, 1)), dtype, math.prod(shape)).reshape(shape)
 
 
 def _fill(buffers: dict[tuple[range, ...], np.ndarray], start: int, rows: np.ndarray) -> None:

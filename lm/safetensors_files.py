@@ -20,7 +20,7 @@ from etils import epath
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 MOST_JSON = 100_000_000  # bytes; the format's own bound of a header
-BLOCK = 1 << 24  # bytes read at once
+BLOCK = 1 << 23  # bytes read at once
 
 DTYPES = {
     'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(jnp.bfloat16),
@@ -197,20 +197,22 @@ def _is_size(value: Any) -> bool:
 def blocks(tensor: Tensor, unit: int = 1) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (first row, rows), in order: multiples of `unit` rows in about `BLOCK` bytes.
 
+    The rows are overwritten by the next.
+
     Raises:
       ValueError: the file ends too soon: it has changed since its header was read.
     """
     dtype = DTYPES[tensor.dtype]
     rows, *rest = tensor.shape or (1,)
     step = unit * max(1, BLOCK // max(1, unit * math.prod(rest) * dtype.itemsize))
+    block = np.empty((min(step, rows), *rest), dtype)
     with tensor.file.open('rb') as reader:
         reader.seek(tensor.begin)
         for start in range(0, rows, step):
-            shape = (min(step, rows - start), *rest)
-            data = reader.read(math.prod(shape) * dtype.itemsize)
-            if len(data) < math.prod(shape) * dtype.itemsize:
+            part = block[: rows - start]
+            if reader.readinto(part.reshape(-1).view(np.uint8)) < part.nbytes:
                 raise ValueError(f'{tensor.file}: ends too soon: it changed while it was read')
-            yield start, np.frombuffer(data, dtype).reshape(shape)
+            yield start, part
 
 
 def write_file(file: epath.Path, sources: Mapping[str, Source]) -> None:
