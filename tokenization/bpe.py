@@ -22,6 +22,7 @@ from etils import epath
 from tokenizers import models, pre_tokenizers, trainers
 
 from lm import atomic
+from tokenization import spelling
 from tokenization.tokenizer import OneByOne, check_ids, read_kind, write_kind
 
 # The split of GPT-2: contractions, words and numbers with the space before them, signs, blanks.
@@ -34,8 +35,6 @@ _RANKS = 'ranks.tiktoken'
 # many characters.
 _BLOCK = 1 << 16
 _ONE_CLASS = re.compile(r'\s+|\w+|[^\w\s]+')
-# `surrogateescape` maps each byte that is not UTF-8 to one of these.
-_NOT_UTF8 = re.compile('[\udc80-\udcff]+')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +83,14 @@ class BPETokenizer(OneByOne):
             special_tokens=[],
             show_progress=False,
         )
-        texts = (text for document in documents for text, valid in _stretches(document) if valid)
+        texts = (
+            text for document in documents for text, valid in spelling.stretches(document) if valid
+        )
         trained.train_from_iterator(texts, trainer)
         vocabulary = trained.get_vocab()
-        spelling = _byte_of_letter()
+        letters = spelling.byte_of_letter()
         words = sorted(vocabulary, key=lambda word: vocabulary[word])
-        return cls(tuple(bytes(spelling[letter] for letter in word) for word in words), pattern)
+        return cls(tuple(bytes(letters[letter] for letter in word) for word in words), pattern)
 
     @classmethod
     def from_tiktoken_file(cls, path: epath.PathLike, pattern: str) -> 'BPETokenizer':
@@ -120,7 +121,7 @@ class BPETokenizer(OneByOne):
           ValueError: the pattern passes over some of the text, which would be lost.
         """
         ids: list[int] = []
-        for text, valid in _stretches(data):
+        for text, valid in spelling.stretches(data):
             if valid:
                 for piece in _without_long_runs(text):
                     ids += self._encoding.encode_ordinary(piece)
@@ -130,6 +131,10 @@ class BPETokenizer(OneByOne):
         if self._lengths[ids_T].sum() != len(data):
             raise ValueError(f'the pattern {self.pattern!r} does not match every character')
         return ids_T
+
+    def encode_piece(self, data: bytes) -> list[int]:
+        """Returns the ids of `data` taken as one word: merged, but not split by the pattern."""
+        return self._encoding._encode_single_piece(data) if data else []
 
     def encode_batch(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Returns the ids of each document, encoded on all cores."""
@@ -192,23 +197,6 @@ class BPETokenizer(OneByOne):
         return f'BPETokenizer({self.vocab_size} tokens)'
 
 
-def _stretches(data: bytes) -> Iterator[tuple[str, bool]]:
-    """Yields text that is UTF-8 (True) and escaped bytes between that are not (False)."""
-    try:
-        whole = data.decode('utf-8')
-    except UnicodeDecodeError:
-        text, start = data.decode('utf-8', 'surrogateescape'), 0
-        for match in _NOT_UTF8.finditer(text):
-            if match.start() > start:
-                yield text[start : match.start()], True
-            yield match.group(), False
-            start = match.end()
-        if start < len(text):
-            yield text[start:], True
-    else:
-        yield whole, True
-
-
 def _without_long_runs(text: str) -> Iterator[str]:
     """Yields the text in pieces, cut after each block that is nothing but one long run."""
     start = 0
@@ -217,13 +205,6 @@ def _without_long_runs(text: str) -> Iterator[str]:
             yield text[start:end]
             start = end
     yield text[start:]
-
-
-def _byte_of_letter() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 as itself, the rest as U+0100 onwards."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
 def _parse_ranks(file: epath.Path) -> tuple[bytes, ...]:

@@ -19,6 +19,10 @@ class ByteTokenizer(OneByOne):
         """Returns the values of the bytes, int32 `[T]`."""
         return np.frombuffer(data, np.uint8).astype(np.int32)
 
+    def encode_piece(self, data: bytes) -> list[int]:
+        """Returns the values of the bytes."""
+        return list(data)
+
     def decode(self, ids: np.ndarray) -> bytes:
         """Returns the bytes of `ids`; raises ValueError, naming the id, for one out of range."""
         return check_ids(ids, 256).astype(np.uint8).tobytes()

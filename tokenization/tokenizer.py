@@ -109,7 +109,7 @@ def read_kind(path: epath.PathLike) -> dict:
 
 def load(path: epath.PathLike) -> Tokenizer:
     """Returns the tokenizer saved in the folder `path`; never executes code from there."""
-    from tokenization import arithmetic_tokenizer, bpe, byte, characters, equal_info
+    from tokenization import arithmetic_tokenizer, bpe, byte, characters, equal_info, huggingface
 
     kind = read_kind(path)['kind']
     match kind:
@@ -123,7 +123,9 @@ def load(path: epath.PathLike) -> Tokenizer:
             return equal_info.EqualInfoTokenizer.load(path)
         case 'arithmetic':
             return arithmetic_tokenizer.ArithmeticTokenizer.load(path)
+        case 'huggingface':
+            return huggingface.HuggingFaceTokenizer.load(path)
     raise ValueError(
         f'{path}: unknown tokenizer kind {kind!r}; this version knows byte, bpe, characters, '
-        'equal_info and arithmetic'
+        'equal_info, arithmetic and huggingface'
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from experiments import corpora
-from tokenization import bpe
+from tokenization import bpe, spelling
 from tokenization.byte import ByteTokenizer
 
 VOCABULARY = 800
@@ -56,7 +56,7 @@ def test_decode_inverts_encode(tokenizer, data):
 
 def by_hugging_face(tokenizer: bpe.BPETokenizer) -> tokenizers.Tokenizer:
     """The same vocabulary as a `tokenizers` model, with the merges that its ranks mean."""
-    letters = {byte: letter for letter, byte in bpe._byte_of_letter().items()}
+    letters = {byte: letter for letter, byte in spelling.byte_of_letter().items()}
     spelled = [''.join(letters[byte] for byte in token) for token in tokenizer.tokens]
     rank = {word: i for i, word in enumerate(spelled)}
     merges = []

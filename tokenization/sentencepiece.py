@@ -1,0 +1,224 @@
+"""Reads SentencePiece's `tokenizer.model` and writes the same as a `tokenizer.json`.
+
+The file is a Protocol Buffers message, `ModelProto` of sentencepiece_model.proto. Only its wire
+format is needed: fields of a number and a type, which are numbers, 4 or 8 bytes, or a length and
+so many bytes. Numbers here are of proto2: every field may be missing.
+"""
+
+import base64
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_UNIGRAM, _BPE = 1, 2
+_KINDS = {3: 'WORD', 4: 'CHAR'}
+# Far beyond any trained piece (16 by default); every cut of a piece is tried as a merge.
+_LONGEST = 1024
+
+
+class _Piece(NamedTuple):
+    text: str
+    score: float
+    type: int
+
+
+def to_json(model: bytes, added: Mapping[str, int]) -> str:
+    """Returns the text of a `tokenizer.json` that segments as a `tokenizer.model` does.
+
+    Args:
+      model: the file's bytes.
+      added: spelling -> id of special tokens that a model's folder adds after it.
+
+    Raises:
+      ValueError: the bytes are damaged, hold no pieces, or are of a kind that is not BPE or
+        Unigram.
+    """
+    fields = _fields(model)
+    pieces = [_piece(number, data) for number, data in enumerate(_messages(fields, 1))]
+    trainer = _scalars(_messages(fields, 2))
+    rules = _scalars(_messages(fields, 3))
+    if not pieces:
+        raise ValueError('not a SentencePiece model: no pieces')
+    kind = trainer.get(3, _UNIGRAM)
+    if kind not in (_UNIGRAM, _BPE):
+        raise ValueError(
+            f'a SentencePiece model of type {_KINDS.get(kind, kind)}; expected BPE or UNIGRAM'
+        )
+    if trainer.get(24):
+        raise ValueError('treat_whitespace_as_suffix is set: only spaces before words are read')
+    seen: dict[str, int] = {}
+    for i, piece in enumerate(pieces):
+        if seen.setdefault(piece.text, i) != i:
+            raise ValueError(f'piece {i}: {piece.text!r} is there twice')
+    unknown = next((i for i, piece in enumerate(pieces) if piece.type == _UNKNOWN), None)
+    document = {
+        'version': '1.0',
+        'added_tokens': _added(pieces, kind, added),
+        'normalizer': {'type': 'Sequence', 'normalizers': _normalizers(rules)},
+        'pre_tokenizer': None,
+        'post_processor': _template(pieces, trainer),
+        'decoder': None,
+        'model': _bpe(pieces, unknown) if kind == _BPE else _unigram(pieces, unknown, trainer),
+    }
+    return json.dumps(document, ensure_ascii=False)
+
+
+def _piece(number: int, data: bytes) -> _Piece:
+    text, score, kind = '', 0.0, _NORMAL
+    for field, value in _fields(data):
+        match field, value:
+            case 1, bytes():
+                try:
+                    text = value.decode('utf-8')
+                except UnicodeDecodeError:
+                    raise ValueError(f'piece {number}: {value[:40]!r} is not UTF-8') from None
+            case 2, bytes() if len(value) == 4:
+                score = struct.unpack('<f', value)[0]
+            case 3, int():
+                kind = value
+    if not text or len(text) > _LONGEST or abs(score) > 3.4e38 or score != score:
+        raise ValueError(f'piece {number}: {text[:40]!r} with score {score}: a damaged model')
+    if not _NORMAL <= kind <= _BYTE:
+        raise ValueError(f'piece {number}: {text!r} is of type {kind}, expected 1 to 6')
+    return _Piece(text, score, kind)
+
+
+def _added(pieces: list[_Piece], kind: int, added: Mapping[str, int]) -> list[dict[str, Any]]:
+    # Before BPE, user-defined pieces are cut out; among Unigram's they have a good score.
+    types = (_UNKNOWN, _CONTROL, _UNUSED, *([_USER] if kind == _BPE else []))
+    tokens = {
+        piece.text: (i, piece.type != _USER)
+        for i, piece in enumerate(pieces)
+        if piece.type in types
+    }
+    for content, i in added.items():
+        if i >= len(pieces) + len(added):
+            raise ValueError(f'added token {content!r} has the id {i}: the model has {len(pieces)}')
+        if i >= len(pieces):
+            tokens.setdefault(content, (i, True))
+    return [
+        {'id': i, 'content': content, 'special': special, 'normalized': not special,
+         'single_word': False, 'lstrip': False, 'rstrip': False}
+        for content, (i, special) in tokens.items()
+    ]  # fmt: skip
+
+
+def _normalizers(rules: dict[int, Any]) -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = []
+    if charsmap := rules.get(2):
+        steps.append(
+            {'type': 'Precompiled', 'precompiled_charsmap': base64.b64encode(charsmap).decode()}
+        )
+    if rules.get(4, 1):  # remove_extra_whitespaces
+        steps.append({'type': 'Strip', 'strip_left': True, 'strip_right': True})
+        steps.append({'type': 'Replace', 'pattern': {'Regex': ' {2,}'}, 'content': ' '})
+    if rules.get(3, 1):  # add_dummy_prefix
+        steps.append({'type': 'Prepend', 'prepend': '▁'})
+    return [*steps, {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}]
+
+
+def _template(pieces: list[_Piece], trainer: dict[int, Any]) -> dict[str, Any]:
+    """A post-processor that says which tokens stand before and after a text."""
+    ids = {'bos': trainer.get(41, 1), 'eos': trainer.get(42, 2)}
+    names = {
+        role: pieces[i].text
+        for role, i in ids.items()
+        if 0 <= i < len(pieces) and pieces[i].type == _CONTROL
+    }
+    before, after = (
+        [{'SpecialToken': {'id': names[role], 'type_id': 0}}] if role in names else []
+        for role in ('bos', 'eos')
+    )
+    text = {'Sequence': {'id': 'A', 'type_id': 0}}
+    return {
+        'type': 'TemplateProcessing',
+        'single': [*before, text, *after],
+        'pair': [*before, text, *after, {'Sequence': {'id': 'B', 'type_id': 1}}],
+        'special_tokens': {
+            name: {'id': name, 'ids': [ids[role]], 'tokens': [name]} for role, name in names.items()
+        },
+    }
+
+
+def _unigram(pieces: list[_Piece], unknown: int | None, trainer: dict[int, Any]) -> dict[str, Any]:
+    # The library's bonus, so that user-defined pieces win: log-probabilities are below it.
+    scores = [-0.1 if piece.type == _USER else piece.score for piece in pieces]
+    return {
+        'type': 'Unigram',
+        'unk_id': unknown,
+        'vocab': [[piece.text, score] for piece, score in zip(pieces, scores)],
+        'byte_fallback': bool(trainer.get(35, 0)),
+    }
+
+
+def _bpe(pieces: list[_Piece], unknown: int | None) -> dict[str, Any]:
+    """SentencePiece merges what makes the best piece: each cut of a piece in two is a merge."""
+    ids = {piece.text: i for i, piece in enumerate(pieces) if piece.type in (_NORMAL, _USER)}
+    merges = []
+    for text, i in ids.items():
+        cuts = ((text[:k], text[k:]) for k in range(1, len(text)))
+        found = [(ids[a], ids[b], a, b) for a, b in cuts if a in ids and b in ids]
+        merges += [(-pieces[i].score, *cut) for cut in sorted(found)]
+    merges.sort(key=lambda merge: merge[0])  # stable
+    return {
+        'type': 'BPE', 'dropout': None, 'continuing_subword_prefix': None,
+        'end_of_word_suffix': None, 'fuse_unk': True,
+        'unk_token': None if unknown is None else pieces[unknown].text,
+        'byte_fallback': any(piece.type == _BYTE for piece in pieces), 'ignore_merges': False,
+        'vocab': {piece.text: i for i, piece in enumerate(pieces)},
+        'merges': [[a, b] for _, _, _, a, b in merges],
+    }  # fmt: skip
+
+
+def _messages(fields: list[tuple[int, int | bytes]], number: int) -> list[bytes]:
+    return [value for field, value in fields if field == number and isinstance(value, bytes)]
+
+
+def _scalars(messages: list[bytes]) -> dict[int, Any]:
+    """Returns the last value of each field; a negative number is what its 64 bits mean."""
+    values: dict[int, Any] = {}
+    for message in messages:
+        for field, value in _fields(message):
+            values[field] = value - (1 << 64) if isinstance(value, int) and value >> 63 else value
+    return values
+
+
+def _fields(data: bytes) -> list[tuple[int, int | bytes]]:
+    """Returns the fields of a message in order: numbers as such, everything else as bytes."""
+    return list(_read(data))
+
+
+def _read(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            size, at = _varint(data, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise ValueError(f'not a SentencePiece model: wire type {kind} at byte {at}')
+        if at + size > len(data):
+            raise ValueError(f'cut short: {size} bytes wanted at byte {at} of {len(data)}')
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            raise ValueError(f'cut short at byte {at}')
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at += 1
+        if byte < 128:
+            return value, at
+    raise ValueError(f'not a SentencePiece model: a number of too many bytes at byte {at}')
