@@ -12,6 +12,7 @@ import tokenization
 from decoding.drafter import Drafter, Model
 from decoding.sample import Sampler
 from lm import bundle, mesh
+from tokenization.huggingface import HuggingFaceTokenizer
 from tokenization.tokenizer import Tokenizer
 
 
@@ -32,14 +33,23 @@ class Loaded(NamedTuple):
         return start + self.tokenizer.encode(text).tolist()
 
     def token_bytes(self) -> list[bytes]:
-        """Returns what each id of the model writes; BOS writes nothing.
+        """Returns what each id of the model writes; BOS and other special tokens write nothing.
 
         Raises:
           ValueError: an id of the tokenizer does not stand for fixed bytes by itself.
         """
-        known = self.tokenizer.vocab_size
-        written = [self.tokenizer.token_bytes(i) for i in range(known)]
-        return written + [b''] * (self.model.config.vocab_size - known)
+        if isinstance(self.tokenizer, HuggingFaceTokenizer):
+            written = list(self.tokenizer.tokens)
+        else:
+            known = self.tokenizer.vocab_size
+            written = [self.tokenizer.token_bytes(i) for i in range(known)]
+        return written + [b''] * (self.model.config.vocab_size - len(written))
+
+    def ends(self) -> tuple[int, ...]:
+        """Returns the ids that end a text by themselves: EOS, where the tokenizer has one."""
+        if not isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return ()
+        return tuple(i for role, i in self.tokenizer.roles if role == 'eos')
 
 
 def load(path: epath.PathLike) -> Loaded:

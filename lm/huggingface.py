@@ -8,8 +8,8 @@ import functools
 import json
 import math
 import mmap
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,6 @@ from lm.params import Params
 from lm.safetensors_files import Source, Tensor
 
 MOST_SHARD_BYTES = 5_000_000_000
-
-
-class SavesHuggingFace(Protocol):
-    """A tokenizer that has a Hugging Face form."""
-
-    def save_huggingface(self, path: epath.PathLike) -> None:
-        """Writes its files into the folder `path`."""
-        ...
 
 
 class Checkpoint(NamedTuple):
@@ -179,8 +171,8 @@ def save(
     params: Params,
     family: str | None = None,
     *,
-    tokenizer: SavesHuggingFace | None = None,
-    ids: dict[str, int] | None = None,
+    ids: Mapping[str, int] | None = None,
+    files: Mapping[str, str] | None = None,
     most_shard_bytes: int = MOST_SHARD_BYTES,
 ) -> str:
     """Writes a checkpoint that `load` and transformers read, whole or not at all.
@@ -189,8 +181,8 @@ def save(
       folder: an older checkpoint there is replaced.
       config, params: the model; parameters keep their dtype.
       family: `model_type` to write; by default the first that has models like this.
-      tokenizer: writes its own files into the folder.
-      ids: fields of config.json such as bos_token_id and eos_token_id.
+      ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, as far as there are such.
+      files: names and texts of other files, a tokenizer's.
       most_shard_bytes: of tensors in one file.
 
     Returns:
@@ -207,20 +199,23 @@ def save(
         raise ValueError(f'family: {family!r}; expected one of {", ".join(known)}')
     chosen = huggingface_config.find(config) if family is None else known[family]
     described = huggingface_config.write(config, chosen)
-    described |= {f'{name}_token_id': None for name in ('bos', 'eos', 'pad')} | (ids or {})
+    described |= dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id')) | dict(ids or {})
     if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params)):
         raise ValueError('parameters are spread over several processes; export from one')
-    target = atomic.absolute(folder)
-    if target.exists() and not (target / 'config.json').exists():
-        raise FileExistsError(f'{folder}: exists and is no checkpoint (it has no config.json)')
+    check_replaceable(folder)
     leaves = by_name(params)
     sources = {n: _source(leaves[p.leaf], p) for n, p in places(config, chosen).items()}
     with atomic.new_folder(folder) as partial:
-        if tokenizer is not None:
-            tokenizer.save_huggingface(partial)
+        for name, text in (files or {}).items():
+            (partial / name).write_text(text)
         safetensors_files.write_folder(partial, sources, most_shard_bytes)
         (partial / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
     return chosen.model_type
+
+
+def check_replaceable(folder: epath.PathLike) -> None:
+    """Raises FileExistsError where `save` would: `folder` is there and is no checkpoint."""
+    atomic.check_replaceable(folder, 'checkpoint', 'model_type')
 
 
 def _source(leaf: jax.Array, place: Place) -> Source:

@@ -16,10 +16,8 @@ import pytest
 import safetensors.numpy
 
 from lm import cache as cache_lib
-from lm import (
-    config as config_lib,
-)
-from lm import huggingface, huggingface_config, huggingface_places, mesh, params, presets
+from lm import config as config_lib
+from lm import huggingface, huggingface_places, mesh, params, presets, safetensors_files
 from lm import transformer as transformer_lib
 from lm.huggingface_families import FAMILIES
 
@@ -154,19 +152,6 @@ def test_the_dtype_holds_every_tensor_exactly_or_is_the_one_asked_for(
     assert_equal(huggingface.load(tmp_path / 'export', one_device())[1], weights)
 
 
-@pytest.mark.parametrize('preset', presets.PRESETS, ids=lambda preset: preset.__name__)
-def test_presets_are_written_as_the_family_they_are_named_for(preset):
-    config = preset()
-    family = huggingface_config.find(config)
-    name = preset.__name__.rpartition('_')[0]
-    named = {'llama2': 'llama', 'llama3': 'llama', 'gemma3': 'gemma3_text'}.get(name, name)
-    if any(named == known.model_type for known in FAMILIES):
-        assert family.model_type == named
-    again = huggingface_config.read(huggingface_config.write(config, family), config.dtype)[1]
-    assert params.leaves(again) == params.leaves(config)
-    assert again.windowed_layers == config.windowed_layers
-
-
 @pytest.mark.parametrize('family', FAMILIES, ids=lambda family: family.model_type)
 def test_a_table_names_every_leaf_once(family):
     config = presets.tiny()
@@ -201,20 +186,23 @@ def test_what_a_family_cannot_have_is_not_exported(tmp_path, change, family, nam
     assert not (tmp_path / 'x').exists()
 
 
-def test_an_export_replaces_only_checkpoints_and_only_whole(tmp_path):
+def test_an_export_replaces_only_checkpoints_and_only_whole(tmp_path, monkeypatch):
     config, weights = loaded('llama2')
-    (tmp_path / 'notes').mkdir()
-    with pytest.raises(FileExistsError, match='no checkpoint'):
-        huggingface.save(tmp_path / 'notes', config, weights)
-    huggingface.save(tmp_path / 'x', config, weights)
+    (tmp_path / 'bundle').mkdir()
+    (tmp_path / 'bundle' / 'config.json').write_text('{"format": 1}')
+    with pytest.raises(FileExistsError, match='is no checkpoint'):
+        huggingface.save(tmp_path / 'bundle', config, weights)
+    huggingface.save(tmp_path / 'x', config, weights, files={'tokenizer.json': 'é'})
+    assert (tmp_path / 'x' / 'tokenizer.json').read_text() == 'é'
 
-    class Broken:
-        def save_huggingface(self, path):
-            raise OSError(28, 'No space left on device')
+    def full(*_):
+        raise OSError(28, 'No space left on device')
 
+    monkeypatch.setattr(safetensors_files, 'write_folder', full)
     with pytest.raises(OSError, match='No space left'):
-        huggingface.save(tmp_path / 'x', config, weights, tokenizer=Broken())
+        huggingface.save(tmp_path / 'x', config, weights)
     assert_equal(huggingface.load(tmp_path / 'x', one_device())[1], weights)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['bundle', 'x']
 
 
 def test_loading_holds_little_beside_the_parameters():
