@@ -60,11 +60,9 @@ def read(described: Mapping[str, Any], dtype: str) -> tuple[Family, Config]:
     if family.scalar:
         config['attention_scale'] = fields.number('query_pre_attn_scalar') ** -0.5
     for name in ('final_logit_softcapping', 'attn_logit_softcapping'):
-        if not fields.given(name):
-            continue
-        if name in family.softcaps:
-            config[family.softcaps[name]] = fields.number(name)
-        else:
+        if fields.given(name) and name in dict(family.softcaps):
+            config[dict(family.softcaps)[name]] = fields.number(name)
+        elif fields.given(name):
             fields.refuse(name, 'none, in this family')
     config |= _rope(fields, family)
     if not fields.problems:
@@ -227,7 +225,7 @@ def _described(config: Config, family: Family) -> dict[str, Any]:
         'architectures': [family.architecture],
         'model_type': family.model_type,
         **{name: getattr(config, field) for name, field in SIZES.items()},
-        **{name: getattr(config, field) for name, field in family.softcaps.items()},
+        **{name: getattr(config, field) for name, field in family.softcaps},
         family.activation: spelling[config.activation],
         'rms_norm_eps': config.norm_epsilon,
         'tie_word_embeddings': config.tied,

@@ -21,6 +21,7 @@ SIZES = {
     'head_dim': 'head_dim', 'intermediate_size': 'd_ff', 'max_position_embeddings': 'max_length',
 }  # fmt: skip
 
+# in every family; these have their leaves' own axes
 OUTER: Table = {
     'model.embed_tokens.weight': ('tables/input_VD', 'VD'),
     'model.norm.weight': ('body/final_norm_D', 'D'),
@@ -67,7 +68,7 @@ class Family(NamedTuple):
       lists_layers: whether `layer_types` is read.
       local_rope: whether windowed layers have frequencies of their own.
       scalar: whether `query_pre_attn_scalar` sets the attention's scale.
-      softcaps: config.json -> Config.
+      softcaps: fields of config.json, and of Config.
       divides: whether transformers refuses a width that is no multiple of the heads.
     """
 
@@ -81,7 +82,7 @@ class Family(NamedTuple):
     lists_layers: bool = False
     local_rope: bool = False
     scalar: bool = False
-    softcaps: dict[str, str] = {}  # noqa: RUF012
+    softcaps: tuple[tuple[str, str], ...] = ()
     divides: bool = False
 
 
@@ -136,10 +137,10 @@ FAMILIES = (
             'attn_logit_softcapping': 50.0,
         },
         windowed=lambda fields, n: [i % 2 == 0 for i in range(n)],
-        softcaps={
-            'final_logit_softcapping': 'logit_softcap',
-            'attn_logit_softcapping': 'attention_softcap',
-        },
+        softcaps=(
+            ('final_logit_softcapping', 'logit_softcap'),
+            ('attn_logit_softcapping', 'attention_softcap'),
+        ),
         **_GEMMA,
     ),
     Family(
@@ -153,7 +154,7 @@ FAMILIES = (
         windowed=lambda fields, n: [
             (i + 1) % fields['sliding_window_pattern'] != 0 for i in range(n)
         ],
-        softcaps={'final_logit_softcapping': 'logit_softcap'},
+        softcaps=(('final_logit_softcapping', 'logit_softcap'),),
         local_rope=True, **_GEMMA,
     ),
 )  # fmt: skip

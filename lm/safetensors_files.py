@@ -20,7 +20,7 @@ from etils import epath
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 MOST_JSON = 100_000_000  # bytes; the format's own bound of a header
-BLOCK = 1 << 23  # bytes read at once
+BLOCK = 1 << 22  # bytes read at once
 
 DTYPES = {
     'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(jnp.bfloat16),
@@ -31,7 +31,7 @@ _OTHER_BITS = {
     'I32': 32, 'U32': 32, 'I64': 64, 'U64': 64, 'F64': 64, 'C64': 64,
 }  # fmt: skip
 _BITS = _OTHER_BITS | {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()}
-_FORBIDDEN = re.compile(r'[/\\\0]|^\.*$')
+_FORBIDDEN = re.compile(r'[/\\\x00-\x1f]|^\.*$')
 
 
 class Tensor(NamedTuple):
@@ -100,6 +100,8 @@ def _object(data: bytes, name: str) -> dict[str, Any]:
 
 def read_folder(folder: epath.Path) -> dict[str, Tensor]:
     """Returns the tensors of a folder, by name.
+
+    Links are followed: a hub's cache is made of them. The index itself cannot leave the folder.
 
     Raises:
       FileNotFoundError: neither `model.safetensors` nor an index is there.
@@ -175,6 +177,8 @@ def read_header(file: epath.Path) -> dict[str, Tensor]:
 
 def _tensor(file: epath.Path, name: str, entry: Any) -> Tensor:
     damaged = f'{file}: damaged: header entry of {name[:200]!r}: '
+    if not name.isprintable():
+        raise ValueError(f'{damaged}expected a printable name')
     if not isinstance(entry, dict) or entry.keys() != {'dtype', 'shape', 'data_offsets'}:
         raise ValueError(f'{damaged}expected dtype, shape and data_offsets')
     dtype, shape, offsets = entry['dtype'], entry['shape'], entry['data_offsets']
@@ -197,22 +201,20 @@ def _is_size(value: Any) -> bool:
 def blocks(tensor: Tensor, unit: int = 1) -> Iterator[tuple[int, np.ndarray]]:
     """Yields (first row, rows), in order: multiples of `unit` rows in about `BLOCK` bytes.
 
-    The rows are overwritten by the next.
-
     Raises:
       ValueError: the file ends too soon: it has changed since its header was read.
     """
     dtype = DTYPES[tensor.dtype]
     rows, *rest = tensor.shape or (1,)
     step = unit * max(1, BLOCK // max(1, unit * math.prod(rest) * dtype.itemsize))
-    block = np.empty((min(step, rows), *rest), dtype)
     with tensor.file.open('rb') as reader:
         reader.seek(tensor.begin)
         for start in range(0, rows, step):
-            part = block[: rows - start]
-            if reader.readinto(part.reshape(-1).view(np.uint8)) < part.nbytes:
+            shape = (min(step, rows - start), *rest)
+            data = reader.read(math.prod(shape) * dtype.itemsize)
+            if len(data) < math.prod(shape) * dtype.itemsize:
                 raise ValueError(f'{tensor.file}: ends too soon: it changed while it was read')
-            yield start, part
+            yield start, np.frombuffer(data, dtype).reshape(shape)
 
 
 def write_file(file: epath.Path, sources: Mapping[str, Source]) -> None:

@@ -5,12 +5,11 @@
 Writes a Llama of several hundred MB in shards of about 64 MB to a temporary folder, loads it on
 DEVICES of the CPU, and compares the process's peak with its size before and with the parameters,
 which on a CPU lie in the same memory. `ratio` is what it took beside both, in largest shards.
+Linux only.
 """
 
 import json
-import os
 import pathlib
-import resource
 import sys
 import tempfile
 import time
@@ -41,15 +40,10 @@ def write(folder: pathlib.Path, config: Config) -> int:
     return max(file.stat().st_size for file in folder.iterdir())
 
 
-def resident() -> int:
-    """Returns the bytes that this process has in memory."""
-    pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
-    return pages * os.sysconf('SC_PAGE_SIZE')
-
-
-def peak() -> int:
-    """Returns the most bytes that this process has had in memory."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory(field: str) -> int:
+    """Returns the bytes that this process has in memory (VmRSS), or has had at most (VmHWM)."""
+    status = pathlib.Path('/proc/self/status').read_text()
+    return 1024 * int(status.partition(f'{field}:')[2].split()[0])
 
 
 def main(devices: str = '1', feed_forward: str = '4096') -> None:
@@ -63,11 +57,11 @@ def main(devices: str = '1', feed_forward: str = '4096') -> None:
         write(folder / 'small', Config(256, 8, 1, 1, 1, 8, 8, **dtypes))
         largest = write(folder / 'large', config)
         huggingface.load(folder / 'small')  # what JAX itself takes
-        before, begin = resident(), time.perf_counter()
+        before, begin = memory('VmRSS'), time.perf_counter()
         _, params = huggingface.load(folder / 'large')
         seconds = time.perf_counter() - begin
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    beside = peak() - before - size
+    beside = memory('VmHWM') - before - size
     figures = {
         'parameters_mb': size / 1e6, 'largest_shard_mb': largest / 1e6, 'beside_mb': beside / 1e6,
         'ratio': beside / largest, 'seconds': seconds,

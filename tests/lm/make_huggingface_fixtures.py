@@ -124,8 +124,8 @@ def random_model(config) -> transformers.PreTrainedModel:
     """Returns a model in which every parameter matters."""
     kinds = transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM
     kind = kinds[0] if isinstance(config, transformers.Gemma3Config) else kinds[1]
+    generator = torch.manual_seed(0)
     model = kind.from_config(config, attn_implementation='eager').float().eval()
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -205,6 +205,7 @@ def test_an_export_replaces_only_checkpoints_and_only_whole(tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ['bundle', 'x']
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 def test_loading_holds_little_beside_the_parameters():
     script = pathlib.Path(__file__).with_name('huggingface_memory.py')
     environment = {**os.environ, 'PYTHONPATH': os.getcwd(), 'JAX_PLATFORMS': 'cpu'}
