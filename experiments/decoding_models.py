@@ -33,17 +33,17 @@ class Loaded(NamedTuple):
         return start + self.tokenizer.encode(text).tolist()
 
     def token_bytes(self) -> list[bytes]:
-        """Returns what each id of the model writes; BOS and other special tokens write nothing.
+        """Returns what each id of the model writes; BOS and special tokens write nothing.
 
         Raises:
           ValueError: an id of the tokenizer does not stand for fixed bytes by itself.
         """
+        known = self.tokenizer.vocab_size
         if isinstance(self.tokenizer, HuggingFaceTokenizer):
-            written = list(self.tokenizer.tokens)
+            written = list(self.tokenizer.tokens)  # special ones write nothing
         else:
-            known = self.tokenizer.vocab_size
             written = [self.tokenizer.token_bytes(i) for i in range(known)]
-        return written + [b''] * (self.model.config.vocab_size - len(written))
+        return written + [b''] * (self.model.config.vocab_size - known)
 
     def ends(self) -> tuple[int, ...]:
         """Returns the ids that end a text by themselves: EOS, where the tokenizer has one."""

@@ -79,7 +79,7 @@ def training_batches(
     window = Window(max(1, _WINDOW_TOKENS // (batch_size * length)), len(dataset), seed)
     stream = dataset.repeat(num_epochs).to_iter_dataset(_read_options())
     if workers:
-        _allow_workers()
+        allow_workers()
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     packed = PackedBatches(stream, Packing(batch_size, length, bos, window))
     return grain.experimental.ThreadPrefetchIterDataset(packed, prefetch_buffer_size=_PREFETCH)
@@ -141,7 +141,7 @@ def _read_options() -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
-def _allow_workers() -> None:
+def allow_workers() -> None:
     """Lets grain start processes in a program that does not use absl's command line."""
     from absl import flags
 

@@ -85,7 +85,8 @@ def convert(source: Source) -> Converted:
     id_of |= {engine_ids[a.content]: a.id for a in extra}
     ids = np.full(engine.get_vocab_size() + 1, -1, np.int32)
     ids[np.array(list(id_of), np.int64)] = list(id_of.values())
-    known = frozenset(''.join([*source.pieces, *(a.content for a in extra)])) | {' '}
+    texts = [piece for piece, i in source.pieces.items() if i not in special]
+    known = frozenset(''.join([*texts, *(a.content for a in extra)])) | {' '}
     whole = {tokens[a.id]: a.id for a in extra}
     return Converted(
         kind, engine, engine.model, whole, ids, tuple(tokens), bytes_256, added, known - {SPACE},

@@ -26,7 +26,7 @@ _IDEOGRAPHS = (
 
 def kind_of(source: Source) -> Kind:
     """Returns how a vocabulary spells bytes; raises ValueError if that cannot be told."""
-    names = {step['type'] for step in source.pre_tokenizers} | set(source.decoders)
+    names = {step['type'] for step in source.pre_tokenizers}
     spaces = 'Metaspace' in names or any(is_space_rule(step) for step in source.normalizers)
     if source.model == 'WordPiece':
         return 'words'
@@ -61,6 +61,8 @@ def lossless(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[dict]
         split += added
         prefix = before or prefix
     if kind == 'words':
+        if [step['type'] for step in source.pre_tokenizers] != ['BertPreTokenizer']:
+            repairs.append('text is split into words as BERT does, not as the original does')
         blank = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
         kept, split, prefix = [blank], _bert_split(), 'unless'
         repairs.append(

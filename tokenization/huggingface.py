@@ -21,6 +21,7 @@ from tokenization import byte_engine, conversion, sentencepiece, special_tokens,
 from tokenization.tokenizer import check_ids, read_kind, write_kind
 
 _SOURCE = 'tokenizer.json'
+_PROBE = ' a  b\r\n\t1 23 ▁é 漢'.encode() + bytes(range(256))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +38,16 @@ class HuggingFaceTokenizer:
 
     source: str
     roles: tuple[tuple[str, int], ...]
+    parsed: dataclasses.InitVar[tokenizer_json.Source | None] = None  # of `source`, if at hand
 
-    def __post_init__(self):
-        size = self.vocab_size  # converts, so that what is wrong is found now
+    def __post_init__(self, parsed: tokenizer_json.Source | None) -> None:
+        if parsed is not None:
+            vars(self)['_converted'] = conversion.convert(parsed)
+        size = self.vocab_size  # converts
         for role, i in self.roles:
             if role not in special_tokens.ROLES or not 0 <= i < size:
                 raise ValueError(f'special token {role!r} has the id {i}: expected one of {size}')
+        self.encode(_PROBE)  # so that steps which change a text are found now
 
     @classmethod
     def from_json(
@@ -58,8 +63,9 @@ class HuggingFaceTokenizer:
         Raises:
           ValueError: the file is damaged, or of a kind that has no bytes; says which field.
         """
-        roles = special_tokens.roles(tokenizer_json.parse(source), names or {})
-        return cls(source, tuple(sorted(roles.items())))
+        parsed = tokenizer_json.parse(source)
+        roles = special_tokens.roles(parsed, names or {})
+        return cls(source, tuple(sorted(roles.items())), parsed)
 
     @property
     def special(self) -> dict[str, int]:
@@ -132,7 +138,7 @@ class HuggingFaceTokenizer:
     def save(self, path: epath.PathLike) -> None:
         """Writes the folder `path`: the `tokenizer.json` as it was read, and the roles."""
         with atomic.new_folder(path) as folder:
-            (folder / _SOURCE).write_text(self.source)
+            (folder / _SOURCE).write_bytes(self.source.encode())
             write_kind(folder, 'huggingface', vocab_size=self.vocab_size, special=self.special)
 
     @classmethod
@@ -186,16 +192,16 @@ def load_folder(path: epath.PathLike) -> HuggingFaceTokenizer:
     """
     folder = epath.Path(path)
     names = special_tokens.read_names(folder)
-    if (folder / _SOURCE).exists():
-        file = folder / _SOURCE
-        text = special_tokens.read_text(file)
-    elif (folder / 'tokenizer.model').exists():
-        file = folder / 'tokenizer.model'
-        text = sentencepiece.to_json(file.read_bytes(), special_tokens.read_added(folder))
-    elif (folder / 'vocab.json').exists():
-        return from_gpt2_files(folder / 'vocab.json', folder / 'merges.txt', names)
-    else:
+    found = [n for n in (_SOURCE, 'tokenizer.model', 'vocab.json') if (folder / n).exists()]
+    if not found:
         raise FileNotFoundError(f'{path}: no {_SOURCE}, tokenizer.model or vocab.json here')
+    file = folder / found[0]
+    if file.name == 'vocab.json':
+        return from_gpt2_files(file, folder / 'merges.txt', names)
+    if file.name == _SOURCE:
+        text = special_tokens.read_text(file)
+    else:
+        text = sentencepiece.read(file, special_tokens.read_added(folder))
     try:
         return HuggingFaceTokenizer.from_json(text, names)
     except ValueError as error:

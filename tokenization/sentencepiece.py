@@ -11,6 +11,8 @@ import struct
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from etils import epath
+
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _UNIGRAM, _BPE = 1, 2
 _KINDS = {3: 'WORD', 4: 'CHAR'}
@@ -22,6 +24,14 @@ class _Piece(NamedTuple):
     text: str
     score: float
     type: int
+
+
+def read(file: epath.Path, added: Mapping[str, int]) -> str:
+    """Returns `to_json` of a file; its errors name the file."""
+    try:
+        return to_json(file.read_bytes(), added)
+    except ValueError as error:
+        raise ValueError(f'{file}: {error}') from None
 
 
 def to_json(model: bytes, added: Mapping[str, int]) -> str:

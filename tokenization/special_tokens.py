@@ -41,21 +41,19 @@ def read_names(folder: epath.Path) -> dict[str, str]:
     Raises:
       ValueError: a file is not an object of JSON, or a token is not a string; names it.
     """
-    names: dict[str, str] = {}
+    named: dict[str, str] = {}
     for file in (folder / 'special_tokens_map.json', folder / 'tokenizer_config.json'):
-        if not file.exists():
-            continue
-        fields = read_object(file)
-        for role in ROLES:
-            for key in (_OTHERWISE.get(role), role):
-                match fields.get(f'{key}_token'):
-                    case str(name) | {'content': str(name)}:
-                        names[role] = name
-                    case None:
-                        pass
-                    case other:
-                        raise ValueError(f'{file}: {key}_token: {other!r}; expected a string')
-    return names
+        fields = read_object(file) if file.exists() else {}
+        for role in (*ROLES, *_OTHERWISE.values()):
+            match fields.get(f'{role}_token'):
+                case str(name) | {'content': str(name)}:
+                    named[role] = name
+                case None:
+                    pass
+                case other:
+                    raise ValueError(f'{file}: {role}_token: {other!r}; expected a string')
+    otherwise = {role: named[name] for role, name in _OTHERWISE.items() if name in named}
+    return otherwise | {role: name for role, name in named.items() if role in ROLES}
 
 
 def read_added(folder: epath.Path) -> dict[str, int]:

@@ -34,7 +34,6 @@ class Source(NamedTuple):
       longest: most characters of a word of a WordPiece model.
       added: all added tokens.
       normalizers, pre_tokenizers: steps, sequences flattened.
-      decoders: types of the decoder's steps.
       template: names of the special tokens that the post-processor puts before and after a text.
     """
 
@@ -49,7 +48,6 @@ class Source(NamedTuple):
     added: tuple[Added, ...]
     normalizers: tuple[dict, ...]
     pre_tokenizers: tuple[dict, ...]
-    decoders: tuple[str, ...]
     template: tuple[tuple[str, ...], tuple[str, ...]]
 
 
@@ -83,7 +81,6 @@ def parse(text: str) -> Source:
         added=added,
         normalizers=tuple(_steps(document.get('normalizer'), 'normalizers')),
         pre_tokenizers=tuple(_steps(document.get('pre_tokenizer'), 'pretokenizers')),
-        decoders=tuple(s['type'] for s in _steps(document.get('decoder'), 'decoders')),
         template=_template(document.get('post_processor')),
     )
 
@@ -185,14 +182,13 @@ def _check_ids(pieces: dict[str, int], added: tuple[Added, ...], size: int) -> N
 def _merges(model: dict, pieces: dict[str, int]) -> tuple[tuple[str, str], ...]:
     merges = []
     for number, merge in enumerate(_list(model, 'merges')):
-        parts = merge.split(' ') if isinstance(merge, str) else merge
-        match parts:
+        match merge.split(' ') if isinstance(merge, str) else merge:
             case [str(left), str(right)] if left and right:
                 pass
             case _:
                 raise ValueError(f'model.merges[{number}]: {merge!r}; expected two tokens')
-        missing = next((p for p in (left, right, left + right) if p not in pieces), None)
-        if missing is not None:
+        if not (left in pieces and right in pieces and left + right in pieces):
+            missing = next(p for p in (left, right, left + right) if p not in pieces)
             raise ValueError(
                 f'model.merges[{number}]: {left!r} and {right!r}: {missing!r} is not in model.vocab'
             )
@@ -223,7 +219,7 @@ def _added(item: Any) -> Added:
 
 
 def _steps(step: Any, field: str, depth: int = 0) -> list[dict]:
-    """Flattens a normalizer, pre-tokenizer or decoder."""
+    """Flattens a normalizer, pre-tokenizer or post-processor."""
     if step is None:
         return []
     if not isinstance(step, dict) or not isinstance(step.get('type'), str) or depth > 8:

@@ -190,3 +190,22 @@ def test_a_pattern_that_would_lose_text_is_refused(tokenizer):
     assert words_only.decode(words_only.encode(b'abc')) == b'abc'
     with pytest.raises(ValueError, match='does not match every character'):
         words_only.encode(b'a b')
+
+
+@pytest.mark.parametrize(
+    ('pattern', 'words'),
+    [
+        (bpe.GPT2_PATTERN, ['Don', "'t", ' stop', '12345', '!?', '\n \n ', ' CamelCase']),
+        (bpe.CL100K_PATTERN, ['Don', "'t", ' stop', '123', '45', '!?\n', ' \n', ' ', ' CamelCase']),
+        (bpe.O200K_PATTERN, ["Don't", ' stop', '123', '45', '!?\n', ' \n', ' ', ' Camel', 'Case']),
+    ],
+)
+def test_patterns_of_known_files(pattern, words):
+    """Every word is a token of the vocabulary, and none reaches over a boundary."""
+    text = "Don't stop12345!?\n \n  CamelCase"
+    assert ''.join(words) == text
+    spans = {text[i:j].encode() for i in range(len(text)) for j in range(i + 2, len(text) + 1)}
+    # Merges of all pairs from the left: any word that the pattern gives becomes one token.
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokenizer = bpe.BPETokenizer((*tokens, *sorted(spans, key=len)), pattern)
+    assert [tokenizer.token_bytes(i).decode() for i in tokenizer.encode(text.encode())] == words
