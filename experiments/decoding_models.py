@@ -28,7 +28,12 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
 
     def encode(self, text: bytes) -> list[int]:
-        """Returns the ids of a document's beginning, BOS in front where the model has one."""
+        """Returns the ids of a document's beginning, BOS in front where the model has one.
+
+        An imported tokenizer puts a space before it where its original does.
+        """
+        if isinstance(self.tokenizer, HuggingFaceTokenizer):
+            text = self.tokenizer.prefixed(text)
         start = [] if self.model.bos is None else [self.model.bos]
         return start + self.tokenizer.encode(text).tolist()
 

@@ -1,5 +1,6 @@
 """import_hf and export_hf as their user meets them."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,12 +8,14 @@ import jax
 import pytest
 import safetensors.numpy
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from experiments import run
+from decoding.drafter import Model
+from experiments import decoding_models, run
 from lm import bundle, huggingface, mesh, params, presets
 from lm.config import Config, RopeScaling
 from tokenization.byte import ByteTokenizer
+from tokenization.huggingface import HuggingFaceTokenizer
 
 CONFIG = Config(
     272, 16, 2, 2, 1, 8, 32, max_length=256, tied=True, rope_theta=5e5,
@@ -116,6 +119,22 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(checkpoint, tmp_path, ca
     write_tokenizer(folder)
     error = refused(capsys, 'import_hf', folder, '--out', tmp_path / 'b')
     assert '258 ids' in error and '257 rows' in error
+
+
+def test_a_text_begins_as_its_original_tokenizer_begins_it():
+    vocabulary = {f'<0x{i:02X}>': i for i in range(256)} | {'<s>': 256, '</s>': 257, '▁': 258}
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    steps = [normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]
+    made.normalizer = normalizers.Sequence(steps)
+    made.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback()])
+    made.add_special_tokens(['<s>', '</s>'])
+    names = {'bos': '<s>', 'eos': '</s>'}
+    tokenizer = HuggingFaceTokenizer.from_json(made.to_str(), names)
+    model = Model(dataclasses.replace(CONFIG, vocab_size=259), {}, '', 256)
+    loaded = decoding_models.Loaded(model, tokenizer)
+    assert loaded.encode(b'a') == [256, *made.encode('a', add_special_tokens=False).ids]
+    assert loaded.encode(b'a') == [256, 258, ord('a')]
+    assert loaded.ends() == (257,) and loaded.token_bytes()[256:] == [b'', b'', b' ']
 
 
 @pytest.mark.parametrize('name', ['import_hf', 'export_hf'])
