@@ -28,7 +28,12 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
 
     def encode(self, text: bytes) -> list[int]:
-        """Returns the ids of a document's beginning, BOS in front where the model has one."""
+        """Returns the ids of a document's beginning, BOS in front where the model has one.
+
+        An imported tokenizer puts a space before it where its original does.
+        """
+        if isinstance(self.tokenizer, HuggingFaceTokenizer):
+            text = self.tokenizer.prefixed(text)
         start = [] if self.model.bos is None else [self.model.bos]
         return start + self.tokenizer.encode(text).tolist()
 
@@ -44,6 +49,12 @@ class Loaded(NamedTuple):
         else:
             written = [self.tokenizer.token_bytes(i) for i in range(known)]
         return written + [b''] * (self.model.config.vocab_size - known)
+
+    def ends(self) -> tuple[int, ...]:
+        """Returns the ids that end a text by themselves: EOS, where the tokenizer has one."""
+        if not isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return ()
+        return tuple(i for role, i in self.tokenizer.roles if role == 'eos')
 
 
 def load(path: epath.PathLike) -> Loaded:

@@ -5,7 +5,8 @@ An experiment is a package `experiments/NAME` with
   config.py  a docstring (command, hardware, time, expected numbers), a frozen dataclass `Config`,
              and `SCALES`, a dict from scale to Config whose first entry is the default scale.
              A field that only the user can give has the value `tyro.MISSING`. With `RESUMES = True`
-             a run picks up what DIR holds, and another config is refused there.
+             a run picks up what DIR holds, and another config is refused there. With
+             `MAKES_OUT = True` the run makes DIR itself, and nothing else is written into it.
   main.py    `main(config, out) -> metrics or None`: writes into the folder `out`, prints a table.
   README.md  the results.
 
@@ -164,8 +165,11 @@ def run(name: str, scale: str, config: Any, out: epath.Path) -> dict[str, float]
     settings = importlib.import_module(f'experiments.{name}.config')
     experiment = importlib.import_module(f'experiments.{name}.main')
     first = jax.process_index() == 0  # the other hosts compute, and write only their checkpoints
-    out.mkdir(parents=True, exist_ok=True)
-    if first:
+    makes_out = getattr(settings, 'MAKES_OUT', False)
+    records = first and not makes_out
+    if not makes_out:
+        out.mkdir(parents=True, exist_ok=True)
+    if records:
         if getattr(settings, 'RESUMES', False):
             resume.claim(out, config)
         description = {'experiment': name, 'scale': scale, 'config': config}
@@ -173,7 +177,7 @@ def run(name: str, scale: str, config: Any, out: epath.Path) -> dict[str, float]
         report.write_json_atomic(out / 'config.json', {**description, **surroundings})
     metrics = {key: float(value) for key, value in (experiment.main(config, out) or {}).items()}
     finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
-    if first and finite:
+    if records and finite:
         report.write_json_atomic(out / 'result.json', finite)
     if len(finite) < len(metrics):
         bad = sorted(metrics.keys() - finite.keys())

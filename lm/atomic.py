@@ -1,6 +1,7 @@
 """Folders and files that appear on disk whole, or not at all."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 
@@ -10,6 +11,30 @@ from etils import epath
 def absolute(path: epath.PathLike) -> epath.Path:
     """Returns a local path as an absolute one, which Orbax asks for; `gs://` paths are."""
     return epath.Path(path) if '://' in os.fspath(path) else epath.Path(path).resolve()
+
+
+def check_replaceable(path: epath.PathLike, kind: str, field: str) -> None:
+    """Refuses to replace a folder of another kind, before the work of filling it.
+
+    Args:
+      path: where a folder is to appear.
+      kind: what it will hold, as the error names it.
+      field: which `config.json` has in a folder of that kind.
+
+    Raises:
+      FileExistsError: `path` is there, and is of another kind.
+    """
+    target = absolute(path)
+    if not target.exists():
+        return
+    try:
+        described = json.loads((target / 'config.json').read_bytes())
+    except (OSError, ValueError):
+        described = {}
+    if not isinstance(described, dict) or field not in described:
+        raise FileExistsError(
+            f'{path}: exists and is no {kind} (its config.json is missing or of something else)'
+        )
 
 
 @contextlib.contextmanager

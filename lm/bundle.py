@@ -73,9 +73,7 @@ def save(
       FileExistsError: `path` is there and is no bundle.
       OSError: the bundle could not be written; says why.
     """
-    target = atomic.absolute(path)
-    if target.exists() and not (target / 'config.json').exists():
-        raise FileExistsError(f'{path}: exists and is no bundle (it has no config.json)')
+    check_replaceable(path)
     with atomic.new_folder(path) as folder:
         tokenizer.save(folder / 'tokenizer')
         with ocp.StandardCheckpointer() as checkpointer:
@@ -89,6 +87,11 @@ def save(
             'commit': provenance.commit()[0],
         }
         (folder / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
+
+
+def check_replaceable(path: epath.PathLike) -> None:
+    """Raises FileExistsError where `save` would: `path` is there and is no bundle."""
+    atomic.check_replaceable(path, 'bundle', 'format')
 
 
 def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:

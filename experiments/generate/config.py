@@ -38,7 +38,7 @@ class Config:
       draft_temperature: of the draft where `temperature` is 0.
       top_k: keeps the k most probable tokens.
       top_p: keeps the smallest set of most probable tokens whose mass reaches p.
-      stop: strings that end the text; they are printed.
+      stop: strings that end the text; they are printed. EOS of an imported tokenizer ends it, too.
       seed: of the draws; the same seed gives the same text.
     """
 

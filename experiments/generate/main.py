@@ -36,8 +36,9 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     prompt = loaded.encode(config.prompt.encode())
     written = loaded.token_bytes()
     stops = None
-    if config.stop:
-        stops = stop.build([stop.Rule(strings=tuple(s.encode() for s in config.stop))], written)
+    if config.stop or loaded.ends():
+        rule = stop.Rule(loaded.ends(), tuple(s.encode() for s in config.stop))
+        stops = stop.build([rule], written)
     console = Console(highlight=False)
     painter = Painter(console, written)
     clock = _Clock()

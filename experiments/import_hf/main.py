@@ -1,0 +1,43 @@
+"""Imports one checkpoint."""
+
+import time
+
+from etils import epath
+from rich.console import Console
+
+from experiments.import_hf.config import Config
+from lm import bundle, huggingface
+from lm import params as params_lib
+from tokenization import huggingface as huggingface_tokenizer
+
+
+def main(config: Config, out: epath.Path) -> dict[str, float]:
+    """Writes the bundle, whole or not at all; returns its size.
+
+    Raises:
+      ValueError: the checkpoint or its tokenizer is damaged or cannot be represented, or the
+        tokenizer has more ids than the model's tables have rows.
+    """
+    begin = time.monotonic()
+    bundle.check_replaceable(out)
+    found = huggingface.check(config.folder, config.dtype)
+    tokenizer = huggingface_tokenizer.load_folder(config.folder)
+    rows = found.config.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f'{config.folder}: its tokenizer has {tokenizer.vocab_size} ids, '
+            f'{tokenizer.added_bytes} of them for bytes that it lacked; the model has {rows} rows'
+        )
+    model, params = huggingface.load(config.folder, dtype=config.dtype)
+    bundle.save(out, model, params, tokenizer, tokenizer.special.get('bos'))
+    metrics = {
+        'parameters/model': float(params_lib.count(model)),
+        'seconds/import': time.monotonic() - begin,
+    }
+    lines = [f'note: {repair}' for repair in tokenizer.repairs]
+    lines += [
+        f'{out}: {found.family.model_type}, {metrics["parameters/model"]:,.0f} parameters in '
+        f'{model.param_dtype}, {tokenizer.vocab_size:,} tokens, {metrics["seconds/import"]:.1f} s'
+    ]
+    Console().print('\n'.join(lines), highlight=False, markup=False)
+    return metrics

@@ -1,0 +1,73 @@
+"""Reading an object of JSON that a user gives: every field is checked, and all problems add up."""
+
+from collections.abc import Mapping
+from typing import Any
+
+MOST = 2**31  # of any whole number
+
+
+class Fields:
+    """The fields of one object. What is wrong with them is noted, and reading goes on.
+
+    Attributes:
+      values: the fields.
+      problems: a line for each that is missing or wrong.
+    """
+
+    def __init__(self, values: Mapping[str, Any], problems: list[str] | None = None):
+        self.values = dict(values)
+        self.problems = [] if problems is None else problems
+
+    def given(self, name: str) -> bool:
+        """Returns whether a field is there, and not null."""
+        return self.values.get(name) is not None
+
+    def refuse(self, name: str, expected: str) -> None:
+        """Notes that a field is not what was expected."""
+        self.problems.append(f'{name}: {short(self.values.get(name))}; expected {expected}')
+
+    def count(self, name: str, least: int = 1) -> int:
+        """Returns a whole number, `least` to 2**31 - 1."""
+        value = self.values.get(name)
+        if type(value) is int and least <= value < MOST:
+            return value
+        self.refuse(name, f'a whole number, {least} to {MOST - 1}')
+        return max(least, 2)
+
+    def number(self, name: str, least: float = 0.0) -> float:
+        """Returns a positive number, `least` or more."""
+        value: Any = self.values.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and least <= value < 1e30 and value > 0:
+            return float(value)
+        self.refuse(name, f'a number, {least:g} or more' if least else 'a positive number')
+        return max(least, 1.0)
+
+    def one_of(self, name: str, known: Mapping[str, Any]) -> Any:
+        """Returns what a word stands for."""
+        value = self.values.get(name)
+        if isinstance(value, str) and value in known:
+            return known[value]
+        self.refuse(name, ' or '.join(known))
+        return next(iter(known.values()))
+
+    def flag(self, name: str) -> bool:
+        """Returns whether a field is true."""
+        value = self.values.get(name)
+        if not isinstance(value, bool):
+            self.refuse(name, 'true or false')
+        return value is True
+
+    def part(self, name: str) -> dict[str, Any]:
+        """Returns an object, empty where it is missing or null."""
+        value = self.values.get(name)
+        if value is None or isinstance(value, dict):
+            return value or {}
+        self.refuse(name, 'an object')
+        return {}
+
+
+def short(value: Any) -> str:
+    """Returns a value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f'{text[:77]}...'
