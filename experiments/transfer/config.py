@@ -63,6 +63,8 @@ class Config:
       auxiliary: weight of the rows' distance in both trainings after a transfer.
       shots: steps of training on after the transfer, 0 is zero-shot.
       continued: how; its `steps` are the largest of `shots`.
+      reductions: dynamic tokenization merges until texts are so much shorter, as shares of what
+        whole words would save.
       valid_bytes: of held-out text to evaluate on.
     """
 
@@ -93,6 +95,7 @@ class Config:
             50, 16, 128, _adam(1e-3, schedule='constant', warmup_steps=10), checkpoint_every=50
         )
     )
+    reductions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
     valid_bytes: int = 60_000
 
     def __post_init__(self):
@@ -104,6 +107,8 @@ class Config:
         for target in self.targets:
             require('targets', target, target in TARGETS, f'some of {", ".join(TARGETS)}')
         require('shots', self.shots, min(self.shots, default=-1) == 0, '0 and more steps')
+        for share in self.reductions:
+            require('reductions', share, 0 < share <= 1, 'above 0, at most 1')
         require('auxiliary', self.auxiliary, self.auxiliary >= 0, 'at least 0')
 
 
@@ -120,6 +125,7 @@ SCALES = {
         identity=_identity(2, 32),
         transfer=TrainConfig(2, 4, 32, checkpoint_every=2),
         shots=(0, 2),
+        reductions=(0.5,),
         continued=TrainConfig(2, 4, 32, checkpoint_every=2),
         valid_bytes=3_000,
     ),

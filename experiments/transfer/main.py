@@ -3,13 +3,14 @@
 import functools
 from typing import Any
 
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
 from experiments import corpora, language_model, resume
 from experiments.corpora import Corpus
-from experiments.transfer import hyper, measure, results, targets
+from experiments.transfer import dynamic, hyper, measure, results, targets
 from experiments.transfer.config import Config
 from experiments.transfer.measure import Moved
 from experiments.transfer.results import HYPERNETWORK
@@ -54,8 +55,20 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
                 )  # fmt: skip
                 file = out / 'parts' / f'{target}_{name}_{shots}.json'
                 rows.append(resume.part_once(file, part))
-    metrics = results.table(rows) | {'train_seconds/hypernetwork': network.seconds}
-    results.plot(out, rows)
+    ids, samples = (
+        [np.asarray(ids) for ids in source.tokenizer.encode_batch(some)]
+        for some in (texts, corpora.first_bytes(corpus.valid, config.valid_bytes))
+    )
+    shorter = resume.part_once(
+        out / 'parts' / 'dynamic.json',
+        lambda: dynamic.measure(config, source, network, ids, samples, mesh),
+    )
+    metrics = (
+        results.table(rows)
+        | results.dynamic(shorter)
+        | {'train_seconds/hypernetwork': network.seconds}
+    )
+    results.plot(out, rows, shorter)
     Console().print(f'plots, bundles and result.json: {out}')
     return metrics
 

@@ -13,6 +13,11 @@ PAPER = (
     'paper (Mistral 7B moved to GPT-2): average of tasks 76.9 before, 73.0 zero-shot, 74.9 after '
     '800M tokens; to StarCoder, HumanEvalPack: 28.1 before, 23.2 zero-shot (FOCUS 13.3), 27.6 after'
 )
+# Feher et al. 2024, whose abstracts differ between versions.
+DYNAMIC_PAPER = (
+    'paper (Mistral 7B, decoder): up to 40% shorter in version 1 of the abstract, 17% in a later '
+    'one, 6% (English) in another; XLM-R: above 20% shorter for less than 2% of accuracy'
+)
 Row = dict[str, Any]
 
 
@@ -73,11 +78,36 @@ def _print(own: Row, rows: list[Row], shots: int) -> dict[str, float]:
     return metrics
 
 
-def plot(out: epath.Path, rows: list[Row]) -> None:
-    """Draws zero-shot bits per byte, a group of bars per target."""
+def dynamic(rows: list[Row]) -> dict[str, float]:
+    """Prints bits per byte against the reduction of sequences; returns the metrics."""
+    columns = [
+        Column('share', 'of the greatest reduction', '.0%'), Column('merges', 'merges', '.0f'),
+        Column('reduction', 'shorter by', '.1%'), Column('bits_per_byte', 'bits/byte'),
+        Column('names', 'to name the units', '.3f'), Column('found', 'rows found in cache', '.0%'),
+    ]  # fmt: skip
+    report.table(rows, columns, 'dynamic tokenization, boundary: word', [
+        'units are made from the batch that is read; what naming them would take, at two units per '
+        'merge, is no part of the bits per byte beside it',
+        DYNAMIC_PAPER,
+    ])  # fmt: skip
+    metrics = {}
+    for row in rows:
+        share = f'{row["share"]:g}'
+        for metric in ('bits_per_byte', 'reduction'):
+            metrics[report.key(metric, 'dynamic', share=share)] = row[metric]
+    return metrics
+
+
+def plot(out: epath.Path, rows: list[Row], shorter: list[Row]) -> None:
+    """Draws zero-shot bits per byte, a group of bars per target; and the dynamic ones."""
     groups: dict[str, dict[str, float]] = {}
     for row in rows:
         if not row['shots'] and row['target'] != 'own':
             name = row['method'].replace('_', ' ')
             groups.setdefault(row['target'], {})[name] = row['bits_per_byte']
     plots.bars(out / 'zero_shot.png', groups, title='zero-shot transfer', y_label='bits per byte')
+    line = [row['reduction'] for row in shorter], [row['bits_per_byte'] for row in shorter]
+    plots.curves(
+        out / 'dynamic.png', {'units of the batch': line}, title='dynamic tokenization',
+        x_label='share by which texts are shorter', y_label='bits per byte', markers=True,
+    )  # fmt: skip

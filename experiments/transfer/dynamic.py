@@ -1,0 +1,135 @@
+"""Dynamic tokenization: bits per byte against how much shorter texts become.
+
+Each batch has units of its own (`tokenization.dynamic`), whose rows the hypernetwork predicts; they
+stand behind the source's own rows, in both tables. What it takes to name a batch's units is counted
+apart: a merge names two of the units before it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from experiments.transfer.config import Config
+from experiments.transfer.hyper import Trained
+from lm import losses, train
+from tokenization import boundaries, dynamic, hypernetwork, row_cache, transfer
+from tokenization.dynamic import Merged
+from tokenization.transfer import Source
+
+# Batches from which the number of merges for a share of the greatest reduction is found.
+_SAMPLES = 4
+
+
+def measure(
+    config: Config, source: Source, network: Trained, documents: Sequence[np.ndarray],
+    samples: Sequence[np.ndarray], mesh: Mesh,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Returns a row for each of `config.reductions`, 0 first.
+
+    Args:
+      documents: held-out ones, in ids of the source.
+      samples: others, from which the numbers of merges are found.
+    """
+    size, length = config.continued.batch_size, config.continued.length
+    tokens = transfer.token_table(source.tokenizer)
+    rule = boundaries.BoundaryRule('word', tokens)
+    pieces = network.config.pieces
+    curves = [
+        dynamic.merge(batch, tokens, None, rule, pieces).lengths
+        for batch in _batches(samples, size, length)[:_SAMPLES]
+    ]
+    batches = _batches(documents, size, length)
+    n_bytes = sum(len(tokens[i]) for batch in batches for ids_T in batch for i in ids_T)
+    reader = _Reader(source, network, size * length, mesh)
+    found = []
+    for share in (0.0, *config.reductions):
+        merges = dynamic.merges_for(curves, share)
+        merged = [dynamic.merge(batch, tokens, merges, rule, pieces) for batch in batches]
+        known, asked = reader.slots.found, reader.slots.found + reader.slots.missed
+        nats = sum(reader.nats(some, size, length) for some in merged)
+        known, asked = reader.slots.found - known, reader.slots.found + reader.slots.missed - asked
+        before, after = (sum(int(some.lengths[at]) for some in merged) for at in (0, -1))
+        names = sum(_name_bits(some, source.tokenizer.vocab_size) for some in merged)
+        found.append({
+            'share': share, 'merges': merges, 'reduction': 1 - after / before,
+            'bits_per_byte': losses.bits_per_byte(nats, n_bytes), 'names': names / n_bytes,
+            'found': known / asked if asked else None,
+        })  # fmt: skip
+    return found
+
+
+def _batches(documents: Sequence[np.ndarray], size: int, length: int) -> list[list[np.ndarray]]:
+    rows = [ids[i : i + length] for ids in documents for i in range(0, len(ids), length)]
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _name_bits(merged: Merged, vocab_size: int) -> float:
+    """Returns the bits of a list of merges, each two of the units that there are by then."""
+    return sum(2 * math.log2(vocab_size + i) for i in range(len(merged.lengths) - 1))
+
+
+class _Reader:
+    """The model over the source's ids and the units of a batch, rows of which are kept."""
+
+    def __init__(self, source: Source, network: Trained, capacity: int, mesh: Mesh):
+        self._source, self._network, self._mesh, self._capacity = source, network, mesh, capacity
+        self._rows = jax.jit(self._predict)
+        self._read = hypernetwork.read(network.weights, network.config, source.params['tables'])
+        self.slots = row_cache.Slots(capacity)
+        self._cache = row_cache.init(self._rows, capacity, network.config.pieces)
+        v = source.tokenizer.vocab_size
+        self._config = dataclasses.replace(source.config, vocab_size=v + 1 + capacity)
+        self._loss = jax.jit(self._sum)
+
+    def _predict(self, pieces_UP: jax.Array):
+        weights, config = self._network.weights, self._network.config
+        tables = self._source.params['tables']
+        return hypernetwork.predict(weights, config, tables, pieces_UP, self._read)
+
+    def _sum(self, tables, slot_U, count, batch):
+        """Rows: the source's ids, BOS, the units at hand; the rest is the mean row."""
+        v, own = self._source.tokenizer.vocab_size, self._source.params['tables']
+        used_U1 = (jnp.arange(self._capacity) < count)[:, None]
+
+        def whole(name):
+            rows_UD = jnp.where(used_U1, tables[name][slot_U], own[name][:v].mean(0))
+            parts = own[name][:v], own[name][self._source.bos][None], rows_UD
+            return jnp.concatenate([x.astype(jnp.float32) for x in parts])
+
+        model = {'body': self._source.params['body'], 'tables': {name: whole(name) for name in own}}
+        return losses.next_token_loss(model, self._config, batch)[1]['nats']
+
+    def nats(self, merged: Merged, size: int, length: int) -> float:
+        """Returns the summed loss of a batch; a unit of one source id is that id."""
+        v = self._source.tokenizer.vocab_size
+        units = [unit for unit in merged.units if len(unit) > 1]
+        self._cache, slots = row_cache.fetch(
+            self._rows, self._cache, self.slots, units, self._network.config.chunk,
+            self._network.config.pieces,
+        )  # fmt: skip
+        place = {unit: v + 1 + i for i, unit in enumerate(units)}
+        id_U = np.array([place.get(unit, unit[0]) for unit in merged.units])
+        slot_U = np.pad(slots, (0, self._capacity - len(slots)))
+        rows = [id_U[document] for document in merged.documents]
+        batch = train.put(_packed(rows, size, length, bos=v), self._mesh)
+        return float(self._loss(self._cache.tables, slot_U, len(units), batch))
+
+
+def _packed(rows: Sequence[np.ndarray], size: int, length: int, bos: int) -> dict[str, np.ndarray]:
+    """Returns a batch of one text per row, each after BOS; padding has weight 0."""
+    targets_BL = np.zeros((size, length), np.int32)
+    length_B = np.pad([len(row) for row in rows], (0, size - len(rows)))
+    real_BL = np.arange(length) < length_B[:, None]
+    targets_BL[real_BL] = np.concatenate(rows)
+    tokens_BL = np.pad(targets_BL[:, :-1], ((0, 0), (1, 0)), constant_values=bos)
+    return {
+        'tokens': tokens_BL, 'targets': targets_BL, 'weights': real_BL.astype(np.float32),
+        'segments': real_BL.astype(np.int32),
+        'positions': np.broadcast_to(np.arange(length, dtype=np.int32), targets_BL.shape),
+    }  # fmt: skip
