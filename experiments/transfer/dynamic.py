@@ -17,7 +17,8 @@ from jax.sharding import Mesh
 
 from experiments.transfer.config import Config
 from experiments.transfer.hyper import Trained
-from lm import losses, train
+from lm import losses, train, transformer
+from lm import tables as tables_lib
 from tokenization import boundaries, dynamic, hypernetwork, row_cache, transfer
 from tokenization.dynamic import Merged
 from tokenization.transfer import Source
@@ -93,17 +94,29 @@ class _Reader:
         return hypernetwork.predict(weights, config, tables, pieces_UP, self._read)
 
     def _sum(self, tables, slot_U, count, batch):
-        """Rows: the source's ids, BOS, the units at hand; the rest is the mean row."""
+        """Rows: the source's ids, BOS, the units at hand, and rows that nothing uses."""
         v, own = self._source.tokenizer.vocab_size, self._source.params['tables']
-        used_U1 = (jnp.arange(self._capacity) < count)[:, None]
+        used_V = jnp.arange(v + 1 + self._capacity) < v + 1 + count
 
         def whole(name):
-            rows_UD = jnp.where(used_U1, tables[name][slot_U], own[name][:v].mean(0))
-            parts = own[name][:v], own[name][self._source.bos][None], rows_UD
+            parts = own[name][:v], own[name][self._source.bos][None], tables[name][slot_U]
             return jnp.concatenate([x.astype(jnp.float32) for x in parts])
 
-        model = {'body': self._source.params['body'], 'tables': {name: whole(name) for name in own}}
-        return losses.next_token_loss(model, self._config, batch)[1]['nats']
+        joined = {name: whole(name) for name in own}
+        x_BLD = tables_lib.embed(joined, self._config, batch['tokens'])
+        h_BLD, _ = transformer.body(
+            self._source.params['body'], self._config, x_BLD, batch['positions'],
+            segments_BL=batch['segments'],
+        )  # fmt: skip
+
+        def row_nats(row):
+            h_LD, target_L, weight_L = row
+            logits = tables_lib.unembed(joined, self._config, h_LD)
+            log_p = jax.nn.log_softmax(jnp.where(used_V, logits, -jnp.inf))
+            return -(jnp.take_along_axis(log_p, target_L[:, None], 1)[:, 0] * weight_L).sum()
+
+        # a row at a time: the logits of a batch would be large
+        return jax.lax.map(row_nats, (h_BLD, batch['targets'], batch['weights'])).sum()
 
     def nats(self, merged: Merged, size: int, length: int) -> float:
         """Returns the summed loss of a batch; a unit of one source id is that id."""

@@ -1,0 +1,148 @@
+"""The parts of the comparison that could be quietly wrong."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.transfer import config, dynamic, hyper, main, measure, results, targets
+from lm import mesh as mesh_lib
+from lm import params, transformer
+from lm.config import Config as ModelConfig
+from tokenization import heuristics, hypernetwork
+from tokenization.bpe import BPETokenizer
+from tokenization.codebook import compile_equal_info
+from tokenization.hypernetwork import HypernetworkConfig
+from tokenization.ngram import count
+from tokenization.transfer import Source
+
+TEXT = b'the cat sat on the mat and the dog sat on the log; then the cat ate the rat.\n' * 8
+SETTINGS = config.SCALES['tiny']
+
+
+@pytest.fixture(scope='module')
+def mesh():
+    return mesh_lib.make(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope='module')
+def source():
+    tokenizer = BPETokenizer.train([TEXT], 290)
+    v = tokenizer.vocab_size
+    model = ModelConfig(v + 1, 16, 1, 2, 2, 8, 16, max_length=32)
+    return Source(model, params.init(model, jax.random.key(0)), tokenizer, v)
+
+
+@pytest.fixture(scope='module')
+def network(source):
+    shape = HypernetworkConfig(n_layers=1, head_dim=8, pieces=3, residual=True, chunk=64)
+    shape = hypernetwork.for_model(shape, source.config, source.tokenizer.vocab_size)
+    weights = hypernetwork.init(shape, source.params['tables'], jax.random.key(1))
+    return hyper.Trained(shape, weights, 0.0)
+
+
+def _bits_by_hand(source, rows) -> float:
+    """Bits per byte of rows of ids, each after BOS, from the whole logits."""
+    bits, n_bytes = 0.0, 0
+    for ids in rows:
+        tokens = np.array([[source.bos, *ids[:-1]]])
+        logits = transformer.forward(source.params, source.config, tokens)[0]
+        log_p = jax.nn.log_softmax(logits[:, : source.bos + 1])
+        bits -= float(jnp.take_along_axis(log_p, np.array(ids)[:, None], 1).sum()) / math.log(2)
+        n_bytes += len(source.tokenizer.decode(np.array(ids)))
+    return bits / n_bytes
+
+
+class TestDynamic:
+    def test_without_merges_it_is_the_source_and_then_texts_get_shorter(
+        self, source, network, mesh
+    ):
+        ids = source.tokenizer.encode(TEXT[:150])
+        found = dynamic.measure(SETTINGS, source, network, [ids], [ids], mesh)
+        none, half = found
+        assert (none['share'], none['merges'], none['reduction'], none['names']) == (0, 0, 0, 0)
+        rows = [ids[i : i + 32] for i in range(0, len(ids), 32)]
+        # to the last digits: rows that are kept and not used take no probability
+        assert none['bits_per_byte'] == pytest.approx(_bits_by_hand(source, rows), rel=1e-5)
+        assert half['merges'] > 0 and 0.02 < half['reduction'] < 1
+        names = sum(2 * math.log2(source.tokenizer.vocab_size + i) for i in range(half['merges']))
+        assert half['names'] == pytest.approx(names * 1 / 150, rel=1e-6)
+
+    def test_texts_are_packed_one_to_a_row(self):
+        batch = dynamic._packed([np.array([5, 6, 7]), np.array([8])], 3, 4, bos=9)
+        assert batch['tokens'][:2].tolist() == [[9, 5, 6, 7], [9, 8, 0, 0]]
+        assert batch['targets'][:2].tolist() == [[5, 6, 7, 0], [8, 0, 0, 0]]
+        assert batch['weights'].sum(1).tolist() == [3, 1, 0]
+        assert batch['segments'].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [0] * 4]
+
+
+def test_moved_to_its_own_tokenizer_a_model_is_what_it_was(source, mesh):
+    own = measure.move(source, source.tokenizer, heuristics.lexical_copy, mesh)
+    text = TEXT[:60]
+    ids = source.tokenizer.encode(text)
+    assert len(ids) <= SETTINGS.continued.length
+    bits = measure.bits_per_byte(own, SETTINGS, [text], mesh)
+    assert bits == pytest.approx(_bits_by_hand(source, [ids]), rel=1e-5)
+
+
+def test_rows_are_held_where_they_began(source):
+    start = source.params['tables']
+    assert measure.distance_of_rows(start, start) == 0
+    off = {name: x.at[0].add(1.0) for name, x in start.items()}
+    norms = [jnp.sqrt((x**2).sum(-1)).mean() for x in start.values()]
+    v, d = start['input_VD'].shape
+    expected = np.mean([d / v / norm for norm in norms])
+    np.testing.assert_allclose(measure.distance_of_rows(off, start), expected, rtol=1e-5)
+
+
+def test_a_codec_of_distinct_strings_writes_the_same_pieces():
+    codec = compile_equal_info(count([TEXT], 2).model(), 'canonical', 64)
+    once = targets.distinct(codec)
+    assert once.vocab_size == codec.written.sum() < codec.vocab_size
+    tokens = [once.token_bytes(i) for i in range(once.vocab_size)]
+    assert len(set(tokens)) == len(tokens)
+    pieces = [
+        [tokenizer.token_bytes(int(i)) for i in tokenizer.encode(TEXT[:200])]
+        for tokenizer in (codec, once)
+    ]
+    assert pieces[0] == pieces[1]
+
+
+def test_a_finding_is_shown_or_not(capsys):
+    def row(method, bits, shots=0, target='bytes'):
+        return {
+            'method': method, 'target': target, 'shots': shots, 'seconds': 1.0,
+            'bits_per_byte': bits, 'bytes_per_token': 1.0, 'vocab_size': 256,
+        }  # fmt: skip
+
+    rows = [row('source', 2.0, target='own'), row('mean', 4.0), row('hypernetwork', 2.5)]
+    metrics = results.table(rows)
+    printed = ' '.join(capsys.readouterr().out.split())
+    assert 'shown: bytes: the hypernetwork beats every heuristic (2.500, and 4.000 by mean)' in (
+        printed
+    )
+    assert 'NOT SHOWN' not in printed
+    assert metrics['gap_closed/hypernetwork/target=bytes/shots=0'] == 0.75
+    assert metrics['bits_per_byte/hypernetwork/target=bytes/shots=0'] == 2.5
+    assert metrics['transfer_seconds/bytes'] == 1.0
+    results.table([*rows[:2], row('hypernetwork', 4.5)])
+    assert 'NOT SHOWN' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'vocab_size': 256}, {'sampled_size': 257}, {'targets': ()}, {'targets': ('latin',)},
+        {'shots': (10,)}, {'reductions': (0.0,)}, {'auxiliary': -1.0},
+    ],
+)  # fmt: skip
+def test_refuses_what_cannot_work(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        dataclasses.replace(SETTINGS, **fields)
+
+
+def test_only_what_is_named_is_trained_on():
+    assert set(main.TRAINED_ON) <= {'hypernetwork', *measure.methods(None, [])}
