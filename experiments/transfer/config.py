@@ -78,14 +78,16 @@ class Config:
         default_factory=lambda: TrainConfig(1000, 16, 128, checkpoint_every=250)
     )
     hypernetwork: HypernetworkConfig = field(
-        default_factory=lambda: HypernetworkConfig(n_layers=2, head_dim=32, residual=True)
+        default_factory=lambda: HypernetworkConfig(
+            n_layers=1, head_dim=32, residual=True, chunk=4096
+        )
     )
-    sampled_size: int = 2048
+    sampled_size: int = 4096
     workers: int = 0
-    identity: TrainConfig = field(default_factory=lambda: _identity(100, 1024))
+    identity: TrainConfig = field(default_factory=lambda: _identity(50, 1024))
     transfer: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            600, 16, 128, _adam(1e-3, clip=1.0), checkpoint_every=100
+            600, 16, 128, _adam(1e-3, clip=1.0), checkpoint_every=200
         )
     )
     auxiliary: float = 0.5
