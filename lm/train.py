@@ -22,7 +22,7 @@ from lm.metrics import ProgressLine, Writer
 from lm.optimizer import OptimizerConfig
 
 # (params, batch, key) -> mean loss in nats, and sums over the batch for metrics: at least `nats`
-# and `tokens`. A run with `frozen` arrays gives them to its loss as a last argument.
+# and `tokens`. What is `frozen` in a run follows the key.
 LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -120,7 +120,7 @@ def run(
     folder: epath.PathLike,
     mesh: Mesh,
     label: str = 'train',
-    frozen: Any = None,
+    frozen: tuple[Any, ...] = (),
 ) -> TrainState:
     """Trains to `config.steps`, from the newest checkpoint in `folder` where there is one.
 
@@ -132,7 +132,7 @@ def run(
       folder: gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
       mesh: over which batches are split by rows.
       label: what the progress line calls the run.
-      frozen: arrays that the loss reads and nothing changes; they are in no checkpoint.
+      frozen: arrays that the loss reads, nothing changes and no checkpoint holds.
 
     Raises:
       ValueError: the folder's checkpoint is of another model.
@@ -147,27 +147,14 @@ def run(
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         del state  # two states at once might not fit
         state = checkpoints.restore(start, like, iterator)
-    rate = optimizer_lib.schedule(config.optimizer, config.steps)
-
-    fixed = () if frozen is None else (frozen,)
-
-    def step_with_rate(state, batch, *fixed):
-        after, metrics = train_step(loss, optimizer, config.seed, state, batch, *fixed)
-        return after, {**metrics, 'learning_rate': rate(state.step)}
-
-    step_fn = jax.jit(
-        step_with_rate,
-        donate_argnums=0,
-        # the state stays where it is: otherwise some leaves move, and the second step recompiles
-        out_shardings=(jax.tree.map(lambda x: x.sharding, state), None),
-    )
+    step_fn = _compiled(config, loss, optimizer, state)
     writer = Writer(folder, start)
     try:
         with ProgressLine(label, config.steps, start) as progress, jax.set_mesh(mesh):
             log = _Log(config, writer, progress)
             for step in range(start + 1, config.steps + 1):
                 batch = put(next(iterator), mesh)
-                state, metrics = step_fn(state, batch, *fixed)
+                state, metrics = step_fn(state, batch, *frozen)
                 log.add(step, metrics)
                 if step % config.checkpoint_every == 0 or step == config.steps:
                     log.finish()
@@ -176,6 +163,19 @@ def run(
         writer.close()
         checkpoints.close()
     return state
+
+
+def _compiled(config: TrainConfig, loss: LossFn, optimizer, state: TrainState) -> Callable:
+    """Returns the jitted step, which uses up the state and tells the learning rate, too."""
+    rate = optimizer_lib.schedule(config.optimizer, config.steps)
+
+    def step(state, batch, *frozen):
+        after, metrics = train_step(loss, optimizer, config.seed, state, batch, *frozen)
+        return after, {**metrics, 'learning_rate': rate(state.step)}
+
+    # the state stays where it is: otherwise some leaves move, and the second step recompiles
+    where = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
 
 
 class _Log:

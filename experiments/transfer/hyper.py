@@ -45,7 +45,7 @@ def fit(config: Config, source: Source, corpus: Corpus, out: epath.Path, mesh: M
             weights, shape, frozen, batch
         ),
         _rows(config.identity, shape.vocab_size),
-        out / 'identity', mesh, 'rows of the source', frozen=source.params,
+        out / 'identity', mesh, 'rows of the source', frozen=(source.params,),
     )  # fmt: skip
     batches = sampled(config, source, corpus, shape)
     second = train.run(
@@ -54,7 +54,7 @@ def fit(config: Config, source: Source, corpus: Corpus, out: epath.Path, mesh: M
         lambda weights, batch, key, frozen: hypernetwork_losses.transfer_loss(
             weights, shape, source.config, source.bos, config.auxiliary, frozen, batch
         ),
-        batches, out / 'transfer', mesh, 'drawn tokenizers', frozen=source.params,
+        batches, out / 'transfer', mesh, 'drawn tokenizers', frozen=(source.params,),
     )  # fmt: skip
     return Trained(shape, second.params, time.monotonic() - begin)
 

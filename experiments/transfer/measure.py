@@ -91,7 +91,7 @@ def train_on(
     )  # fmt: skip
     state = train.run(
         run, lambda key: jax.tree.map(jnp.copy, start), loss, batches, folder, mesh, label,
-        frozen=start['tables'],
+        frozen=(start['tables'],),
     )  # fmt: skip
     return moved._replace(fitted=Fitted(model, state.params, 0.0))
 
