@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.struct
@@ -212,10 +212,18 @@ class _Log:
             self._since, self._tokens = now, 0.0
 
 
-def put(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns a host batch as arrays split by rows over the mesh; each process gives its own."""
-    sharding = mesh_lib.batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+def put(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+    """Returns a host batch as arrays split by rows over the mesh; each process gives its own.
+
+    What lies under `shared`, a dict, is the same in all processes, and whole on every device.
+    """
+    rows, whole = mesh_lib.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    place = jax.make_array_from_process_local_data
+    return {
+        name: {key: place(whole, y, y.shape) for key, y in x.items()}
+        if name == 'shared' else place(rows, x)
+        for name, x in batch.items()
+    }  # fmt: skip
 
 
 def evaluate(

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import layers, params, transformer
+from lm import layers, mesh, params, transformer
 from lm.config import Config
 from lm.params import Leaf, Params
 
@@ -182,7 +182,8 @@ def predict(
 
     Works on `config.chunk` tokens at a time, so that memory does not grow with U, and recomputes
     them for a gradient. Each row is the same to the bit whatever tokens stand beside it, in
-    however many calls a vocabulary is predicted.
+    however many calls a vocabulary is predicted: of one jitted function, which has the weights and
+    the source as arguments. What the compiler knows as constants it may sum in another order.
 
     Args:
       weights: of the hypernetwork.
@@ -198,10 +199,13 @@ def predict(
     read_VD = read(weights, config, source) if read_VD is None else read_VD
 
     def step(pieces_UP):
+        pieces_UP = mesh.constrain(pieces_UP, ('batch', 'length'))
         return _predict_chunk(weights, config, source, read_VD, pieces_UP)
 
-    rows = jax.lax.map(jax.checkpoint(step) if n > 1 else step, padded.reshape(n, chunk, -1))
-    return {name: x.reshape(n * chunk, -1)[:u] for name, x in rows.items()}
+    rows = jax.lax.map(
+        jax.checkpoint(step) if n > 1 else step, padded.reshape(n, chunk, config.pieces)
+    )
+    return {name: x.reshape(n * chunk, config.d_model)[:u] for name, x in rows.items()}
 
 
 def _predict_chunk(weights, config: HypernetworkConfig, source, read_VD, pieces_UP) -> Params:

@@ -5,6 +5,7 @@ the source's tables are `frozen` (see `lm.train.run`).
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def transfer_loss(
     bos: int,
     auxiliary: float,
     source: Params,
-    batch: dict[str, jax.Array],
+    batch: dict[str, Any],
 ) -> tuple[jax.Array, Sums]:
     """Loss of the frozen model in another vocabulary, plus `auxiliary` times the distance of rows.
 
@@ -61,10 +62,10 @@ def transfer_loss(
       bos: the source's id that starts documents.
       auxiliary: the paper has 0.5.
       source: the frozen model.
-      batch: a packed batch of the other tokenizer's ids (`lm.data`), and `pieces` `[V, P]` of its
-        tokens, empty (-1) for BOS alone.
+      batch: a packed batch of the other tokenizer's ids (`lm.data`), and under `shared` the
+        `pieces` `[V, P]` of its tokens, empty (-1) for BOS alone.
     """
-    pieces_VP = batch['pieces']
+    pieces_VP = batch['shared']['pieces']
     predicted = hypernetwork.predict(weights, config, source['tables'], pieces_VP)
     special_V1 = pieces_VP[:, :1] < 0
     tables = {

@@ -5,7 +5,7 @@ stand behind the source's own rows, in both tables. What it takes to name a batc
 apart: a merge names two of the units before it.
 """
 
-import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +19,8 @@ from experiments.transfer.config import Config
 from experiments.transfer.hyper import Trained
 from lm import losses, train, transformer
 from lm import tables as tables_lib
+from lm.config import Config as ModelConfig
+from lm.params import Params
 from tokenization import boundaries, dynamic, hypernetwork, row_cache, transfer
 from tokenization.dynamic import Merged
 from tokenization.transfer import Source
@@ -76,62 +78,58 @@ def _name_bits(merged: Merged, vocab_size: int) -> float:
 
 
 class _Reader:
-    """The model over the source's ids and the units of a batch, rows of which are kept."""
+    """The model over its own rows and, behind them, the units of a batch, rows of which are kept.
+
+    Params are arguments of what is compiled: constants of a large model would not fit into it.
+    """
 
     def __init__(self, source: Source, network: Trained, capacity: int, mesh: Mesh):
         self._source, self._network, self._mesh, self._capacity = source, network, mesh, capacity
-        self._rows = jax.jit(self._predict)
-        self._read = hypernetwork.read(network.weights, network.config, source.params['tables'])
+        predict = jax.jit(hypernetwork.predict, static_argnums=1)
+        read = jax.jit(hypernetwork.read, static_argnums=1)
+        known = network.weights, network.config, source.params['tables']
+        read_VD = read(*known)
+        self._rows = lambda pieces_UP: predict(*known, pieces_UP, read_VD)
         self.slots = row_cache.Slots(capacity)
         self._cache = row_cache.init(self._rows, capacity, network.config.pieces)
-        v = source.tokenizer.vocab_size
-        self._config = dataclasses.replace(source.config, vocab_size=v + 1 + capacity)
-        self._loss = jax.jit(self._sum)
-
-    def _predict(self, pieces_UP: jax.Array):
-        weights, config = self._network.weights, self._network.config
-        tables = self._source.params['tables']
-        return hypernetwork.predict(weights, config, tables, pieces_UP, self._read)
-
-    def _sum(self, tables, slot_U, count, batch):
-        """Rows: the source's ids, BOS, the units at hand, and rows that nothing uses."""
-        v, own = self._source.tokenizer.vocab_size, self._source.params['tables']
-        used_V = jnp.arange(v + 1 + self._capacity) < v + 1 + count
-
-        def whole(name):
-            parts = own[name][:v], own[name][self._source.bos][None], tables[name][slot_U]
-            return jnp.concatenate([x.astype(jnp.float32) for x in parts])
-
-        joined = {name: whole(name) for name in own}
-        x_BLD = tables_lib.embed(joined, self._config, batch['tokens'])
-        h_BLD, _ = transformer.body(
-            self._source.params['body'], self._config, x_BLD, batch['positions'],
-            segments_BL=batch['segments'],
-        )  # fmt: skip
-
-        def row_nats(row):
-            h_LD, target_L, weight_L = row
-            logits = tables_lib.unembed(joined, self._config, h_LD)
-            log_p = jax.nn.log_softmax(jnp.where(used_V, logits, -jnp.inf))
-            return -(jnp.take_along_axis(log_p, target_L[:, None], 1)[:, 0] * weight_L).sum()
-
-        # a row at a time: the logits of a batch would be large
-        return jax.lax.map(row_nats, (h_BLD, batch['targets'], batch['weights'])).sum()
+        self._loss = jax.jit(functools.partial(_sum, source.config))
 
     def nats(self, merged: Merged, size: int, length: int) -> float:
         """Returns the summed loss of a batch; a unit of one source id is that id."""
-        v = self._source.tokenizer.vocab_size
+        v = self._source.config.vocab_size
         units = [unit for unit in merged.units if len(unit) > 1]
         self._cache, slots = row_cache.fetch(
             self._rows, self._cache, self.slots, units, self._network.config.chunk,
             self._network.config.pieces,
         )  # fmt: skip
-        place = {unit: v + 1 + i for i, unit in enumerate(units)}
+        place = {unit: v + i for i, unit in enumerate(units)}
         id_U = np.array([place.get(unit, unit[0]) for unit in merged.units])
         slot_U = np.pad(slots, (0, self._capacity - len(slots)))
         rows = [id_U[document] for document in merged.documents]
-        batch = train.put(_packed(rows, size, length, bos=v), self._mesh)
-        return float(self._loss(self._cache.tables, slot_U, len(units), batch))
+        batch = train.put(_packed(rows, size, length, self._source.bos), self._mesh)
+        return float(self._loss(self._source.params, self._cache.tables, slot_U, len(units), batch))
+
+
+def _sum(config: ModelConfig, weights: Params, tables: Params, slot_U, count, batch) -> jax.Array:
+    """Returns nats of a batch over the model's own rows and `count` units, in rows `slot_U`."""
+    used_V = jnp.arange(config.vocab_size + len(slot_U)) < config.vocab_size + count
+    joined = {
+        name: jnp.concatenate([own_VD.astype(jnp.float32), tables[name][slot_U]])
+        for name, own_VD in weights['tables'].items()
+    }
+    x_BLD = tables_lib.embed(joined, config, batch['tokens'])
+    h_BLD, _ = transformer.body(
+        weights['body'], config, x_BLD, batch['positions'], segments_BL=batch['segments']
+    )
+
+    def row_nats(row):
+        h_LD, target_L, weight_L = row
+        logits = tables_lib.unembed(joined, config, h_LD)
+        log_p = jax.nn.log_softmax(jnp.where(used_V, logits, -jnp.inf))
+        return -(jnp.take_along_axis(log_p, target_L[:, None], 1)[:, 0] * weight_L).sum()
+
+    # a row at a time: the logits of a batch would be large
+    return jax.lax.map(row_nats, (h_BLD, batch['targets'], batch['weights'])).sum()
 
 
 def _packed(rows: Sequence[np.ndarray], size: int, length: int, bos: int) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -61,11 +61,12 @@ def fit(config: Config, source: Source, corpus: Corpus, out: epath.Path, mesh: M
 
 def _rows(config: TrainConfig, vocab_size: int) -> grain.IterDataset:
     """Returns batches of random source ids, the same for a step wherever a run was resumed."""
-    size = config.batch_size
+    own = slice(jax.process_index(), None, jax.process_count())
 
     def draw(step: int) -> dict[str, np.ndarray]:
-        ids = np.random.default_rng((config.seed, step)).integers(0, vocab_size, size)
-        return {'ids': ids.astype(np.int32)}
+        rng = np.random.default_rng((config.seed, step))
+        ids_U = rng.integers(0, vocab_size, config.batch_size)
+        return {'ids': ids_U[own].astype(np.int32)}
 
     return grain.MapDataset.range(config.steps).map(draw).to_iter_dataset()
 
@@ -77,8 +78,15 @@ def sampled(
     run = config.transfer
     settings = Settings(
         run.batch_size // jax.process_count(), run.length, _BYTES_PER_TOKEN * run.length,
-        # one row more is BOS's, so that the rows divide over devices
+        # one row more is BOS's
         config.sampled_size - 1, shape.pieces, run.steps, run.seed,
         jax.process_index(), jax.process_count(),
     )  # fmt: skip
-    return sampled_batches(corpus.train, source.tokenizer, settings, config.workers)
+    batches = sampled_batches(corpus.train, source.tokenizer, settings, config.workers)
+    return batches.map(_shared)
+
+
+def _shared(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    """All processes have the same tokenizer, each has texts of its own."""
+    rows = {name: x for name, x in batch.items() if name != 'pieces'}
+    return {**rows, 'shared': {'pieces': batch['pieces']}}

@@ -17,7 +17,7 @@ from experiments.transfer.results import HYPERNETWORK
 from experiments.transfer.source import open_source
 from lm import bundle
 from lm import mesh as mesh_lib
-from tokenization import heuristics, transfer
+from tokenization import transfer
 from tokenization.tokenizer import Tokenizer
 from tokenization.transfer import Method, Source
 
@@ -38,8 +38,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     found = targets.build(config, corpus, out)
     network = hyper.fit(config, source, corpus, out / 'hypernetwork', mesh)
     texts = corpora.first_bytes(corpus.test, config.valid_bytes)
-    # moved to its own tokenizer, a model is what it was
-    own = measure.move(source, source.tokenizer, heuristics.lexical_copy, mesh)
+    own = measure.unmoved(source)
     before = resume.part_once(
         out / 'parts' / 'source.json', lambda: _row('source', 'own', 0, own, config, texts, mesh)
     )

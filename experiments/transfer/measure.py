@@ -1,12 +1,14 @@
 """Bits per byte of a moved model: zero-shot, and after a few steps of training on."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -26,10 +28,11 @@ CONTEXT_BYTES, SHOT_BYTES = 2_000_000, 4_000_000
 
 
 class Moved(NamedTuple):
-    """A model with a target's tables; `seconds` to make them."""
+    """A model with a target's tables; `seconds` to make them, and the id that starts documents."""
 
     fitted: Fitted
     tokenizer: Tokenizer
+    bos: int
     seconds: float
 
 
@@ -49,6 +52,11 @@ def methods(tokenizer: Tokenizer, documents: Sequence[bytes]) -> dict[str, Metho
     }
 
 
+def unmoved(source: Source) -> Moved:
+    """Returns the source as it is, every row of its tables included."""
+    return Moved(Fitted(source.config, source.params, 0.0), source.tokenizer, source.bos, 0.0)
+
+
 def move(source: Source, tokenizer: Tokenizer, method: Method, mesh: Mesh) -> Moved:
     """Returns the model with tables for a target."""
     vocabulary = transfer.vocabulary(source, tokenizer)
@@ -57,7 +65,7 @@ def move(source: Source, tokenizer: Tokenizer, method: Method, mesh: Mesh) -> Mo
     seconds = time.monotonic() - begin
     config, weights = transfer.with_tables(source, vocabulary, tables)
     weights = jax.device_put(weights, params.shardings(config, mesh))
-    return Moved(Fitted(config, weights, 0.0), tokenizer, seconds)
+    return Moved(Fitted(config, weights, 0.0), tokenizer, tokenizer.vocab_size, seconds)
 
 
 def bits_per_byte(moved: Moved, config: Config, texts: Sequence[bytes], mesh: Mesh) -> float:
@@ -66,9 +74,15 @@ def bits_per_byte(moved: Moved, config: Config, texts: Sequence[bytes], mesh: Me
     batches = language_model.evaluation(
         moved.tokenizer.encode_batch(texts), v, config.continued.batch_size,
         config.continued.length,
-    )  # fmt: skip
+    ).map(functools.partial(_with_bos, v, moved.bos))  # fmt: skip
     n_bytes = sum(map(len, texts))
     return losses.bits_per_byte(language_model.nats(moved.fitted, batches, mesh), n_bytes)
+
+
+def _with_bos(before: int, bos: int, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """An imported model's BOS is one of its tokenizer's ids; the pipeline starts with another."""
+    tokens_BL = batch['tokens']
+    return {**batch, 'tokens': np.where(tokens_BL == before, bos, tokens_BL)}
 
 
 def train_on(

@@ -50,7 +50,7 @@ def _bits_by_hand(source, rows) -> float:
     for ids in rows:
         tokens = np.array([[source.bos, *ids[:-1]]])
         logits = transformer.forward(source.params, source.config, tokens)[0]
-        log_p = jax.nn.log_softmax(logits[:, : source.bos + 1])
+        log_p = jax.nn.log_softmax(logits)
         bits -= float(jnp.take_along_axis(log_p, np.array(ids)[:, None], 1).sum()) / math.log(2)
         n_bytes += len(source.tokenizer.decode(np.array(ids)))
     return bits / n_bytes
@@ -79,13 +79,31 @@ class TestDynamic:
         assert batch['segments'].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [0] * 4]
 
 
-def test_moved_to_its_own_tokenizer_a_model_is_what_it_was(source, mesh):
-    own = measure.move(source, source.tokenizer, heuristics.lexical_copy, mesh)
+def _imported(source):
+    """The same kind of model with BOS among the tokenizer's ids, as Hugging Face's have it."""
+    model = dataclasses.replace(source.config, vocab_size=source.bos + 30)
+    return Source(model, params.init(model, jax.random.key(0)), source.tokenizer, 5)
+
+
+@pytest.mark.parametrize('kind', ['trained', 'imported'])
+def test_before_it_is_moved_a_model_is_what_it_was(source, network, mesh, kind):
+    if kind == 'imported':
+        source = _imported(source)
     text = TEXT[:60]
     ids = source.tokenizer.encode(text)
     assert len(ids) <= SETTINGS.continued.length
-    bits = measure.bits_per_byte(own, SETTINGS, [text], mesh)
-    assert bits == pytest.approx(_bits_by_hand(source, [ids]), rel=1e-5)
+    expected = _bits_by_hand(source, [ids])
+    bits = measure.bits_per_byte(measure.unmoved(source), SETTINGS, [text], mesh)
+    assert bits == pytest.approx(expected, rel=1e-5)
+    # units of the batch take no probability before there are any
+    none = dynamic.measure(SETTINGS, source, network, [ids], [ids], mesh)[0]
+    assert none['bits_per_byte'] == pytest.approx(expected, rel=1e-5)
+
+
+def test_moved_to_its_own_tokenizer_a_model_is_what_it_was(source, mesh):
+    own = measure.move(source, source.tokenizer, heuristics.lexical_copy, mesh)
+    for name, rows_VD in source.params['tables'].items():
+        np.testing.assert_array_equal(own.fitted.params['tables'][name], rows_VD)
 
 
 def test_rows_are_held_where_they_began(source):

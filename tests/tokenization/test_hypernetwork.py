@@ -1,13 +1,15 @@
 """The hypernetwork: a row is its pieces' alone, rescaled to the source; its losses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import losses, params
+from lm import losses, params, train
+from lm import mesh as mesh_lib
 from lm.config import Config, Lexinvariant
 from tokenization import hypernetwork, hypernetwork_losses
 from tokenization.hypernetwork import HypernetworkConfig
@@ -141,18 +143,45 @@ class TestLosses:
         batch['tokens'][:, 0] = KNOWN
         own, _ = losses.next_token_loss(source, MODEL, batch)
         moved, sums = hypernetwork_losses.transfer_loss(
-            weights, config, MODEL, KNOWN, 0.5, source, {**batch, 'pieces': pieces_VP}
+            weights, config, MODEL, KNOWN, 0.5, source, {**batch, 'shared': {'pieces': pieces_VP}}
         )
         np.testing.assert_allclose(moved, own, rtol=1e-5)
         assert sums['auxiliary'] < 1e-8
         ids = {'ids': np.arange(KNOWN)}
         assert hypernetwork_losses.identity_loss(weights, config, source, ids)[0] < 1e-8
 
+    def test_on_a_mesh_as_on_one_device(self):
+        model = dataclasses.replace(TIED, vocab_size=KNOWN + 4)
+        shape = HypernetworkConfig(n_layers=1, head_dim=8, pieces=P, chunk=64, residual=True)
+        config = hypernetwork.for_model(shape, model, KNOWN)
+        pieces_VP = _pieces(64)
+        pieces_VP[-1] = -1
+        host = {**self._batch(64), 'shared': {'pieces': pieces_VP}}
+        found = []
+        for grid in ('data=1,model=1', 'data=2,model=4'):
+            devices = jax.devices('cpu')[: 1 if grid == 'data=1,model=1' else 8]
+            mesh = mesh_lib.make(grid, devices)
+            source = jax.device_put(_source(model), params.shardings(model, mesh))
+            placed = params.placed(hypernetwork.leaves(config), mesh)
+            start = functools.partial(hypernetwork.init, config)
+            weights = jax.jit(start, out_shardings=placed)(source['tables'], jax.random.key(0))
+
+            def loss(weights, source, batch):
+                return hypernetwork_losses.transfer_loss(
+                    weights, config, model, KNOWN, 0.5, source, batch
+                )[0]
+
+            with jax.set_mesh(mesh):
+                batch = train.put(host, mesh)
+                gradient = jax.jit(jax.value_and_grad(loss))(weights, source, batch)
+            found.append(jax.tree.map(np.asarray, gradient))
+        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), *found)
+
     def test_both_teach_the_network_alone(self, untied):
         config, source, weights = untied
         pieces_VP = _pieces(64)
         pieces_VP[-1] = -1
-        batch = {**self._batch(64), 'pieces': pieces_VP}
+        batch = {**self._batch(64), 'shared': {'pieces': pieces_VP}}
 
         def loss(weights, source):
             one = hypernetwork_losses.transfer_loss(
