@@ -52,7 +52,9 @@ class Config:
       bundle: a model to start from, instead of one that is trained here.
       ranks: glob that finds `r50k_base.tiktoken` (GPT-2) and `cl100k_base.tiktoken`; of one that
         it does not find, the first 5,000 tokens stand for it.
+      mesh: e.g. `data=4,model=2`; all devices on `data` if not given.
       targets: tokenizers that the model is moved to.
+      oracle: those of them that a model is trained from scratch with, for comparison.
       vocab_size: of the model's own BPE, if it is trained here.
       model, train: the model that is trained here, and how.
       hypernetwork: its shape; widths follow from the model.
@@ -65,13 +67,19 @@ class Config:
       continued: how; its `steps` are the largest of `shots`.
       reductions: dynamic tokenization merges until texts are so much shorter, as shares of what
         whole words would save.
+      variants: those of `targets` that a model fine-tuned on prose is moved to, by task
+        arithmetic.
+      variant_steps: of fine-tuning it, as in `continued`.
+      task_weights: of what training after the transfer changed in the base.
       valid_bytes: of held-out text to evaluate on.
     """
 
     data: str | None = None
     bundle: str | None = None
     ranks: str | None = None
+    mesh: str | None = None
     targets: tuple[Target, ...] = TARGETS
+    oracle: tuple[Target, ...] = ('bytes',)
     vocab_size: int = 8192
     model: ModelConfig = field(default_factory=_model)
     train: TrainConfig = field(
@@ -98,16 +106,20 @@ class Config:
         )
     )
     reductions: tuple[float, ...] = (0.1, 0.2, 0.3, 0.4, 0.5)
+    variants: tuple[Target, ...] = ('bpe_same',)
+    variant_steps: int = 50
+    task_weights: tuple[float, ...] = (0.0, 0.5)
     valid_bytes: int = 60_000
 
     def __post_init__(self):
-        for name in ('vocab_size', 'valid_bytes'):
+        for name in ('vocab_size', 'valid_bytes', 'variant_steps'):
             require(name, getattr(self, name), getattr(self, name) >= 1, 'at least 1')
         require('vocab_size', self.vocab_size, self.vocab_size > 256, 'more than the 256 bytes')
         require('sampled_size', self.sampled_size, self.sampled_size > 257, 'more than the bytes')
         require('targets', self.targets, bool(self.targets), f'some of {", ".join(TARGETS)}')
-        for target in self.targets:
-            require('targets', target, target in TARGETS, f'some of {", ".join(TARGETS)}')
+        for name in ('targets', 'oracle', 'variants'):
+            for target in getattr(self, name):
+                require(name, target, target in TARGETS, f'some of {", ".join(TARGETS)}')
         require('shots', self.shots, min(self.shots, default=-1) == 0, '0 and more steps')
         for share in self.reductions:
             require('reductions', share, 0 < share <= 1, 'above 0, at most 1')
@@ -129,9 +141,11 @@ SCALES = {
         shots=(0, 2),
         reductions=(0.5,),
         continued=TrainConfig(2, 4, 32, checkpoint_every=2),
+        variant_steps=2,
         valid_bytes=3_000,
     ),
     'gpu': Config(
+        oracle=TARGETS,
         vocab_size=32_768,
         model=dataclasses.replace(presets.m2_25m(), dtype='bfloat16'),
         train=TrainConfig(5000, 64, 512),
@@ -145,6 +159,7 @@ SCALES = {
     ),
     'paper': Config(
         bundle='mistral_7b',
+        oracle=(),
         hypernetwork=HypernetworkConfig(head_dim=128),
         sampled_size=32_768,
         identity=_identity(10_000, 16_384),

@@ -89,7 +89,7 @@ def train_on(
     moved: Moved, config: Config, steps: int, documents: Documents, folder: epath.Path,
     mesh: Mesh, label: str,
 ) -> Moved:  # fmt: skip
-    """Trains the whole moved model on; rows are held near where the transfer put them."""
+    """Trains a whole model on; rows are held near where they are."""
     run = dataclasses.replace(config.continued, steps=steps, checkpoint_every=steps)
     model, start = moved.fitted.config, moved.fitted.params
     v = moved.tokenizer.vocab_size
@@ -102,7 +102,7 @@ def train_on(
     batches = data.training_batches(
         documents, None, batch_size=run.batch_size // jax.process_count(), length=run.length,
         bos=v, seed=run.seed, shard_index=jax.process_index(), shard_count=jax.process_count(),
-    )  # fmt: skip
+    ).map(functools.partial(_with_bos, v, moved.bos))  # fmt: skip
     state = train.run(
         run, lambda key: jax.tree.map(jnp.copy, start), loss, batches, folder, mesh, label,
         frozen=(start['tables'],),

@@ -7,7 +7,7 @@ from etils import epath
 from experiments import plots, report
 from experiments.report import Column
 
-HYPERNETWORK = 'hypernetwork'
+HYPERNETWORK, ORACLE = 'hypernetwork', 'oracle'
 # Minixhofer et al. 2024, tables 3 and 4 and section 5, as figures to stand beside ours.
 PAPER = (
     'paper (Mistral 7B moved to GPT-2): average of tasks 76.9 before, 73.0 zero-shot, 74.9 after '
@@ -45,6 +45,7 @@ def _print(own: Row, rows: list[Row], shots: int) -> dict[str, float]:
     for target in dict.fromkeys(row['target'] for row in rows):
         found = {row['method']: row for row in rows if row['target'] == target}
         ours = found[HYPERNETWORK]
+        scratch = found.pop(ORACLE, None)
         others = {name: row['bits_per_byte'] for name, row in found.items() if row is not ours}
         best = min(others, key=lambda name: others[name])
         gap = others[best] - own['bits_per_byte']
@@ -52,7 +53,7 @@ def _print(own: Row, rows: list[Row], shots: int) -> dict[str, float]:
         lines.append({
             'target': target, 'bytes': ours['bytes_per_token'], 'closed': closed,
             'size': float(ours['vocab_size']), 'seconds': ours['seconds'], **others,
-            HYPERNETWORK: ours['bits_per_byte'],
+            HYPERNETWORK: ours['bits_per_byte'], ORACLE: scratch and scratch['bits_per_byte'],
         })  # fmt: skip
         if closed is not None:
             where = {'target': target, 'shots': shots}
@@ -73,8 +74,27 @@ def _print(own: Row, rows: list[Row], shots: int) -> dict[str, float]:
         f'{own["bytes_per_token"]:.2f} bytes per token',
         'gap closed: of what the best heuristic loses against the model\'s own tokenizer; seconds: '
         'to predict the whole vocabulary, compilation included',
+        *(['oracle: trained from scratch with the target'] if ORACLE in methods else []),
         *claims, *([] if shots else [PAPER]),
     ])  # fmt: skip
+    return metrics
+
+
+def variants(rows: list[Row]) -> dict[str, float]:
+    """Prints bits per byte of a variant moved by task arithmetic; returns the metrics."""
+    columns = [
+        Column('target', 'target'), Column('model', 'model'), Column('weight', 'weight', 'g'),
+        Column('bits_per_byte', 'bits/byte'),
+    ]  # fmt: skip
+    report.table(rows, columns, 'fine-tuned on prose: bits per byte of prose', [
+        'weight: of what training after the transfer changed in the base, added to the variant',
+        'paper: weights up to 0.7',
+    ])  # fmt: skip
+    metrics = {}
+    for row in rows:
+        where = {'target': row['target']}
+        where |= {} if row['weight'] is None else {'weight': row['weight']}
+        metrics[report.key('prose_bits_per_byte', row['model'], **where)] = row['bits_per_byte']
     return metrics
 
 

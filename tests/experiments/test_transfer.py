@@ -8,12 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.transfer import config, dynamic, hyper, main, measure, results, targets
+from experiments.corpora import Corpus
+from experiments.transfer import (
+    config,
+    dynamic,
+    hyper,
+    main,
+    measure,
+    results,
+    targets,
+    variant,
+)
+from lm import bundle, params, transformer
 from lm import mesh as mesh_lib
-from lm import params, transformer
 from lm.config import Config as ModelConfig
 from tokenization import heuristics, hypernetwork
 from tokenization.bpe import BPETokenizer
+from tokenization.byte import ByteTokenizer
 from tokenization.codebook import compile_equal_info
 from tokenization.hypernetwork import HypernetworkConfig
 from tokenization.ngram import count
@@ -146,15 +157,43 @@ def test_a_finding_is_shown_or_not(capsys):
     assert metrics['gap_closed/hypernetwork/target=bytes/shots=0'] == 0.75
     assert metrics['bits_per_byte/hypernetwork/target=bytes/shots=0'] == 2.5
     assert metrics['transfer_seconds/bytes'] == 1.0
+    # what was trained from scratch is no heuristic to beat
+    assert results.table([*rows, row('oracle', 2.2)]) == {
+        **metrics, 'bits_per_byte/oracle/target=bytes/shots=0': 2.2,
+    }  # fmt: skip
+    assert 'NOT SHOWN' not in capsys.readouterr().out
     results.table([*rows[:2], row('hypernetwork', 4.5)])
     assert 'NOT SHOWN' in capsys.readouterr().out
+
+
+def test_a_variant_moves_by_what_its_base_learned(source, mesh, tmp_path, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, variants=('bytes',), shots=(0,))
+    moved = measure.move(source, ByteTokenizer(), heuristics.mean_of_pieces, mesh)
+    body = jax.tree.map(lambda x: x + 0.1, moved.fitted.params['body'])
+    weights = {**moved.fitted.params, 'body': body}
+    bundle.save(
+        tmp_path / 'bundles' / 'bytes_0', moved.fitted.config, weights, ByteTokenizer(), 256
+    )
+    prose = Corpus('', *[[b'"""' + TEXT + b'"""']] * 3)
+    monkeypatch.setattr(variant.corpora, 'standard_library', lambda: prose)
+    found = variant.rows(settings, source, {'bytes': ByteTokenizer()}, tmp_path, mesh)
+    kinds = [(row['target'], row['model'], row['weight']) for row in found]
+    assert kinds == [
+        ('own', 'base', None), ('own', 'variant', None), ('bytes', 'base', None),
+        ('bytes', 'variant', 0.0), ('bytes', 'variant', 0.5),
+    ]  # fmt: skip
+    bits = [row['bits_per_byte'] for row in found]
+    assert bits[1] < bits[0] and len(set(bits)) == 5  # it has learned; the weight matters
+    metrics = results.variants(found)
+    assert metrics['prose_bits_per_byte/variant/target=bytes/weight=0.5'] == bits[4]
 
 
 @pytest.mark.parametrize(
     'fields',
     [
         {'vocab_size': 256}, {'sampled_size': 257}, {'targets': ()}, {'targets': ('latin',)},
-        {'shots': (10,)}, {'reductions': (0.0,)}, {'auxiliary': -1.0},
+        {'shots': (10,)}, {'reductions': (0.0,)}, {'auxiliary': -1.0}, {'oracle': ('latin',)},
+        {'variants': ('latin',)}, {'variant_steps': 0},
     ],
 )  # fmt: skip
 def test_refuses_what_cannot_work(fields):
