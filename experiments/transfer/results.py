@@ -86,7 +86,8 @@ def variants(rows: list[Row]) -> dict[str, float]:
         Column('target', 'target'), Column('model', 'model'), Column('weight', 'weight', 'g'),
         Column('bits_per_byte', 'bits/byte'),
     ]  # fmt: skip
-    report.table(rows, columns, 'fine-tuned on prose: bits per byte of prose', [
+    report.table(rows, columns, 'bits per byte of prose', [
+        'variant: the source, fine-tuned on prose; base: not',
         'weight: of what training after the transfer changed in the base, added to the variant',
         'paper: weights up to 0.7',
     ])  # fmt: skip
