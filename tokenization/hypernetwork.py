@@ -55,11 +55,14 @@ class HypernetworkConfig:
     dtype: str = 'float32'
 
     def __post_init__(self):
-        for name in ('vocab_size', 'd_model', 'n_layers', 'head_dim', 'pieces', 'chunk'):
+        for name in ('vocab_size', 'd_model', 'n_layers', 'head_dim', 'chunk'):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f'HypernetworkConfig.{name}: {getattr(self, name)}; expected at least 1'
                 )
+        if self.pieces < 2:
+            # of one alone, a longer token could not be told from its first piece
+            raise ValueError(f'HypernetworkConfig.pieces: {self.pieces}; expected at least 2')
         if self.d_ff < 0:
             raise ValueError(f'HypernetworkConfig.d_ff: {self.d_ff}; expected 0 or more')
 

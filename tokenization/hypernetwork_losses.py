@@ -89,9 +89,7 @@ def auxiliary_loss(
     Args:
       vocab_size: ids of the source tokenizer; pieces from there on are bytes that it lacks.
     """
-    same_V = (pieces_VP[:, 0] >= 0) & (pieces_VP[:, 0] < vocab_size)
-    if pieces_VP.shape[1] > 1:
-        same_V &= pieces_VP[:, 1] < 0
+    same_V = (pieces_VP[:, 0] >= 0) & (pieces_VP[:, 0] < vocab_size) & (pieces_VP[:, 1] < 0)
     count = jnp.maximum(same_V.sum(), 1)
     total = jnp.zeros(())
     for name, rows_VD in predicted.items():

@@ -120,6 +120,10 @@ class TestForModel:
         with pytest.raises(ValueError, match='learned tables'):
             hypernetwork.for_model(HypernetworkConfig(), drawn, 10)
 
+    def test_refuses_to_read_one_piece_alone(self):
+        with pytest.raises(ValueError, match='pieces: 1; expected at least 2'):
+            HypernetworkConfig(pieces=1)
+
     def test_refuses_a_vocabulary_larger_than_the_table(self):
         with pytest.raises(ValueError, match='302 ids, the model rows for 301'):
             hypernetwork.for_model(HypernetworkConfig(), MODEL, KNOWN + 2)
