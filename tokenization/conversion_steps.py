@@ -6,7 +6,7 @@ is put before it. Each step left out is a repair that says so.
 
 import functools
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import pre_tokenizers
@@ -56,8 +56,14 @@ def lossless(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[dict]
             case _:
                 raise ValueError(f'normalizer {step["type"]!r} is not known: cannot be undone')
     split: list[dict] = []
-    for step in source.pre_tokenizers:
+    for number, step in enumerate(source.pre_tokenizers):
         added, before = _pre_tokenizer(step, kind, repairs)
+        # After words of blanks each part follows a space of the text, and after others none.
+        parts = [
+            s['type'] for s in source.pre_tokenizers[:number] if s['type'] != 'WhitespaceSplit'
+        ]
+        if before and parts and step.get('prepend_scheme') != 'first':
+            repairs.append(f'{step["type"]} puts no space before the parts that {parts[0]} makes')
         split += added
         prefix = before or prefix
     if kind == 'words':
@@ -92,17 +98,13 @@ def _pre_tokenizer(step: dict, kind: Kind, repairs: list[str]) -> tuple[list[dic
             return [{'type': name, 'replacement': SPACE, 'prepend_scheme': 'never',
                      'split': cut}], prefix  # fmt: skip
         case {'type': 'Split', 'pattern': {'Regex': str()} | {'String': str()} as pattern}:
-            behavior = step.get('behavior')
-            if behavior == 'Removed':
-                repairs.append('Split: text that it removes is kept')
-                behavior = 'Isolated'
-            return [{'type': name, 'pattern': pattern, 'behavior': behavior,
+            return [{'type': name, 'pattern': pattern, 'behavior': _behavior(step, repairs),
                      'invert': step.get('invert') is True}], ''  # fmt: skip
         case {'type': 'Digits'}:
             alone = step.get('individual_digits') is True
             return [{'type': name, 'individual_digits': alone}], ''
         case {'type': 'Punctuation'}:
-            return [{'type': name, 'behavior': 'Isolated'}], ''
+            return [{'type': name, 'behavior': _behavior(step, repairs)}], ''
         case {'type': 'UnicodeScripts'}:
             return [{'type': name}], ''
         case {'type': 'Whitespace' | 'WhitespaceSplit' | 'BertPreTokenizer'}:
@@ -110,6 +112,15 @@ def _pre_tokenizer(step: dict, kind: Kind, repairs: list[str]) -> tuple[list[dic
             words = r'\w+|[^\w\s]+|\s+' if name == 'Whitespace' else ''
             return ([_split(words)] if words else []), ''
     raise ValueError(f'pre-tokenizer {name!r} is not known: what it splits cannot be undone')
+
+
+def _behavior(step: dict, repairs: list[str]) -> Any:
+    """Returns to which part a Split or Punctuation gives what it finds."""
+    behavior = step.get('behavior', 'Isolated')
+    if behavior != 'Removed':
+        return behavior
+    repairs.append(f'{step["type"]}: text that it removes is kept')
+    return 'Isolated'
 
 
 def _split(regex: str) -> dict:
