@@ -201,7 +201,8 @@ def load_folder(path: epath.PathLike) -> HuggingFaceTokenizer:
     if file.name == _SOURCE:
         text = special_tokens.read_text(file)
     else:
-        text = sentencepiece.read(file, special_tokens.read_added(folder))
+        text, own = sentencepiece.read(file, special_tokens.read_added(folder))
+        names = own | names
     try:
         return HuggingFaceTokenizer.from_json(text, names)
     except ValueError as error:
