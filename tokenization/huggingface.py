@@ -92,6 +92,27 @@ class HuggingFaceTokenizer:
         """How many ids at the end are single bytes that the original lacks."""
         return self._converted.added
 
+    def within(self, rows: int) -> tuple['HuggingFaceTokenizer', tuple[str, ...]]:
+        """Returns the tokenizer without special tokens from id `rows` on, and their spellings.
+
+        Text models of Gemma 3 have no row for their tokenizer's last token, which is an image's.
+        Tokens with a role stay, and so do those that stand for bytes.
+        """
+        roles = {i for _, i in self.roles}
+        document = json.loads(self.source)
+        pieces = tokenizer_json.parse(self.source).pieces
+        beyond = [
+            token
+            for token in document.get('added_tokens') or []
+            if token.get('special') is True and token['id'] >= rows
+            if token['id'] not in roles and token['content'] not in pieces
+        ]
+        if not beyond:
+            return self, ()
+        document['added_tokens'] = [t for t in document['added_tokens'] if t not in beyond]
+        source = json.dumps(document, ensure_ascii=False)
+        return HuggingFaceTokenizer(source, self.roles), tuple(t['content'] for t in beyond)
+
     def prefixed(self, data: bytes) -> bytes:
         """Returns a document with the space that the original would put before it, if any."""
         prefix = self._converted.prefix
