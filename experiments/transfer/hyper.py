@@ -61,11 +61,13 @@ def fit(config: Config, source: Source, corpus: Corpus, out: epath.Path, mesh: M
 
 def _rows(config: TrainConfig, vocab_size: int) -> grain.IterDataset:
     """Returns batches of random source ids, the same for a step wherever a run was resumed."""
-    size = config.batch_size
+    own = config.batch_size // jax.process_count()
+    first = own * jax.process_index()
 
     def draw(step: int) -> dict[str, np.ndarray]:
-        ids = np.random.default_rng((config.seed, step)).integers(0, vocab_size, size)
-        return {'ids': ids.astype(np.int32)}
+        rng = np.random.default_rng((config.seed, step))
+        ids = rng.integers(0, vocab_size, config.batch_size)
+        return {'ids': ids[first : first + own].astype(np.int32)}
 
     return grain.MapDataset.range(config.steps).map(draw).to_iter_dataset()
 
