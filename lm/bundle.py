@@ -170,5 +170,5 @@ def digest(config: Config, params: Params) -> str:
         jax.tree_util.tree_leaves_with_path(params), key=lambda entry: _name(entry[0])
     ):
         result.update(f'{_name(path)} {leaf.shape} {leaf.dtype}'.encode())
-        result.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        result.update(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8).data)
     return result.hexdigest()
