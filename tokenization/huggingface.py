@@ -21,6 +21,7 @@ from tokenization import byte_engine, conversion, sentencepiece, special_tokens,
 from tokenization.tokenizer import check_ids, read_kind, write_kind
 
 _SOURCE = 'tokenizer.json'
+_GPT2_CLASSES = ('GPT2Tokenizer', 'RobertaTokenizer')
 _PROBE = ' a  b\r\n\t1 23 ▁é 漢'.encode() + bytes(range(256))
 
 
@@ -218,6 +219,7 @@ def load_folder(path: epath.PathLike) -> HuggingFaceTokenizer:
         raise FileNotFoundError(f'{path}: no {_SOURCE}, tokenizer.model or vocab.json here')
     file = folder / found[0]
     if file.name == 'vocab.json':
+        _check_gpt2(folder)
         return from_gpt2_files(file, folder / 'merges.txt', names)
     if file.name == _SOURCE:
         text = special_tokens.read_text(file)
@@ -228,6 +230,17 @@ def load_folder(path: epath.PathLike) -> HuggingFaceTokenizer:
         return HuggingFaceTokenizer.from_json(text, names)
     except ValueError as error:
         raise ValueError(f'{file}: {error}') from None
+
+
+def _check_gpt2(folder: epath.Path) -> None:
+    """Refuses the two files of another tokenizer: Qwen's look the same, and split otherwise."""
+    file = folder / 'tokenizer_config.json'
+    kind = special_tokens.read_object(file).get('tokenizer_class') if file.exists() else None
+    if kind is not None and str(kind).removesuffix('Fast') not in _GPT2_CLASSES:
+        raise ValueError(
+            f'{file}: tokenizer_class {kind!r}: vocab.json and merges.txt do not say how it splits '
+            f'words, and only {" and ".join(_GPT2_CLASSES)} are known: save its tokenizer.json'
+        )
 
 
 def from_gpt2_files(

@@ -192,6 +192,15 @@ def test_files_of_gpt2(originals, tmp_path):
     tokenizer = huggingface.load_folder(tmp_path)
     wanted = originals['byte_level'].encode('def main():').ids
     assert tokenizer.encode(b'def main():').tolist() == wanted
+    # Qwen's two files look like these, and its words are others.
+    config = tmp_path / 'tokenizer_config.json'
+    config.write_text('{"tokenizer_class": "GPT2TokenizerFast"}')
+    assert huggingface.load_folder(tmp_path) == tokenizer
+    config.write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    with pytest.raises(
+        ValueError, match=r"tokenizer_class 'Qwen2Tokenizer': .* save its tokenizer"
+    ):
+        huggingface.load_folder(tmp_path)
 
 
 def test_table_too_small(converted):
