@@ -179,6 +179,12 @@ def test_folder_of_a_model(originals, tmp_path):
     config = {'bos_token': {'content': '<s>'}, 'eos_token': '</s>', 'pad_token': None}
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
     assert huggingface.load_folder(tmp_path).special == {'unk': 0, 'bos': 1, 'eos': 2}
+    names = tmp_path / 'special_tokens_map.json'
+    names.write_text('{"pad_token": "<none>"}')
+    assert 'pad' not in huggingface.load_folder(tmp_path).special
+    (tmp_path / 'tokenizer_config.json').write_text('{"bos_token": "<none>"}')
+    with pytest.raises(ValueError, match="bos_token '<none>' is not in the vocabulary"):
+        huggingface.load_folder(tmp_path)
     (tmp_path / 'tokenizer_config.json').write_text('{"bos_token": 3}')
     with pytest.raises(ValueError, match=r'tokenizer_config.json: bos_token: 3'):
         huggingface.load_folder(tmp_path)
