@@ -43,6 +43,8 @@ def kind_of(source: Source) -> Kind:
 def lossless(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[dict], list[dict], str]:
     """Returns the steps that lose nothing, and what the original puts before a text."""
     prefix = ''
+    # What cuts a text before a step that puts a space before each part.
+    cuts = ['an added token'] if any(not a.special for a in source.added) else []
     kept: list[dict] = []
     for step in source.normalizers:
         match step:
@@ -50,20 +52,19 @@ def lossless(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[dict]
                 kept.append(step)
             case {'type': 'Prepend', 'prepend': '▁'}:
                 prefix = 'always'
+                repairs += [f'Prepend: no space is put before what follows {x}' for x in cuts]
             case {'type': 'NFC' | 'NFD' | 'NFKC' | 'NFKD' | 'Lowercase' | 'StripAccents' | 'Strip'
                   | 'BertNormalizer' | 'Precompiled' | 'Nmt' | 'Replace' as name}:  # fmt: skip
                 repairs.append(f'normalizer {name} left out: text is encoded as it stands')
             case _:
                 raise ValueError(f'normalizer {step["type"]!r} is not known: cannot be undone')
     split: list[dict] = []
-    for number, step in enumerate(source.pre_tokenizers):
+    for step in source.pre_tokenizers:
         added, before = _pre_tokenizer(step, kind, repairs)
-        # After words of blanks each part follows a space of the text, and after others none.
-        parts = [
-            s['type'] for s in source.pre_tokenizers[:number] if s['type'] != 'WhitespaceSplit'
-        ]
-        if before and parts and step.get('prepend_scheme') != 'first':
-            repairs.append(f'{step["type"]} puts no space before the parts that {parts[0]} makes')
+        if before and step.get('prepend_scheme') != 'first':
+            repairs += [f'{step["type"]}: no space is put before what follows {x}' for x in cuts]
+        if step['type'] != 'WhitespaceSplit':  # whose parts have spaces before them in the text
+            cuts.append(f'a part of {step["type"]}')
         split += added
         prefix = before or prefix
     if kind == 'words':

@@ -269,7 +269,7 @@ def test_repairs_are_said():
     steps = [{'type': 'Digits'}, {'type': 'ByteLevel', 'add_prefix_space': True}]
     split = {'type': 'Sequence', 'pretokenizers': steps}
     tokenizer = HuggingFaceTokenizer.from_json(_bpe(LETTERS, pre_tokenizer=split))
-    assert 'ByteLevel puts no space before the parts that Digits makes' in tokenizer.repairs
+    assert 'ByteLevel: no space is put before what follows a part of Digits' in tokenizer.repairs
     special = [{'id': 300, 'content': '<s>', 'special': True}]
     tokenizer = HuggingFaceTokenizer.from_json(_bpe(LETTERS, added_tokens=special))
     assert tokenizer.repairs == ('44 ids have no token, 256 first: never used',)
