@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print('interrupted; run the same command again to resume', file=sys.stderr)
         return 130
-    except (UsageError, ModuleNotFoundError, *USER_ERRORS) as error:
+    except (UsageError, ImportError, *USER_ERRORS) as error:
         line = describe(error)
         if line is None or os.environ.get(TRACEBACK) == '1':
             raise
@@ -187,14 +187,16 @@ def run(name: str, scale: str, config: Any, out: epath.Path) -> dict[str, float]
 
 def describe(error: BaseException) -> str | None:
     """Returns an error as one line for the user, or None where only a traceback would help."""
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ImportError):
         return _missing_module(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f'{error.filename}: {error.strerror}'
     return ' '.join(str(error).split()) or None
 
 
-def _missing_module(error: ModuleNotFoundError) -> str | None:
+def _missing_module(error: ImportError) -> str | None:
+    if 'gcsfs' in str(error):  # raised by fsspec, which names no module
+        return "gs:// paths need the module gcsfs: pip install 'etils[epath-gcs]'"
     module = (error.name or '').partition('.')[0]
     if module == 'torch':
         return 'PyTorch is not installed: make torch'

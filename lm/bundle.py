@@ -121,6 +121,9 @@ def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
         config = config_lib.from_dict(model)
     except ValueError as error:
         raise ValueError(f'{file}: {error}') from None
+    bos, metrics = described.get('bos'), described.get('metrics', {})
+    if not (bos is None or (type(bos) is int and 0 <= bos < config.vocab_size)):
+        raise ValueError(f'{file}: bos: {bos!r}; expected null or an id below {config.vocab_size}')
     abstract = params_lib.abstract(config, mesh or mesh_lib.make())
     with ocp.StandardCheckpointer() as checkpointer:
         _check_leaves(path, checkpointer, folder / 'params', abstract)
@@ -130,9 +133,7 @@ def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
             raise ValueError(f'{path}: params cannot be read; copy them again: {error}') from error
     if 'digest' in described and described['digest'] != digest(config, params):
         raise ValueError(f'{path}: params/ is not what was saved: damaged; copy the bundle again')
-    return Bundle(
-        config, params, folder / 'tokenizer', described.get('bos'), described.get('metrics', {})
-    )
+    return Bundle(config, params, folder / 'tokenizer', bos, metrics)
 
 
 def _check_leaves(path, checkpointer, folder: epath.Path, abstract: Params) -> None:
@@ -170,5 +171,5 @@ def digest(config: Config, params: Params) -> str:
         jax.tree_util.tree_leaves_with_path(params), key=lambda entry: _name(entry[0])
     ):
         result.update(f'{_name(path)} {leaf.shape} {leaf.dtype}'.encode())
-        result.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        result.update(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8).data)
     return result.hexdigest()

@@ -21,6 +21,12 @@ Batch = dict[str, np.ndarray]
 _PADDING = -1
 
 
+class Shared(NamedTuple):
+    """An array of a batch that has no rows: all processes give the same, and none a part of it."""
+
+    array: np.ndarray
+
+
 class Window(NamedTuple):
     """Rows are shuffled among this many batches, fewer once this many documents were read."""
 

@@ -20,6 +20,7 @@ from lm import optimizer as optimizer_lib
 from lm.checkpoint import Checkpoints
 from lm.metrics import ProgressLine, Writer
 from lm.optimizer import OptimizerConfig
+from lm.packing import Shared
 
 # (params, batch, key) -> mean loss in nats, and sums over the batch for metrics: at least `nats`
 # and `tokens`. What is `frozen` in a run follows the key.
@@ -128,7 +129,7 @@ def run(
       config: see `TrainConfig`.
       init: key -> params, already sharded over the mesh.
       loss: see `LossFn`.
-      batches: an endless dataset of dicts of `[B, L]` arrays.
+      batches: an endless dataset of dicts of `[B, L]` arrays, and of what is `Shared`.
       folder: gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
       mesh: over which batches are split by rows.
       label: what the progress line calls the run.
@@ -212,18 +213,17 @@ class _Log:
             self._since, self._tokens = now, 0.0
 
 
-def put(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+def put(batch: Mapping[str, np.ndarray | Shared], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns a host batch as arrays split by rows over the mesh; each process gives its own.
 
-    What lies under `shared`, a dict, is the same in all processes, and whole on every device.
+    What is `Shared` is whole on each device.
     """
     rows, whole = mesh_lib.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
     place = jax.make_array_from_process_local_data
     return {
-        name: {key: place(whole, y, y.shape) for key, y in x.items()}
-        if name == 'shared' else place(rows, x)
+        name: place(whole, x.array) if isinstance(x, Shared) else place(rows, x)
         for name, x in batch.items()
-    }  # fmt: skip
+    }
 
 
 def evaluate(

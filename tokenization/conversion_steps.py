@@ -6,7 +6,7 @@ is put before it. Each step left out is a repair that says so.
 
 import functools
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import pre_tokenizers
@@ -43,6 +43,8 @@ def kind_of(source: Source) -> Kind:
 def lossless(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[dict], list[dict], str]:
     """Returns the steps that lose nothing, and what the original puts before a text."""
     prefix = ''
+    # What cuts a text before a step that puts a space before each part.
+    cuts = ['an added token'] if any(not a.special for a in source.added) else []
     kept: list[dict] = []
     for step in source.normalizers:
         match step:
@@ -50,6 +52,7 @@ def lossless(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[dict]
                 kept.append(step)
             case {'type': 'Prepend', 'prepend': '▁'}:
                 prefix = 'always'
+                repairs += [f'Prepend: no space is put before what follows {x}' for x in cuts]
             case {'type': 'NFC' | 'NFD' | 'NFKC' | 'NFKD' | 'Lowercase' | 'StripAccents' | 'Strip'
                   | 'BertNormalizer' | 'Precompiled' | 'Nmt' | 'Replace' as name}:  # fmt: skip
                 repairs.append(f'normalizer {name} left out: text is encoded as it stands')
@@ -58,6 +61,10 @@ def lossless(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[dict]
     split: list[dict] = []
     for step in source.pre_tokenizers:
         added, before = _pre_tokenizer(step, kind, repairs)
+        if before and step.get('prepend_scheme') != 'first':
+            repairs += [f'{step["type"]}: no space is put before what follows {x}' for x in cuts]
+        if step['type'] != 'WhitespaceSplit':  # whose parts have spaces before them in the text
+            cuts.append(f'a part of {step["type"]}')
         split += added
         prefix = before or prefix
     if kind == 'words':
@@ -92,17 +99,13 @@ def _pre_tokenizer(step: dict, kind: Kind, repairs: list[str]) -> tuple[list[dic
             return [{'type': name, 'replacement': SPACE, 'prepend_scheme': 'never',
                      'split': cut}], prefix  # fmt: skip
         case {'type': 'Split', 'pattern': {'Regex': str()} | {'String': str()} as pattern}:
-            behavior = step.get('behavior')
-            if behavior == 'Removed':
-                repairs.append('Split: text that it removes is kept')
-                behavior = 'Isolated'
-            return [{'type': name, 'pattern': pattern, 'behavior': behavior,
+            return [{'type': name, 'pattern': pattern, 'behavior': _behavior(step, repairs),
                      'invert': step.get('invert') is True}], ''  # fmt: skip
         case {'type': 'Digits'}:
             alone = step.get('individual_digits') is True
             return [{'type': name, 'individual_digits': alone}], ''
         case {'type': 'Punctuation'}:
-            return [{'type': name, 'behavior': 'Isolated'}], ''
+            return [{'type': name, 'behavior': _behavior(step, repairs)}], ''
         case {'type': 'UnicodeScripts'}:
             return [{'type': name}], ''
         case {'type': 'Whitespace' | 'WhitespaceSplit' | 'BertPreTokenizer'}:
@@ -110,6 +113,15 @@ def _pre_tokenizer(step: dict, kind: Kind, repairs: list[str]) -> tuple[list[dic
             words = r'\w+|[^\w\s]+|\s+' if name == 'Whitespace' else ''
             return ([_split(words)] if words else []), ''
     raise ValueError(f'pre-tokenizer {name!r} is not known: what it splits cannot be undone')
+
+
+def _behavior(step: dict, repairs: list[str]) -> Any:
+    """Returns to which part a Split or Punctuation gives what it finds."""
+    behavior = step.get('behavior', 'Isolated')
+    if behavior != 'Removed':
+        return behavior
+    repairs.append(f'{step["type"]}: text that it removes is kept')
+    return 'Isolated'
 
 
 def _split(regex: str) -> dict:

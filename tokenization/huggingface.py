@@ -21,6 +21,7 @@ from tokenization import byte_engine, conversion, sentencepiece, special_tokens,
 from tokenization.tokenizer import check_ids, read_kind, write_kind
 
 _SOURCE = 'tokenizer.json'
+_GPT2_CLASSES = ('GPT2Tokenizer', 'RobertaTokenizer')
 _PROBE = ' a  b\r\n\t1 23 ▁é 漢'.encode() + bytes(range(256))
 
 
@@ -91,6 +92,27 @@ class HuggingFaceTokenizer:
     def added_bytes(self) -> int:
         """How many ids at the end are single bytes that the original lacks."""
         return self._converted.added
+
+    def within(self, rows: int) -> tuple['HuggingFaceTokenizer', tuple[str, ...]]:
+        """Returns the tokenizer without special tokens from id `rows` on, and their spellings.
+
+        Text models of Gemma 3 have no row for their tokenizer's last token, which is an image's.
+        Tokens with a role stay, and so do those that stand for bytes.
+        """
+        roles = {i for _, i in self.roles}
+        document = json.loads(self.source)
+        pieces = tokenizer_json.parse(self.source).pieces
+        beyond = [
+            token
+            for token in document.get('added_tokens') or []
+            if token.get('special') is True and token['id'] >= rows
+            if token['id'] not in roles and token['content'] not in pieces
+        ]
+        if not beyond:
+            return self, ()
+        document['added_tokens'] = [t for t in document['added_tokens'] if t not in beyond]
+        source = json.dumps(document, ensure_ascii=False)
+        return HuggingFaceTokenizer(source, self.roles), tuple(t['content'] for t in beyond)
 
     def prefixed(self, data: bytes) -> bytes:
         """Returns a document with the space that the original would put before it, if any."""
@@ -197,15 +219,28 @@ def load_folder(path: epath.PathLike) -> HuggingFaceTokenizer:
         raise FileNotFoundError(f'{path}: no {_SOURCE}, tokenizer.model or vocab.json here')
     file = folder / found[0]
     if file.name == 'vocab.json':
+        _check_gpt2(folder)
         return from_gpt2_files(file, folder / 'merges.txt', names)
     if file.name == _SOURCE:
         text = special_tokens.read_text(file)
     else:
-        text = sentencepiece.read(file, special_tokens.read_added(folder))
+        text, own = sentencepiece.read(file, special_tokens.read_added(folder))
+        names = own | names
     try:
         return HuggingFaceTokenizer.from_json(text, names)
     except ValueError as error:
         raise ValueError(f'{file}: {error}') from None
+
+
+def _check_gpt2(folder: epath.Path) -> None:
+    """Refuses the two files of another tokenizer: Qwen's look the same, and split otherwise."""
+    file = folder / 'tokenizer_config.json'
+    kind = special_tokens.read_object(file).get('tokenizer_class') if file.exists() else None
+    if kind is not None and str(kind).removesuffix('Fast') not in _GPT2_CLASSES:
+        raise ValueError(
+            f'{file}: tokenizer_class {kind!r}: vocab.json and merges.txt do not say how it splits '
+            f'words, and only {" and ".join(_GPT2_CLASSES)} are known: save its tokenizer.json'
+        )
 
 
 def from_gpt2_files(

@@ -62,10 +62,10 @@ def transfer_loss(
       bos: the source's id that starts documents.
       auxiliary: the paper has 0.5.
       source: the frozen model.
-      batch: a packed batch of the other tokenizer's ids (`lm.data`), and under `shared` the
-        `pieces` `[V, P]` of its tokens, empty (-1) for BOS alone.
+      batch: a packed batch of the other tokenizer's ids (`lm.data`), and `pieces` `[V, P]` of its
+        tokens, empty (-1) for BOS alone.
     """
-    pieces_VP = batch['shared']['pieces']
+    pieces_VP = batch['pieces']
     predicted = hypernetwork.predict(weights, config, source['tables'], pieces_VP)
     special_V1 = pieces_VP[:, :1] < 0
     tables = {

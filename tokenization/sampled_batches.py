@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from lm.data import Documents, allow_workers
-from lm.packing import Batch
+from lm.packing import Batch, Shared
 from tokenization import substrings
 from tokenization.decompose import Source, decompose
 from tokenization.sampled import SampledTokenizer, sample
@@ -59,7 +59,7 @@ def sampled_batches(
     A batch holds what those of `lm.data.training_batches` hold (tokens, targets, segments,
     positions and weights, all `[B, L]`), with ids of its own tokenizer and V as BOS; and
     `pieces`, int32 `[V + 1, P]`: the tokens of that vocabulary in ids of the source, see
-    `tokenization.decompose`, the row of BOS all -1.
+    `tokenization.decompose`, the row of BOS all -1. Those are `Shared`: of all rows and processes.
 
     Args:
       documents: random-access documents of bytes; picklable if `workers` > 0. A long one gives a
@@ -119,7 +119,7 @@ class SampledBatches:
     def __len__(self) -> int:
         return self._settings.steps
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> dict[str, np.ndarray | Shared]:
         """Returns batch `step`."""
         settings = self._settings
         tokenizer = self.tokenizer(step)
@@ -127,7 +127,7 @@ class SampledBatches:
         texts = self.texts(step)[first : first + settings.batch_size]
         pieces_VP = decompose(self._source, [*tokenizer.tokens, b''], settings.pieces)
         ids = tokenizer.encode_batch(texts)
-        return {**_rows(ids, settings.length, settings.vocab_size), 'pieces': pieces_VP}
+        return {**_rows(ids, settings.length, settings.vocab_size), 'pieces': Shared(pieces_VP)}
 
     def tokenizer(self, step: int) -> SampledTokenizer:
         """Returns the tokenizer of batch `step`."""

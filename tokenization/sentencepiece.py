@@ -26,12 +26,21 @@ class _Piece(NamedTuple):
     type: int
 
 
-def read(file: epath.Path, added: Mapping[str, int]) -> str:
-    """Returns `to_json` of a file; its errors name the file."""
+def read(file: epath.Path, added: Mapping[str, int]) -> tuple[str, dict[str, str]]:
+    """Returns `to_json` and `names` of a file; their errors name it."""
+    model = file.read_bytes()
     try:
-        return to_json(file.read_bytes(), added)
+        return to_json(model, added), names(model)
     except ValueError as error:
         raise ValueError(f'{file}: {error}') from None
+
+
+def names(model: bytes) -> dict[str, str]:
+    """Returns role -> spelling of the tokens that begin and end a text; raises as `to_json`."""
+    fields = _fields(model)
+    pieces = [_piece(number, data) for number, data in enumerate(_messages(fields, 1))]
+    found = _control(pieces, _scalars(_messages(fields, 2)))
+    return {role: pieces[i].text for role, i in found.items()}
 
 
 def to_json(model: bytes, added: Mapping[str, int]) -> str:
@@ -69,7 +78,7 @@ def to_json(model: bytes, added: Mapping[str, int]) -> str:
         'normalizer': {'type': 'Sequence', 'normalizers': _normalizers(rules)},
         'pre_tokenizer': None,
         'post_processor': _template(pieces, trainer),
-        'decoder': None,
+        'decoder': _decoder(rules),
         'model': _bpe(pieces, unknown) if kind == _BPE else _unigram(pieces, unknown, trainer),
     }
     return json.dumps(document, ensure_ascii=False)
@@ -129,26 +138,39 @@ def _normalizers(rules: dict[int, Any]) -> list[dict[str, Any]]:
     return [*steps, {'type': 'Replace', 'pattern': {'String': ' '}, 'content': '▁'}]
 
 
-def _template(pieces: list[_Piece], trainer: dict[int, Any]) -> dict[str, Any]:
-    """A post-processor that says which tokens stand before and after a text."""
+def _decoder(rules: dict[int, Any]) -> dict[str, Any]:
+    """For other readers of the file: pieces are written one after the other, `▁` as a space."""
+    steps = [
+        {'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '},
+        {'type': 'ByteFallback'},
+        {'type': 'Fuse'},
+    ]
+    if rules.get(3, 1):  # add_dummy_prefix
+        steps.append({'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0})
+    return {'type': 'Sequence', 'decoders': steps}
+
+
+def _control(pieces: list[_Piece], trainer: dict[int, Any]) -> dict[str, int]:
+    """Returns role -> id of the tokens that begin and end a text, as far as there are such."""
     ids = {'bos': trainer.get(41, 1), 'eos': trainer.get(42, 2)}
-    names = {
-        role: pieces[i].text
-        for role, i in ids.items()
-        if 0 <= i < len(pieces) and pieces[i].type == _CONTROL
+    return {
+        role: i for role, i in ids.items() if 0 <= i < len(pieces) and pieces[i].type == _CONTROL
     }
-    before, after = (
-        [{'SpecialToken': {'id': names[role], 'type_id': 0}}] if role in names else []
-        for role in ('bos', 'eos')
-    )
-    text = {'Sequence': {'id': 'A', 'type_id': 0}}
+
+
+def _template(pieces: list[_Piece], trainer: dict[int, Any]) -> dict[str, Any] | None:
+    """A post-processor that begins a text: no model of the families ends its prompts, too."""
+    if 'bos' not in (ids := _control(pieces, trainer)):
+        return None
+    i = ids['bos']
+    name = pieces[i].text
+    before = {'SpecialToken': {'id': name, 'type_id': 0}}
+    first, second = ({'Sequence': {'id': x, 'type_id': k}} for k, x in enumerate('AB'))
     return {
         'type': 'TemplateProcessing',
-        'single': [*before, text, *after],
-        'pair': [*before, text, *after, {'Sequence': {'id': 'B', 'type_id': 1}}],
-        'special_tokens': {
-            name: {'id': name, 'ids': [ids[role]], 'tokens': [name]} for role, name in names.items()
-        },
+        'single': [before, first],
+        'pair': [before, first, second],
+        'special_tokens': {name: {'id': name, 'ids': [i], 'tokens': [name]}},
     }
 
 

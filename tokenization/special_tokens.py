@@ -19,11 +19,18 @@ def roles(source: Source, names: Mapping[str, str]) -> dict[str, int]:
     Args:
       source: a checked `tokenizer.json`.
       names: role -> spelling, as `read_names` finds them. Roles that are not there are taken from
-        the post-processor and the model. A name that is not in the vocabulary is left out.
+        the post-processor and the model. 'unk' and 'pad' are left out where the vocabulary lacks
+        the name.
+
+    Raises:
+      ValueError: the vocabulary lacks what begins or ends a text.
     """
     ids = {**source.pieces, **{token.content: token.id for token in source.added}}
     before, after = source.template
     found: dict[str, int] = {}
+    for role in ('bos', 'eos'):
+        if role in names and names[role] not in ids:
+            raise ValueError(f'{role}_token {names[role]!r} is not in the vocabulary')
     if before and before[0] in ids:
         found['bos'] = ids[before[0]]
     if after and after[-1] in ids:

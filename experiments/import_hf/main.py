@@ -21,8 +21,8 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     begin = time.monotonic()
     bundle.check_replaceable(out)
     found = huggingface.check(config.folder, config.dtype)
-    tokenizer = huggingface_tokenizer.load_folder(config.folder)
     rows = found.config.vocab_size
+    tokenizer, beyond = huggingface_tokenizer.load_folder(config.folder).within(rows)
     if tokenizer.vocab_size > rows:
         raise ValueError(
             f'{config.folder}: its tokenizer has {tokenizer.vocab_size} ids, '
@@ -35,6 +35,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         'seconds/import': time.monotonic() - begin,
     }
     lines = [f'note: {repair}' for repair in tokenizer.repairs]
+    lines += [f'note: {name} left out: the model has no row for it' for name in beyond]
     lines += [
         f'{out}: {found.family.model_type}, {metrics["parameters/model"]:,.0f} parameters in '
         f'{model.param_dtype}, {tokenizer.vocab_size:,} tokens, {metrics["seconds/import"]:.1f} s'

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import jax
@@ -61,12 +61,13 @@ def fit(config: Config, source: Source, corpus: Corpus, out: epath.Path, mesh: M
 
 def _rows(config: TrainConfig, vocab_size: int) -> grain.IterDataset:
     """Returns batches of random source ids, the same for a step wherever a run was resumed."""
-    own = slice(jax.process_index(), None, jax.process_count())
+    own = config.batch_size // jax.process_count()
+    first = own * jax.process_index()
 
     def draw(step: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((config.seed, step))
-        ids_U = rng.integers(0, vocab_size, config.batch_size)
-        return {'ids': ids_U[own].astype(np.int32)}
+        ids = rng.integers(0, vocab_size, config.batch_size)
+        return {'ids': ids[first : first + own].astype(np.int32)}
 
     return grain.MapDataset.range(config.steps).map(draw).to_iter_dataset()
 
@@ -82,11 +83,4 @@ def sampled(
         config.sampled_size - 1, shape.pieces, run.steps, run.seed,
         jax.process_index(), jax.process_count(),
     )  # fmt: skip
-    batches = sampled_batches(corpus.train, source.tokenizer, settings, config.workers)
-    return batches.map(_shared)
-
-
-def _shared(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-    """All processes have the same tokenizer, each has texts of its own."""
-    rows = {name: x for name, x in batch.items() if name != 'pieces'}
-    return {**rows, 'shared': {'pieces': batch['pieces']}}
+    return sampled_batches(corpus.train, source.tokenizer, settings, config.workers)

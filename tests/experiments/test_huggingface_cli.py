@@ -121,6 +121,25 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(checkpoint, tmp_path, ca
     assert '258 ids' in error and '257 rows' in error
 
 
+def test_special_tokens_without_a_row_are_left_out(checkpoint, tmp_path, capsys):
+    folder = tmp_path / 'gemma'  # whose tokenizer has a token for images, behind the table
+    shutil.copytree(checkpoint, folder)
+    made = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    made.add_special_tokens([f'<unused{i}>' for i in range(14)] + ['<image>'])
+    made.save(str(folder / 'tokenizer.json'))
+    out, back = tmp_path / 'bundle', tmp_path / 'back'
+    assert run.main(['import_hf', str(folder), '--out', str(out)]) == 0
+    assert 'note: <image> left out: the model has no row for it' in capsys.readouterr().out
+    loaded = decoding_models.load(out)
+    assert loaded.tokenizer.vocab_size == 272 and loaded.model.bos == 256
+    assert run.main(['export_hf', str(out), '--out', str(back)]) == 0
+    assert tokenizers.Tokenizer.from_file(str(back / 'tokenizer.json')).get_vocab_size() == 272
+    with_byte = json.loads((folder / 'tokenizer.json').read_text())
+    with_byte['added_tokens'][-1]['special'] = False
+    (folder / 'tokenizer.json').write_text(json.dumps(with_byte))
+    assert '273 ids' in refused(capsys, 'import_hf', folder, '--out', tmp_path / 'b')
+
+
 def test_a_text_begins_as_its_original_tokenizer_begins_it():
     vocabulary = {f'<0x{i:02X}>': i for i in range(256)} | {'<s>': 256, '</s>': 257, '▁': 258}
     made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))

@@ -149,6 +149,10 @@ def test_help_shows_fields_their_docstrings_and_the_scales(make, capsys):
         ('import torch_is_missing_here', None),
         ("raise RuntimeError('a bug')", None),
         ("raise ModuleNotFoundError(name='nbclient')", "pip install -e '.[colab]'"),
+        (
+            "raise ImportError('Please install gcsfs to')",
+            'error: gs:// paths need the module gcsfs',
+        ),
         ("raise ModuleNotFoundError(name='torch')", 'error: PyTorch is not installed: make torch'),
         ('raise KeyboardInterrupt', 'interrupted; run the same command again to resume\n'),
     ],

@@ -24,7 +24,7 @@ class FakeTokenizer:
 def saved(tmp_path_factory):
     path = tmp_path_factory.mktemp('bundles') / 'model'
     weights = params.init(CONFIG, jax.random.key(3))
-    bundle.save(path, CONFIG, weights, FakeTokenizer(), 40, {'bits_per_byte': 1.5})
+    bundle.save(path, CONFIG, weights, FakeTokenizer(), 39, {'bits_per_byte': 1.5})
     return path, weights
 
 
@@ -42,7 +42,7 @@ def edit(path, change):
 def test_a_bundle_loads_as_it_was_saved(saved):
     loaded = bundle.load(saved[0])
     assert loaded.config == CONFIG
-    assert loaded.metrics == {'bits_per_byte': 1.5} and loaded.bos == 40
+    assert loaded.metrics == {'bits_per_byte': 1.5} and loaded.bos == 39
     assert (loaded.tokenizer_path / 'tessera.json').exists()
     jax.tree.map(np.testing.assert_array_equal, loaded.params, saved[1])
     assert bundle.digest(CONFIG, loaded.params) == bundle.digest(CONFIG, saved[1])
@@ -89,6 +89,8 @@ def test_leaves_missing_left_over_and_misshapen_are_all_named(saved, tmp_path):
         (lambda f: f['model'].update(rope_theta=None), 'rope_theta: None'),
         (lambda f: f['model'].update(rope_theta=-1), 'rope_theta'),
         (lambda f: f['model'].update(window_pattern='ab'), 'window_pattern'),
+        (lambda f: f.update(bos='x'), "bos: 'x'; expected null or an id"),
+        (lambda f: f.update(bos=10**6), 'bos: 1000000'),
         (lambda f: f.pop('model'), 'not the config of a bundle'),
     ],
 )

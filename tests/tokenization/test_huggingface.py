@@ -68,6 +68,46 @@ def test_same_segmentation(originals, converted, name):
     assert segmentation.same_segmentation(originals[name], converted[name], encoded) is None
 
 
+REGEX = r' ?[^\s\p{L}\p{N}]+|\p{N}{1,3}|\s+(?!\S)|\s+| ?\p{L}+'
+WORDS = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+PLAIN = WORDS | {'use_regex': False}
+
+
+def _digits(alone):
+    return {'type': 'Digits', 'individual_digits': alone}
+
+
+def _punctuation(**fields):
+    return {'type': 'Punctuation', **fields}
+
+
+def _split(regex, behavior='Isolated', invert=False):
+    return {'type': 'Split', 'pattern': {'Regex': regex}, 'behavior': behavior, 'invert': invert}
+
+
+@pytest.mark.parametrize(
+    'steps',
+    [
+        [_split(REGEX), PLAIN],  # Llama 3 and Qwen
+        [_split(REGEX, 'Removed', invert=True), PLAIN],  # GPT-4, as some write it
+        [_punctuation(behavior='Contiguous'), WORDS, _digits(False), _split('[0-9]{3}')],  # Falcon
+        [_punctuation(behavior='MergedWithPrevious'), WORDS],
+        [_punctuation(), WORDS],
+        [_digits(True), WORDS],  # StarCoder
+        [_split(r'\s+$'), _split(r'\s?[A-Za-z]+'), _digits(True), PLAIN],  # DeepSeek
+    ],
+)
+def test_same_segmentation_however_words_are_split(originals, steps):
+    document = json.loads(originals['byte_level'].to_str())
+    document['model']['ignore_merges'] = True
+    document['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': steps}
+    text = json.dumps(document)
+    documents = [*lines()[::9], 'if a[0]: # ... ((x)) -- 12345 67,890!?', '" ".join  (_)\n\n ']
+    encoded = [document.encode() for document in documents]
+    original, tokenizer = tokenizers.Tokenizer.from_str(text), HuggingFaceTokenizer.from_json(text)
+    assert segmentation.same_segmentation(original, tokenizer, encoded) is None
+
+
 def test_words_of_bert_after_spaces(originals, converted):
     documents = [
         ' '.join(w for w in line.split() if w.isalpha() and w.isascii()).encode()
@@ -139,6 +179,12 @@ def test_folder_of_a_model(originals, tmp_path):
     config = {'bos_token': {'content': '<s>'}, 'eos_token': '</s>', 'pad_token': None}
     (tmp_path / 'tokenizer_config.json').write_text(json.dumps(config))
     assert huggingface.load_folder(tmp_path).special == {'unk': 0, 'bos': 1, 'eos': 2}
+    names = tmp_path / 'special_tokens_map.json'
+    names.write_text('{"pad_token": "<none>"}')
+    assert 'pad' not in huggingface.load_folder(tmp_path).special
+    (tmp_path / 'tokenizer_config.json').write_text('{"bos_token": "<none>"}')
+    with pytest.raises(ValueError, match="bos_token '<none>' is not in the vocabulary"):
+        huggingface.load_folder(tmp_path)
     (tmp_path / 'tokenizer_config.json').write_text('{"bos_token": 3}')
     with pytest.raises(ValueError, match=r'tokenizer_config.json: bos_token: 3'):
         huggingface.load_folder(tmp_path)
@@ -152,6 +198,15 @@ def test_files_of_gpt2(originals, tmp_path):
     tokenizer = huggingface.load_folder(tmp_path)
     wanted = originals['byte_level'].encode('def main():').ids
     assert tokenizer.encode(b'def main():').tolist() == wanted
+    # Qwen's two files look like these, and its words are others.
+    config = tmp_path / 'tokenizer_config.json'
+    config.write_text('{"tokenizer_class": "GPT2TokenizerFast"}')
+    assert huggingface.load_folder(tmp_path) == tokenizer
+    config.write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    with pytest.raises(
+        ValueError, match=r"tokenizer_class 'Qwen2Tokenizer': .* save its tokenizer"
+    ):
+        huggingface.load_folder(tmp_path)
 
 
 def test_table_too_small(converted):
@@ -211,6 +266,10 @@ def test_what_is_wrong_is_named(text, message):
 
 
 def test_repairs_are_said():
+    steps = [{'type': 'Digits'}, {'type': 'ByteLevel', 'add_prefix_space': True}]
+    split = {'type': 'Sequence', 'pretokenizers': steps}
+    tokenizer = HuggingFaceTokenizer.from_json(_bpe(LETTERS, pre_tokenizer=split))
+    assert 'ByteLevel: no space is put before what follows a part of Digits' in tokenizer.repairs
     special = [{'id': 300, 'content': '<s>', 'special': True}]
     tokenizer = HuggingFaceTokenizer.from_json(_bpe(LETTERS, added_tokens=special))
     assert tokenizer.repairs == ('44 ids have no token, 256 first: never used',)

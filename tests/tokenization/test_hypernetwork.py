@@ -11,6 +11,7 @@ import pytest
 from lm import losses, params, train
 from lm import mesh as mesh_lib
 from lm.config import Config, Lexinvariant
+from lm.packing import Shared
 from tokenization import hypernetwork, hypernetwork_losses
 from tokenization.hypernetwork import HypernetworkConfig
 
@@ -147,7 +148,7 @@ class TestLosses:
         batch['tokens'][:, 0] = KNOWN
         own, _ = losses.next_token_loss(source, MODEL, batch)
         moved, sums = hypernetwork_losses.transfer_loss(
-            weights, config, MODEL, KNOWN, 0.5, source, {**batch, 'shared': {'pieces': pieces_VP}}
+            weights, config, MODEL, KNOWN, 0.5, source, {**batch, 'pieces': pieces_VP}
         )
         np.testing.assert_allclose(moved, own, rtol=1e-5)
         assert sums['auxiliary'] < 1e-8
@@ -160,7 +161,7 @@ class TestLosses:
         config = hypernetwork.for_model(shape, model, KNOWN)
         pieces_VP = _pieces(64)
         pieces_VP[-1] = -1
-        host = {**self._batch(64), 'shared': {'pieces': pieces_VP}}
+        host = {**self._batch(64), 'pieces': Shared(pieces_VP)}
         found = []
         for grid in ('data=1,model=1', 'data=2,model=4'):
             devices = jax.devices('cpu')[: 1 if grid == 'data=1,model=1' else 8]
@@ -185,7 +186,7 @@ class TestLosses:
         config, source, weights = untied
         pieces_VP = _pieces(64)
         pieces_VP[-1] = -1
-        batch = {**self._batch(64), 'shared': {'pieces': pieces_VP}}
+        batch = {**self._batch(64), 'pieces': pieces_VP}
 
         def loss(weights, source):
             one = hypernetwork_losses.transfer_loss(

@@ -33,11 +33,12 @@ def test_rows_are_texts_in_ids_of_the_tokenizer(documents):
         queue = [text for k in range(16) for text in source.texts((step - k) % 20)]
         again = sampled.sample(substrings.count(queue), 400, (5, 2, step))
         assert tokenizer.tokens == again.tokens
-        assert batch['pieces'].shape == (401, 3) and batch['pieces'].dtype == np.int32
+        pieces_VP = batch['pieces'].array
+        assert pieces_VP.shape == (401, 3) and pieces_VP.dtype == np.int32
         np.testing.assert_array_equal(
-            batch['pieces'], decompose(ByteTokenizer(), [*tokenizer.tokens, b''], 3)
+            pieces_VP, decompose(ByteTokenizer(), [*tokenizer.tokens, b''], 3)
         )
-        assert np.all(batch['pieces'][400] == -1)
+        assert np.all(pieces_VP[400] == -1)
         for row, text in enumerate(texts):
             assert text.decode()  # cut between characters
             size = int(batch['weights'][row].sum())
@@ -63,7 +64,7 @@ def test_hosts_share_the_tokenizer_and_not_the_texts(documents):
         for i in range(2)
     ]
     for batch in halves:
-        np.testing.assert_array_equal(batch.pop('pieces'), whole['pieces'])
+        np.testing.assert_array_equal(batch.pop('pieces').array, whole['pieces'].array)
     both = {name: np.concatenate([batch[name] for batch in halves]) for name in halves[0]}
     assert equal(both, {name: whole[name] for name in both})
 

@@ -43,6 +43,10 @@ def test_the_json_is_one_that_tokenizers_reads(kind):
     assert (
         segmentation.same_segmentation(original, tokenizer, [d.encode() for d in documents]) is None
     )
+    # as a prompt it begins with <s> and does not end, and what is written is text again
+    ids = original.encode('Hello, two  words').ids
+    assert ids[0] == 1 and 2 not in ids
+    assert original.decode(ids) == 'Hello, two  words'
 
 
 def test_the_best_piece_is_merged_first():
