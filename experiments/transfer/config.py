@@ -130,7 +130,8 @@ RESUMES = True
 SCALES = {
     'demo': Config(),
     'tiny': Config(
-        targets=('bpe_same', 'bytes'),
+        targets=('bpe_same',),
+        oracle=('bpe_same',),
         vocab_size=300,
         model=dataclasses.replace(presets.tiny(), d_model=16, d_ff=16, head_dim=8, n_heads=2),
         train=TrainConfig(3, 4, 32, checkpoint_every=3),
@@ -158,7 +159,7 @@ SCALES = {
         valid_bytes=1_000_000,
     ),
     'paper': Config(
-        bundle='mistral_7b',
+        bundle='mistral_7b',  # by import_hf
         oracle=(),
         hypernetwork=HypernetworkConfig(head_dim=128),
         sampled_size=32_768,
