@@ -109,21 +109,20 @@ def _rope(fields: Fields, family: Family) -> dict[str, Any]:
         if not new.keys() <= _LAYER_TYPES.keys():
             fields.refuse('rope_parameters', 'full_attention and sliding_attention')
         new = by_layer.part('full_attention')
-    shared = {'max_length': fields.values.get('max_position_embeddings')}
-    rope = shared | {'rope_theta': fields.values['rope_theta']} | new | old
-    theta, scaling = _frequencies(Fields(rope, fields.problems))
+    length = fields.values.get('max_position_embeddings')
+    rope = {'rope_theta': fields.values['rope_theta']} | new | old
+    theta, scaling = _frequencies(Fields(rope, fields.problems), length)
     if not family.local_rope:
         return {'rope_theta': theta, 'rope_scaling': scaling}
     local = {'rope_theta': fields.values['rope_local_base_freq']}
-    local = shared | local | by_layer.part('sliding_attention')
-    local_theta, local_scaling = _frequencies(Fields(local, fields.problems))
+    local |= by_layer.part('sliding_attention')
+    local_theta, local_scaling = _frequencies(Fields(local, fields.problems), length)
     if local_scaling is not None:
         fields.refuse('rope_parameters', 'no scaling of sliding_attention')
     return {'rope_theta': theta, 'rope_scaling': scaling, 'local_rope_theta': local_theta}
 
 
-def _frequencies(rope: Fields) -> tuple[float, RopeScaling | None]:
-    most = rope.values.pop('max_length')
+def _frequencies(rope: Fields, max_length: Any) -> tuple[float, RopeScaling | None]:
     for name in sorted(rope.values.keys() - _ROPE_FIELDS):
         if rope.given(name):
             rope.refuse(name, 'no such field of RoPE')
@@ -142,7 +141,7 @@ def _frequencies(rope: Fields) -> tuple[float, RopeScaling | None]:
     low, high = rope.number('low_freq_factor'), rope.number('high_freq_factor')
     if low >= high:
         rope.refuse('low_freq_factor', f'less than high_freq_factor = {high:g}')
-    rope.values.setdefault('original_max_position_embeddings', most)
+    rope.values.setdefault('original_max_position_embeddings', max_length)
     length = rope.count('original_max_position_embeddings')
     return theta, RopeScaling('llama3', factor, low, high, length)
 
