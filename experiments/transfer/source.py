@@ -12,6 +12,7 @@ from experiments.transfer.config import Config
 from lm import bundle
 from tokenization import decompose
 from tokenization.bpe import BPETokenizer
+from tokenization.huggingface import HuggingFaceTokenizer
 from tokenization.transfer import Source
 
 
@@ -26,13 +27,16 @@ def open_source(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> 
         _train(config, corpus, out, mesh)
     loaded = bundle.load(config.bundle or out / 'source' / 'bundle', mesh)
     tokenizer = tokenization.load(loaded.tokenizer_path)
-    if loaded.bos is None:
+    bos = loaded.bos
+    if bos is None and isinstance(tokenizer, HuggingFaceTokenizer):
+        bos = tokenizer.special.get('eos')  # Qwen's documents begin where another one ends
+    if bos is None:
         raise ValueError(f'--bundle {config.bundle}: no id that starts documents: a transferred '
                          'model would not know where a text begins')  # fmt: skip
     if not hasattr(tokenizer, 'encode_piece'):
         raise ValueError(f'--bundle {config.bundle}: its tokenizer cannot take tokens apart; '
                          'expected BPE, bytes or an imported one')  # fmt: skip
-    return Source(loaded.config, loaded.params, cast(decompose.Source, tokenizer), loaded.bos)
+    return Source(loaded.config, loaded.params, cast(decompose.Source, tokenizer), bos)
 
 
 def _train(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> None:

@@ -1,12 +1,14 @@
 """The parts of the comparison that could be quietly wrong."""
 
 import dataclasses
+import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 from experiments.corpora import Corpus
 from experiments.transfer import (
@@ -19,6 +21,7 @@ from experiments.transfer import (
     targets,
     variant,
 )
+from experiments.transfer.source import open_source
 from lm import bundle, params, transformer
 from lm import mesh as mesh_lib
 from lm.config import Config as ModelConfig
@@ -26,6 +29,7 @@ from tokenization import heuristics, hypernetwork
 from tokenization.bpe import BPETokenizer
 from tokenization.byte import ByteTokenizer
 from tokenization.codebook import compile_equal_info
+from tokenization.huggingface import HuggingFaceTokenizer
 from tokenization.hypernetwork import HypernetworkConfig
 from tokenization.ngram import count
 from tokenization.transfer import Source
@@ -115,6 +119,27 @@ def test_moved_to_its_own_tokenizer_a_model_is_what_it_was(source, mesh):
     own = measure.move(source, source.tokenizer, heuristics.lexical_copy, mesh)
     for name, rows_VD in source.params['tables'].items():
         np.testing.assert_array_equal(own.fitted.params['tables'][name], rows_VD)
+
+
+def test_documents_of_a_model_without_bos_begin_behind_eos(mesh, tmp_path):
+    """As Qwen's do, whose texts have nothing before them but the end of another."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    described = {
+        'model': {'type': 'BPE', 'vocab': {x: i for i, x in enumerate(letters)}, 'merges': []},
+        'pre_tokenizer': {'type': 'ByteLevel', 'add_prefix_space': False},
+        'added_tokens': [{'id': 256, 'content': '<|endoftext|>', 'special': True}],
+    }
+    for names, bos in ({'eos': '<|endoftext|>'}, 256), ({}, None):
+        tokenizer = HuggingFaceTokenizer.from_json(json.dumps(described), names)
+        model = ModelConfig(257, 8, 1, 1, 1, 8, 8)
+        weights = params.init(model, jax.random.key(0))
+        bundle.save(tmp_path / 'qwen', model, weights, tokenizer, None)
+        given = dataclasses.replace(SETTINGS, bundle=str(tmp_path / 'qwen'))
+        if bos is not None:
+            assert open_source(given, None, tmp_path, mesh).bos == bos
+            continue
+        with pytest.raises(ValueError, match='no id that starts documents'):
+            open_source(given, None, tmp_path, mesh)
 
 
 def test_rows_are_held_where_they_began(source):
