@@ -37,7 +37,7 @@ class Converted(NamedTuple):
       tokens: the bytes of each id; empty for those without.
       bytes: the id of each byte, int32[256].
       added: how many ids at the end are bytes that the original lacks.
-      known: the characters of the vocabulary: the engine is given no others.
+      known: the characters of the vocabulary: the engine is given no others, except as letters.
       prefix: what the original puts before a text: '', 'always' a space, 'unless' there is one.
       repairs: what is not as in the original.
     """
@@ -49,10 +49,10 @@ class Converted(NamedTuple):
     ids: np.ndarray
     tokens: tuple[bytes, ...]
     bytes: np.ndarray
-    added: int
-    known: frozenset[str]
-    prefix: str
-    repairs: tuple[str, ...]
+    added: int = 0
+    known: frozenset[str] = frozenset()
+    prefix: str = ''
+    repairs: tuple[str, ...] = ()
 
 
 def convert(source: Source) -> Converted:

@@ -81,10 +81,6 @@ class SampledTokenizer:
             ids=np.arange(len(self.tokens), dtype=np.int32),
             tokens=self.tokens,
             bytes=bytes_256,
-            added=0,
-            known=frozenset(),
-            prefix='',
-            repairs=(),
         )
 
     def __getstate__(self) -> dict[str, object]:
