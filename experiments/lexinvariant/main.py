@@ -11,7 +11,16 @@ from rich.console import Console
 
 from experiments import language_model, report, resume
 from experiments.language_model import Fitted
-from experiments.lexinvariant import classical, decipher, domains, drawing, models, results, tasks
+from experiments.lexinvariant import (
+    classical,
+    counting,
+    decipher,
+    domains,
+    drawing,
+    models,
+    results,
+    tasks,
+)
 from experiments.lexinvariant.config import Config
 from experiments.lexinvariant.models import CHARACTERS, Name, Text
 from lm import mesh as mesh_lib
@@ -58,7 +67,11 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
 
 def _curve(fitted: Fitted, text: Text, config: Config, mesh) -> dict[str, list[float]]:
     nats_L = models.nats_by_position(fitted, text, config.train.batch_size, mesh)
-    return {'nats': nats_L.tolist(), 'bytes': models.bytes_by_position(text).tolist()}
+    counts_L = counting.nats(text.test_NL, fitted.config.vocab_size)
+    return {
+        'nats': nats_L.tolist(), 'counts': counts_L.tolist(),
+        'bytes': models.bytes_by_position(text).tolist(),
+    }  # fmt: skip
 
 
 def _ciphers(

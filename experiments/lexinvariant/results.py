@@ -53,9 +53,12 @@ def positions(config: Config, curves: Curves, distinct: int) -> dict[str, float]
             for kind, value in zip(KINDS.values(), bits):
                 row = f'{tokenizer}_{kind}'
                 metrics[report.key('bits_per_byte', row, position=end, **where)] = value
+            counts = float(np.exp(np.mean(pair[1]['counts'][start:end])))
+            metrics[report.key('perplexity', f'{tokenizer}_counts', position=end, **where)] = counts
             rows.append({
                 'text': f'{domain}, {tokenizer}', 'position': end, 'standard': np.exp(nats[0]),
                 'lexinvariant': np.exp(nats[1]), 'ratio': ratio, 'bits': bits[0], 'more': bits[1],
+                'counts': counts,
             })  # fmt: skip
         gaps = ratios[0] - 1, ratios[-1] - 1
         shrinks.append(report.claim(
@@ -66,13 +69,15 @@ def positions(config: Config, curves: Curves, distinct: int) -> dict[str, float]
         Column('text', 'text'), Column('position', 'position up to', '.0f'),
         Column('standard', 'perplexity: standard', '.2f'),
         Column('lexinvariant', 'lexinvariant', '.2f'),
-        Column('ratio', 'ratio', '.2f'), Column('bits', 'bits/byte: standard', '.2f'),
-        Column('more', ' lexinvariant', '.2f'),
+        Column('counts', 'counts', '.2f'), Column('ratio', 'ratio', '.2f'),
+        Column('bits', 'bits/byte: standard', '.2f'), Column('more', ' lexinvariant', '.2f'),
     ]  # fmt: skip
     symbols, length = 128, config.train.length
     most = lexinvariant.regret_bound(symbols, distinct) / np.log(2) / length
     report.table(rows, columns, 'perplexity by position, from the last power of two on', [
         f'paper (150M parameters): {PAPER["ratio"]}',
+        'counts: of this text alone, orders 0 to 2 after Witten and Bell: what unknown symbols '
+        'give away without knowledge of the language',
         f'not knowing the symbols can cost an ideal model {most:.2f} bits per character on '
         f'{length} characters of which {distinct} are different, as in these',
         *shrinks,

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from experiments.language_model import Fitted
-from experiments.lexinvariant import classical, config, decipher, domains, models, results, tasks
+from experiments.lexinvariant import (
+    classical,
+    config,
+    counting,
+    decipher,
+    domains,
+    models,
+    results,
+    tasks,
+)
 from lm import params
 from tokenization.characters import CharacterTokenizer
 
@@ -40,6 +49,18 @@ def test_pieces_are_spread_over_documents_and_never_cross_them():
         [0, 1, 2, 3], [4, 5, 6, 7], [200, 201, 202, 203], [204, 205, 206, 207],
     ]  # fmt: skip
     assert domains.chunks(documents, 4, 2).tolist() == [[0, 1, 2, 3], [204, 205, 206, 207]]
+
+
+def test_counting_knows_nothing_but_the_text():
+    piece = np.array([[0, 0, 1, 0, 1]])
+    # after a: (1 + 1/4) / 2; then b at order 1, which knows [a a]: order 0 gives (0 + 1/2) / 3
+    order_0 = [(1 + 0.25) / 2, (0 + 1 * 0.25) / 3]
+    order_1 = [order_0[0], (0 + 1 * order_0[1]) / 2]
+    np.testing.assert_allclose(counting.nats(piece, 4, order=1)[:2], -np.log(order_1))
+    renamed = np.array([3, 2, 0, 1])[piece]
+    np.testing.assert_array_equal(counting.nats(piece, 4), counting.nats(renamed, 4))
+    repeated = np.tile(np.arange(8), 8)[None]
+    assert counting.nats(repeated, 8)[-1] < 0.3 < counting.nats(repeated, 8)[6]
 
 
 def test_every_text_has_a_key_of_its_own():
