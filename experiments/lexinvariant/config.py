@@ -4,7 +4,7 @@ A standard model and a lexinvariant one of the same size are trained on the same
 by position; made to decipher substitution ciphers; asked for look-ups and permutations; and mixed,
 each symbol's row being random with probability p.
 
-    python -m experiments.run lexinvariant                  # 2 cores: about 16 minutes, resumable
+    python -m experiments.run lexinvariant                  # 2 cores: about 18 minutes, resumable
     python -m experiments.run lexinvariant --scale gpu
     python -m experiments.run lexinvariant --prose 'novels/*.txt' --code 'src/*.c'
 
