@@ -1,7 +1,7 @@
 """Trains a model and a hypernetwork, moves the model to every target, and measures."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -41,7 +41,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     # of the process that trained it, not of one that found it trained
     seconds = resume.part_once(out / 'parts' / 'hypernetwork.json', lambda: network.seconds)
     texts = corpora.first_bytes(corpus.test, config.valid_bytes)
-    rows = _rows(config, source, found, network, corpus, texts, out, mesh)
+    rows = _rows(_Setting(config, source, corpus, texts, out, mesh), found, network)
     ids, samples = (
         [np.asarray(ids) for ids in source.tokenizer.encode_batch(some)]
         for some in (texts, corpora.first_bytes(corpus.valid, config.valid_bytes))
@@ -71,59 +71,65 @@ def _check(config: Config, model: ModelConfig, mesh: Mesh) -> None:
             language_model.check(model, getattr(config, name), mesh, name)
 
 
+class _Setting(NamedTuple):
+    """What every row is measured with."""
+
+    config: Config
+    source: Source
+    corpus: Corpus
+    texts: list[bytes]
+    out: epath.Path
+    mesh: Mesh
+
+
 def _rows(
-    config: Config, source: Source, found: dict[Target, Tokenizer], network: Trained,
-    corpus: Corpus, texts: list[bytes], out: epath.Path, mesh: Mesh,
-) -> list[dict[str, Any]]:  # fmt: skip
+    setting: _Setting, found: dict[Target, Tokenizer], network: Trained
+) -> list[dict[str, Any]]:
     """Returns the row of the source, and one per target, method and number of shots."""
-    parts = {
-        'source': lambda: _row('source', 'own', 0, measure.unmoved(source), config, texts, mesh)
-    }
+    config, source, train = setting.config, setting.source, setting.corpus.train
+    parts = {'source': lambda: _row(setting, 'source', 'own', 0, measure.unmoved(source))}
     for target, tokenizer in found.items():
-        made = measure.methods(
-            tokenizer, corpora.first_bytes(corpus.train, measure.CONTEXT_BYTES)
-        ) | {HYPERNETWORK: transfer.predicted(network.weights, network.config)}
+        made = measure.methods(tokenizer, corpora.first_bytes(train, measure.CONTEXT_BYTES))
+        made[HYPERNETWORK] = transfer.predicted(network.weights, network.config)
         for name, method in made.items():
             for shots in config.shots if name in TRAINED_ON else (0,):
                 parts[f'{target}_{name}_{shots}'] = functools.partial(
-                    _measured, config, source, tokenizer, method, shots, corpus, texts, mesh,
-                    name, target, out,
-                )  # fmt: skip
+                    _measured, setting, name, method, target, tokenizer, shots
+                )
         if target in config.oracle:
             parts[f'{target}_{ORACLE}'] = functools.partial(
-                _from_scratch, config, source, tokenizer, corpus, texts, mesh, target, out
+                _from_scratch, setting, target, tokenizer
             )
-    return [resume.part_once(out / 'parts' / f'{file}.json', part) for file, part in parts.items()]
+    folder = setting.out / 'parts'
+    return [resume.part_once(folder / f'{file}.json', part) for file, part in parts.items()]
 
 
-def _from_scratch(
-    config: Config, source: Source, tokenizer: Tokenizer, corpus: Corpus, texts: list[bytes],
-    mesh: Mesh, target: str, out: epath.Path,
-) -> dict[str, Any]:  # fmt: skip
+def _from_scratch(setting: _Setting, target: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns the row of a model of the source's shape that was trained with the target."""
-    folder = out / ORACLE / target
-    documents = resume.encoded_once(tokenizer, corpus.train, folder / 'encoded', 'encoding')
+    folder = setting.out / ORACLE / target
+    documents = resume.encoded_once(tokenizer, setting.corpus.train, folder / 'encoded', 'encoding')
     v = tokenizer.vocab_size
     fitted = language_model.fit(
-        source.config, config.train, documents, v, folder, mesh, f'{target}, from scratch'
-    )
-    moved = Moved(fitted, tokenizer, v, fitted.seconds)
-    return _row(ORACLE, target, 0, moved, config, texts, mesh)
+        setting.source.config, setting.config.train, documents, v, folder, setting.mesh,
+        f'{target}, from scratch',
+    )  # fmt: skip
+    return _row(setting, ORACLE, target, 0, Moved(fitted, tokenizer, v, fitted.seconds))
 
 
 def _measured(
-    config: Config, source: Source, tokenizer: Tokenizer, method: Method, shots: int,
-    corpus: Corpus, texts: list[bytes], mesh: Mesh, name: str, target: str, out: epath.Path,
-) -> dict[str, Any]:  # fmt: skip
+    setting: _Setting, name: str, method: Method, target: str, tokenizer: Tokenizer, shots: int
+) -> dict[str, Any]:
     """Returns the row of one target, method and number of shots; saves the hypernetwork's model."""
-    moved = measure.move(source, tokenizer, method, mesh)
+    config, out, mesh = setting.config, setting.out, setting.mesh
+    moved = measure.move(setting.source, tokenizer, method, mesh)
     if shots:
-        documents = tokenizer.encode_batch(corpora.first_bytes(corpus.train, measure.SHOT_BYTES))
-        folder = out / 'shots' / f'{target}_{name}_{shots}'
+        train = corpora.first_bytes(setting.corpus.train, measure.SHOT_BYTES)
         moved = measure.train_on(
-            moved, config, shots, documents, folder, mesh, f'{target}, {name.replace("_", " ")}'
-        )
-    row = _row(name, target, shots, moved, config, texts, mesh)
+            moved, config, shots, tokenizer.encode_batch(train),
+            out / 'shots' / f'{target}_{name}_{shots}', mesh,
+            f'{target}, {name.replace("_", " ")}',
+        )  # fmt: skip
+    row = _row(setting, name, target, shots, moved)
     if name == HYPERNETWORK:
         bundle.save(
             out / 'bundles' / f'{target}_{shots}', moved.fitted.config, moved.fitted.params,
@@ -132,12 +138,11 @@ def _measured(
     return row
 
 
-def _row(
-    name: str, target: str, shots: int, moved: Moved, config: Config, texts: list[bytes], mesh: Mesh
-) -> dict[str, Any]:
+def _row(setting: _Setting, name: str, target: str, shots: int, moved: Moved) -> dict[str, Any]:
+    texts = setting.texts
     ids = sum(map(len, moved.tokenizer.encode_batch(texts)))
     return {
         'method': name, 'target': target, 'shots': shots, 'seconds': moved.seconds,
-        'bits_per_byte': measure.bits_per_byte(moved, config, texts, mesh),
+        'bits_per_byte': measure.bits_per_byte(moved, setting.config, texts, setting.mesh),
         'bytes_per_token': sum(map(len, texts)) / ids, 'vocab_size': moved.tokenizer.vocab_size,
     }  # fmt: skip
