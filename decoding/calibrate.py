@@ -21,7 +21,7 @@ from etils import epath
 from decoding.drafter import Model
 from decoding.drafts.template import Template, best_first
 from lm import cache as cache_lib
-from lm import transformer
+from lm import json_fields, transformer
 from lm.kernels.mask import pack_bits
 
 
@@ -102,14 +102,25 @@ def remembered(path: epath.PathLike, about: Mapping[str, Any], find: Callable[[]
     file = epath.Path(path)
     key = json.loads(json.dumps(dict(about)))
     try:
-        held = json.loads(file.read_text())
+        held = json_fields.read(file)
         if held['about'] == key:
-            return Curve(tuple(held['nodes']), tuple(held['seconds']))
+            return _curve(held['nodes'], held['seconds'])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no file, or a damaged one
     curve = find()
     file.write_text(json.dumps({'about': key, **curve._asdict()}, indent=2) + '\n')
     return curve
+
+
+def _curve(nodes: Sequence[int], seconds: Sequence[float]) -> Curve:
+    """Returns a curve that was read; raises ValueError or TypeError if it is none."""
+    sizes, times = np.asarray(nodes), np.asarray(seconds, np.float64)
+    whole = sizes.dtype.kind == 'i' and sizes.ndim == 1 and sizes.size
+    if not whole or np.any(np.diff(sizes, prepend=0) <= 0) or times.shape != sizes.shape:
+        raise ValueError('no curve: sizes do not rise, or lack their seconds')
+    if not np.all((times > 0) & (times < np.inf)):
+        raise ValueError('no curve: a time is not positive')
+    return Curve(tuple(nodes), tuple(seconds))
 
 
 def rates(

@@ -11,6 +11,7 @@ from etils import epath
 import tokenization
 from experiments import report
 from experiments.corpora import Corpus
+from lm import json_fields
 from lm.data import EncodedDocuments
 from lm.metrics import ProgressLine
 from tokenization.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ def claim(out: epath.Path, config: Any) -> None:
     file = out / 'started.json'
     fields = json.loads(report.to_json(config))
     if file.exists():
-        before = json.loads(file.read_text())
+        before = json_fields.read(file)
         other = sorted(name for name in fields if before.get(name) != fields[name])
         if other:
             raise ValueError(
@@ -54,7 +55,7 @@ def claim_corpus(out: epath.Path, corpus: Corpus) -> None:
             seen.update(hashlib.sha256(split[i]).digest())
     file = out / 'corpus.json'
     fields = {'name': corpus.name, 'sha256_of_sample': seen.hexdigest()}
-    if file.exists() and json.loads(file.read_text()) != fields:
+    if file.exists() and json_fields.read(file) != fields:
         raise ValueError(
             f'{out}: holds a run on other text than {corpus.name} has now; give another --out, or '
             'remove the folder'
@@ -89,8 +90,12 @@ def encoded_once(
 
 
 def part_once(file: epath.Path, make: Callable[[], Any]) -> Any:
-    """Returns what a part of a run came to, as JSON: `file`'s content, or what is made now."""
+    """Returns what a part of a run came to, as JSON: `file`'s content, or what is made now.
+
+    Raises:
+      ValueError: the file is damaged; names it. Removed, it is made again.
+    """
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         report.write_json_atomic(file, make())
-    return json.loads(file.read_text())
+    return json_fields.read_value(file)

@@ -1,11 +1,12 @@
 """Folders and files that appear on disk whole, or not at all."""
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 
 from etils import epath
+
+from lm import json_fields
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -28,10 +29,10 @@ def check_replaceable(path: epath.PathLike, kind: str, field: str) -> None:
     if not target.exists():
         return
     try:
-        described = json.loads((target / 'config.json').read_bytes())
+        described = json_fields.read(target / 'config.json')
     except (OSError, ValueError):
         described = {}
-    if not isinstance(described, dict) or field not in described:
+    if field not in described:
         raise FileExistsError(
             f'{path}: exists and is no {kind} (its config.json is missing or of something else)'
         )

@@ -192,6 +192,8 @@ def from_dict(fields: dict[str, Any]) -> Config:
     Raises:
       ValueError: a field is unknown or missing, or a value is not allowed.
     """
+    if not isinstance(fields, dict):
+        raise ValueError('model config: expected an object of fields')
     known = {field.name: field for field in dataclasses.fields(Config)}
     unknown = sorted(set(fields) - set(known))
     required = {name for name, field in known.items() if field.default is dataclasses.MISSING}

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import atomic, huggingface_config, safetensors_files
+from lm import atomic, huggingface_config, json_fields, safetensors_files
 from lm import mesh as mesh_lib
 from lm import params as params_lib
 from lm.config import DTYPES, Config
@@ -59,7 +59,7 @@ def check(folder: epath.PathLike, dtype: str | None = None) -> Checkpoint:
     if dtype not in (None, *DTYPES):
         raise ValueError(f'dtype: {dtype!r}; expected one of {", ".join(DTYPES)}')
     root = atomic.absolute(folder)
-    described = safetensors_files.read_json(root / 'config.json')
+    described = json_fields.read(root / 'config.json')
     multimodal = described.get('model_type') == huggingface_config.MULTIMODAL
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}

@@ -1,9 +1,67 @@
-"""Reading an object of JSON that a user gives: every field is checked, and all problems add up."""
+"""Reading an object of JSON that somebody else wrote: bounded, every field checked."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
 MOST = 2**31  # of any whole number
+MOST_BYTES = 100_000_000  # of a file; safetensors' own bound of a header
+
+
+def read(file: epath.Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; raises as `read_value`, or if it holds something else."""
+    return _object(read_value(file), str(file))
+
+
+def read_value(file: epath.Path) -> Any:
+    """Returns what a JSON file holds.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is too large, or what `parse` refuses; names the file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f'{file}: no such file')
+    size = file.stat().length
+    if size > MOST_BYTES:
+        raise ValueError(f'{file}: {size:,} bytes of JSON; expected at most {MOST_BYTES:,}')
+    return _value(file.read_bytes(), str(file))
+
+
+def parse(data: bytes | str, name: str) -> dict[str, Any]:
+    """Returns the object that `data` spells; `name` says in an error where it is from.
+
+    Raises:
+      ValueError: no JSON, nested too deeply, a name that is there twice, a number that is none
+        (NaN, Infinity), or something else than an object.
+    """
+    return _object(_value(data, name), name)
+
+
+def _object(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f'{name}: damaged: expected a JSON object')
+    return value
+
+
+def _value(data: bytes | str, name: str) -> Any:
+    try:
+        return json.loads(data, object_pairs_hook=_unique, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{name}: damaged: {error}') from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError('a name is there twice')
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f'{constant} is no JSON')
 
 
 class Fields:

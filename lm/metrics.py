@@ -10,14 +10,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
-    """Returns the records of a JSONL file; a last line torn by a kill is dropped."""
+    """Returns the records of a JSONL file; a line torn by a kill ends it."""
     file = epath.Path(path)
     records = []
-    for line in file.read_text().splitlines() if file.exists() else []:
+    for line in file.read_bytes().splitlines() if file.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(record, dict) or type(record.get('step')) is not int:
+            break
+        records.append(record)
     return records
 
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from lm import json_fields
+
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
-MOST_JSON = 100_000_000  # bytes; the format's own bound of a header
 BLOCK = 1 << 22  # bytes read at once
 
 DTYPES = {
@@ -64,40 +65,6 @@ class Source(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_json(file: epath.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is too large, is no JSON, or holds something else than an object.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f'{file}: no such file')
-    size = file.stat().length
-    if size > MOST_JSON:
-        raise ValueError(f'{file}: {size:,} bytes of JSON; expected at most {MOST_JSON:,}')
-    return _object(file.read_bytes(), str(file))
-
-
-def _object(data: bytes, name: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise ValueError('a name is there twice')
-        return found
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f'{constant} is no JSON')
-
-    try:
-        value = json.loads(data, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'{name}: damaged: {error}') from None
-    if not isinstance(value, dict):
-        raise ValueError(f'{name}: damaged: expected a JSON object')
-    return value
-
-
 def read_folder(folder: epath.Path) -> dict[str, Tensor]:
     """Returns the tensors of a folder, by name.
 
@@ -113,7 +80,7 @@ def read_folder(folder: epath.Path) -> dict[str, Tensor]:
         others = [file.name for file in folder.glob('*.bin')]
         hint = f'; {others[0]} is a pickle, which is not read: convert it' if others else ''
         raise FileNotFoundError(f'{folder}: neither {SINGLE} nor {INDEX} is here{hint}')
-    weight_map = read_json(folder / INDEX).get('weight_map')
+    weight_map = json_fields.read(folder / INDEX).get('weight_map')
     names = weight_map.values() if isinstance(weight_map, dict) else [None]
     if not all(isinstance(name, str) for name in names) or not weight_map:
         raise ValueError(f'{folder / INDEX}: "weight_map" is not a map from tensors to files')
@@ -154,11 +121,11 @@ def read_header(file: epath.Path) -> dict[str, Tensor]:
     size = file.stat().length
     with file.open('rb') as reader:
         length = int.from_bytes(reader.read(8), 'little')
-        if size < 8 or length > min(size - 8, MOST_JSON):
+        if size < 8 or length > min(size - 8, json_fields.MOST_BYTES):
             raise ValueError(
                 f'{file}: damaged or cut short: {size:,} bytes, and a header of {length:,}'
             )
-        entries = _object(reader.read(length), f'{file}: header')
+        entries = json_fields.parse(reader.read(length), f'{file}: header')
     entries.pop('__metadata__', None)
     tensors = {name: _tensor(file, name, entry) for name, entry in entries.items()}
     end = 0

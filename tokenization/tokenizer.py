@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
+from lm import json_fields
+
 _FILE = 'tessera.json'
 
 
@@ -96,13 +98,10 @@ def read_kind(path: epath.PathLike) -> dict:
       ValueError: the file there is not one of ours.
     """
     file = epath.Path(path) / _FILE
-    if not file.exists():
+    if not file.is_file():
         raise FileNotFoundError(f'{path}: no tokenizer here ({_FILE} is missing)')
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f'{file}: not JSON: {error}') from None
-    if not isinstance(fields, dict) or 'kind' not in fields:
+    fields = json_fields.read(file)
+    if not isinstance(fields.get('kind'), str):
         raise ValueError(f'{file}: no field "kind": not a tokenizer written by this project')
     return fields
 

@@ -1,7 +1,6 @@
 """Trains one M2 per representation of the same text and compares bits per byte."""
 
 import functools
-import json
 import time
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from experiments import corpora, language_model, report, resume
 from experiments.equal_info import measure, models, results, tokenizers
 from experiments.equal_info.config import Config
 from experiments.language_model import Fitted
-from lm import bundle, losses, params, train
+from lm import bundle, json_fields, losses, params, train
 from lm import mesh as mesh_lib
 from tokenization.tokenizer import Tokenizer
 
@@ -83,7 +82,7 @@ def compare(
     """Returns the metrics of one row, and M2's accuracy for each bit of its 16-bit windows."""
     file = out / 'rows' / f'{name}.json'
     if file.exists():
-        saved = json.loads(file.read_text())
+        saved = json_fields.read(file)
         return saved['metrics'], saved['accuracy_by_bit']
     documents = resume.encoded_once(
         tokenizer, train_text, out / 'encoded' / name, f'encoding {name}'

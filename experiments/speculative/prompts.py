@@ -1,12 +1,12 @@
 """What is continued: the beginnings of held-out documents, or the questions of Spec-Bench."""
 
-import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
 from experiments.decoding_models import Loaded
+from lm import json_fields
 
 # Xia et al. 2024, "Unlocking Efficiency in Large Language Model Inference: A Comprehensive Survey
 # of Speculative Decoding", section 6: six tasks; MT-Bench's questions come in eight categories.
@@ -49,7 +49,7 @@ def read_questions(file: epath.PathLike) -> dict[str, list[bytes]]:
       ValueError: a line is no question of the benchmark; names it.
     """
     questions: dict[str, list[bytes]] = {task: [] for task in TASKS}
-    for number, line in enumerate(epath.Path(file).read_text().splitlines(), 1):
+    for number, line in enumerate(epath.Path(file).read_bytes().splitlines(), 1):
         if line.strip():
             task, text = _question(f'{file}, line {number}', line)
             questions[task].append(text)
@@ -81,9 +81,9 @@ def encode_questions(
     return result
 
 
-def _question(place: str, line: str) -> tuple[str, bytes]:
+def _question(place: str, line: bytes) -> tuple[str, bytes]:
     try:
-        question = json.loads(line)
+        question = json_fields.parse(line, place)
         category, text = question['category'], question['turns'][0]
     except (ValueError, KeyError, TypeError, IndexError):
         raise ValueError(f'{place}: expected JSON with "category" and "turns"') from None
@@ -94,4 +94,7 @@ def _question(place: str, line: str) -> tuple[str, bytes]:
         )
     if not isinstance(text, str) or not text:
         raise ValueError(f'{place}: the first of "turns" is empty, or no text')
-    return task, text.encode()
+    try:
+        return task, text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f'{place}: the first of "turns" has half a character') from None
