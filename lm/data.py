@@ -15,7 +15,7 @@ import grain
 import numpy as np
 from etils import epath
 
-from lm import atomic
+from lm import array_files, atomic
 from lm.packing import PackedBatches, Packing, Window
 
 Encode = Callable[[bytes], np.ndarray]
@@ -213,15 +213,18 @@ class EncodedDocuments:
 
     @functools.cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        try:
-            offsets = np.load(self._folder / 'offsets.npy')
-            ids = np.load(self._folder / 'ids.npy', mmap_mode='r')
-        except ValueError as error:
-            raise ValueError(f'{self._folder}: damaged encoded documents: {error}') from None
-        if ids.shape != (offsets[-1],):
+        offsets = np.array(array_files.memory_mapped(self._folder / 'offsets.npy'))
+        ids = array_files.memory_mapped(self._folder / 'ids.npy')
+        again = f'{self._folder}: damaged encoded documents: {{}}; remove the folder, encode again'
+        if offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets) or ids.ndim != 1:
+            raise ValueError(again.format(f'{offsets.dtype}{offsets.shape}, {ids.shape}'))
+        if ids.dtype not in (np.uint8, np.uint16, np.int32):
+            raise ValueError(again.format(f'ids.npy holds {ids.dtype}'))
+        if offsets[0] or np.any(offsets[1:] < offsets[:-1]):
+            raise ValueError(again.format('offsets.npy does not rise from 0'))
+        if len(ids) != offsets[-1]:
             raise ValueError(
-                f'{self._folder}: damaged encoded documents: offsets.npy ends at {offsets[-1]}, '
-                f'ids.npy has shape {ids.shape}; remove the folder and encode again'
+                again.format(f'offsets.npy ends at {offsets[-1]}, ids.npy has {len(ids)}')
             )
         return ids, offsets
 

@@ -15,7 +15,7 @@ from concurrent import futures
 import numpy as np
 from etils import epath
 
-from lm import atomic
+from lm import array_files, atomic
 from tokenization import tokenizer
 from tokenization.longest_match import LongestMatch, Strings
 
@@ -44,8 +44,8 @@ class EqualInfoTokenizer(tokenizer.OneByOne):
     model_digest: str
 
     def __post_init__(self) -> None:
-        if self.bits_per_token not in (8, 16):
-            raise ValueError(f'bits_per_token {self.bits_per_token}: expected 8 or 16')
+        if type(self.bits_per_token) is not int or self.bits_per_token not in (8, 16):
+            raise ValueError(f'bits_per_token {self.bits_per_token!r}: expected 8 or 16')
         if self.bits_per_token == 8 and len(self.strings) != 1 << 16:
             raise ValueError(f'{len(self.strings)} codes: tokens of 8 bits need all 65536')
         if self.written.shape != (len(self.strings),) or self.written.dtype != bool:
@@ -151,10 +151,12 @@ class EqualInfoTokenizer(tokenizer.OneByOne):
                 f'{file}: not the table that was saved here (SHA-256 differs), it is damaged or '
                 'from elsewhere; compile the table again'
             )
+        arrays = array_files.read_archive(data, ('flat', 'offsets', 'written'), str(file))
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                strings = Strings(arrays['flat'], arrays['offsets'].astype(np.int64))
-                written = arrays['written']
-            return cls(strings, written, head['bits_per_token'], head['rule'], head['model_digest'])
-        except (KeyError, ValueError) as error:
+            strings = Strings(arrays['flat'], arrays['offsets'].astype(np.int64))
+            return cls(
+                strings, arrays['written'], head['bits_per_token'], head['rule'],
+                head['model_digest'],
+            )  # fmt: skip
+        except ValueError as error:
             raise ValueError(f'{file}: {error}; compile the table again') from None

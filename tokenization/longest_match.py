@@ -19,11 +19,21 @@ class Strings:
 
     Attributes:
       flat: uint8.
-      offsets: int64 `[strings + 1]`.
+      offsets: int64 `[strings + 1]`, from 0 to the size of `flat`, never falling.
     """
 
     flat: np.ndarray
     offsets: np.ndarray
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for other offsets: `trie_walk` follows them without looking."""
+        flat, offsets = self.flat, self.offsets
+        if flat.ndim != 1 or flat.dtype != np.uint8:
+            raise ValueError(f'strings: expected a vector of bytes, got {flat.dtype}{flat.shape}')
+        if offsets.ndim != 1 or offsets.dtype != np.int64 or not len(offsets):
+            raise ValueError(f'offsets: expected an int64 vector, got {offsets.dtype}')
+        if offsets[0] or offsets[-1] != len(flat) or np.any(offsets[1:] < offsets[:-1]):
+            raise ValueError(f'offsets: expected to rise from 0 to {len(flat)}')
 
     @classmethod
     def of(cls, strings: list[bytes]) -> 'Strings':

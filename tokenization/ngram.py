@@ -25,12 +25,13 @@ from collections.abc import Iterable
 import numpy as np
 from etils import epath
 
-from lm import atomic
+from lm import array_files, atomic, json_fields
 from tokenization import ngram_model, witten_bell
 from tokenization.next_byte import SYMBOLS, NextByteModel
 
 MAX_ORDER = 5
 _VERSION = 1
+_MOST_NODES = (1 << 24) - 1  # of a level: a node and a byte make a key of 32 bits
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,30 +146,47 @@ class NGram:
         for file in (head_file, array_file):
             if not file.exists():
                 raise FileNotFoundError(f'{file}: no such file; `NGram.save` writes it')
-        try:
-            head = json.loads(head_file.read_text())
-            version, order, digest = head['version'], int(head['order']), head['digest']
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{head_file}: damaged: {error!r}; train the n-gram again') from None
+        head = json_fields.read(head_file)
+        version, order, digest = (head.get(name) for name in ('version', 'order', 'digest'))
         if version != _VERSION:
-            raise ValueError(f'{head_file}: version {version}, expected {_VERSION}')
-        try:
-            with np.load(io.BytesIO(array_file.read_bytes()), allow_pickle=False) as arrays:
-                ngram = cls(
-                    *(
-                        tuple(arrays[f'{name}_{level}'] for level in range(order + 1))
-                        for name in ('children', 'pairs', 'counts')
-                    )
-                )
-            found = ngram.digest
-        except Exception as error:  # zipfile, zlib and numpy each raise their own on bad bytes
-            raise ValueError(f'{array_file}: damaged: {error!r}; train the n-gram again') from None
+            raise ValueError(f'{head_file}: version {version!r}, expected {_VERSION}')
+        if type(order) is not int or not 1 <= order <= MAX_ORDER or not isinstance(digest, str):
+            raise ValueError(f'{head_file}: damaged: order or digest; train the n-gram again')
+        levels = range(order + 1)
+        kinds = ('children', 'pairs', 'counts')
+        names = [f'{kind}_{level}' for kind in kinds for level in levels]
+        arrays = array_files.read_archive(array_file.read_bytes(), names, str(array_file))
+        ngram = cls(*(tuple(arrays[f'{kind}_{level}'] for level in levels) for kind in kinds))
+        found = ngram.digest
         if found != digest:
             raise ValueError(
                 f'{array_file}: its digest is {found[:12]}, {head_file.name} says '
                 f'{digest[:12]}: a damaged or foreign file; train the n-gram again'
             )
+        try:
+            ngram.check()
+        except ValueError as error:
+            raise ValueError(f'{array_file}: {error}; train the n-gram again') from None
         return ngram
+
+    def check(self) -> None:
+        """Raises ValueError unless the arrays are a trie with counts, as `count` makes it."""
+        parents = 1
+        for level, (keys, pairs, counts) in enumerate(
+            zip(self.children, self.pairs, self.counts, strict=True)
+        ):
+            for array in (keys, pairs, counts):
+                if array.ndim != 1 or array.dtype != np.uint32:
+                    raise ValueError(f'level {level}: expected uint32 vectors, got {array.dtype}')
+            for array, nodes in ((keys, parents), (pairs, len(keys))):
+                if np.any(array[1:] <= array[:-1]) or np.any(array >> 8 >= nodes):
+                    raise ValueError(f'level {level}: keys out of order or of no node')
+            if len(keys) > _MOST_NODES or (not level and keys.tolist() != [0]):
+                raise ValueError(f'level {level}: {len(keys)} nodes are out of range')
+            seen = np.bincount(pairs >> 8, minlength=len(keys))
+            if counts.shape != pairs.shape or not (np.all(counts) and np.all(seen)):
+                raise ValueError(f'level {level}: a context that was never seen')
+            parents = len(keys)
 
     def _nodes(self, symbols: np.ndarray, reset_every: int | None) -> list[np.ndarray]:
         """Returns, per level, the node of the context of each position; -1 where there is none."""
@@ -213,7 +231,7 @@ def count(documents: Iterable[bytes], order: int = 3, min_count: int = 1) -> NGr
             key = (node[level:] << np.uint32(8)) | symbols[:-level]
             keys, seen = _distinct(key[kept[level:]])
             children.append(keys[seen >= min_count])
-            if len(children[-1]) >= 1 << 24:
+            if len(children[-1]) > _MOST_NODES:
                 raise ValueError(f'{len(keys)} contexts of {level} bytes: lower the order')
             index, found = witten_bell.find(children[-1], key)
             node[level:] = index
