@@ -7,6 +7,7 @@ PATH/params/        Orbax
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import atomic, provenance
+from lm import atomic, json_fields, provenance
 from lm import config as config_lib
 from lm import mesh as mesh_lib
 from lm import params as params_lib
@@ -24,6 +25,9 @@ from lm.config import Config
 from lm.params import Params
 
 FORMAT = 1
+# Parameters may take so many times their bytes on disk, and so many more: what was trained hardly
+# packs at all.
+MOST_TIMES, MOST_MORE = 64, 1 << 30
 
 
 class Saves(Protocol):
@@ -67,7 +71,7 @@ def save(
       params: its parameters.
       tokenizer: writes itself into the bundle.
       bos: the input-only id in front of each document that the model was trained on, or None.
-      metrics: what is known of the model.
+      metrics: what is known of the model; numbers that are not finite are left out.
 
     Raises:
       FileExistsError: `path` is there and is no bundle.
@@ -83,7 +87,7 @@ def save(
             'model': config_lib.to_dict(config),
             'digest': digest(config, params),
             'bos': bos,
-            'metrics': dict(metrics or {}),
+            'metrics': {n: x for n, x in (metrics or {}).items() if math.isfinite(x)},
             'commit': provenance.commit()[0],
         }
         (folder / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
@@ -111,10 +115,10 @@ def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
     if not file.exists():
         raise FileNotFoundError(f'{path}: no bundle here (config.json is missing)')
     try:
-        described = json.loads(file.read_text())
+        described = json_fields.read(file)
         version, model = described['format'], described['model']
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{file}: not the config of a bundle') from None
+    except (ValueError, KeyError) as error:
+        raise ValueError(f'{file}: not the config of a bundle ({error})') from None
     if version != FORMAT:
         raise ValueError(f'{file}: format {version!r}; this version reads format {FORMAT}')
     try:
@@ -124,7 +128,10 @@ def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
     bos, metrics = described.get('bos'), described.get('metrics', {})
     if not (bos is None or (type(bos) is int and 0 <= bos < config.vocab_size)):
         raise ValueError(f'{file}: bos: {bos!r}; expected null or an id below {config.vocab_size}')
+    if not isinstance(metrics, dict):
+        raise ValueError(f'{file}: metrics: expected an object')
     abstract = params_lib.abstract(config, mesh or mesh_lib.make())
+    _check_size(path, folder / 'params', abstract)
     with ocp.StandardCheckpointer() as checkpointer:
         _check_leaves(path, checkpointer, folder / 'params', abstract)
         try:
@@ -134,6 +141,22 @@ def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
     if 'digest' in described and described['digest'] != digest(config, params):
         raise ValueError(f'{path}: params/ is not what was saved: damaged; copy the bundle again')
     return Bundle(config, params, folder / 'tokenizer', bos, metrics)
+
+
+def _check_size(path: epath.PathLike, folder: epath.Path, abstract: Params) -> None:
+    """Refuses a few bytes on disk that stand for a memory full of zeros.
+
+    Missing pieces of an array are zeros to TensorStore, however large its header says it is.
+    """
+    wanted = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    if wanted <= MOST_MORE:
+        return
+    held = sum(file.stat().length for file in folder.glob('**/*') if file.is_file())
+    if wanted > MOST_TIMES * held + MOST_MORE:
+        raise ValueError(
+            f'{path}: config.json asks for {wanted:,} bytes of parameters, params/ has {held:,}: '
+            'damaged; copy the bundle again'
+        )
 
 
 def _check_leaves(path, checkpointer, folder: epath.Path, abstract: Params) -> None:
@@ -155,6 +178,12 @@ def _check_leaves(path, checkpointer, folder: epath.Path, abstract: Params) -> N
         f'{name} is {have[name]}, expected {want[name]}'
         for name in sorted(set(want) & set(have))
         if have[name] != want[name]
+    ]
+    # a piece is unpacked whole, whatever part of it the array needs
+    problems += [
+        f'{_name(p)} is stored in pieces of {x.storage.chunk_shape}'
+        for p, x in jax.tree_util.tree_leaves_with_path(saved)
+        if any(piece > size for piece, size in zip(x.storage.chunk_shape, x.shape))
     ]
     if problems:
         raise ValueError(f'{path}: params do not fit config.json: ' + '; '.join(problems))

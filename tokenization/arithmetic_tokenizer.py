@@ -43,7 +43,7 @@ class ArithmeticTokenizer:
     precision: int = 14
 
     def __post_init__(self) -> None:
-        if self.bits_per_token not in (8, 16):
+        if type(self.bits_per_token) is not int or self.bits_per_token not in (8, 16):
             raise ValueError(f'bits_per_token {self.bits_per_token!r}: expected 8 or 16')
         if not (isinstance(self.precision, int) and 9 <= self.precision <= 16):
             raise ValueError(f'precision {self.precision!r}: expected 9 to 16 bits')
@@ -160,7 +160,7 @@ class ArithmeticTokenizer:
         length, size = _read_varint(data)
         code = data[size:]
         # No byte has all of the probability, so a code of n bits holds a bounded number of bytes.
-        least = -math.log2(1 - 255 / 2**self.precision)
+        least = -math.log2(1 - 254 / 2**self.precision)  # 255, and 1 for rounding
         if length * least > 8 * len(code) + 32:
             raise ValueError(
                 f'{len(ids)} ids cannot hold the {length} bytes that they announce: truncated or '

@@ -65,7 +65,10 @@ class CharacterTokenizer(OneByOne):
         fields = read_kind(path)
         if fields['kind'] != 'characters':
             raise ValueError(f'{path}: a tokenizer of kind {fields["kind"]!r}, expected characters')
+        alphabet = fields.get('alphabet')
+        if not isinstance(alphabet, list):  # `bytes` of a number is so many zeros
+            raise ValueError(f'{path}: no alphabet of distinct bytes: expected a list')
         try:
-            return cls(bytes(fields['alphabet']))
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(bytes(alphabet))
+        except (TypeError, ValueError) as error:
             raise ValueError(f'{path}: no alphabet of distinct bytes: {error}') from None

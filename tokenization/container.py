@@ -13,6 +13,7 @@ text that was read. Memory is bounded by a group, whatever the length of the fil
 """
 
 import io
+import math
 import struct
 import zlib
 from typing import BinaryIO, NamedTuple
@@ -223,9 +224,14 @@ def _read_table(reader: BinaryIO, header: Header, done: int) -> list[_Entry]:
     table = _read_exactly(reader, count * _CHUNK.size + _CRC.size, where)
     _check_crc(head + table, where)
     entries = [_Entry(*fields) for fields in _CHUNK.iter_unpack(table[: -_CRC.size])]
+    # Every byte value keeps a frequency of 1 at least, and an interval of 2**16 or more is rounded
+    # by 1 at most: no byte costs less than this many bits, so
+    # that a short code cannot announce a long text.
+    least = -math.log2(1 - 254 / 2 ** max(header.precision, 8))
     for entry in entries:
         # A byte costs 16 bits at most, and the end of a code 17.
-        if entry.text > header.chunk or entry.code > 2 * entry.text + 3:
+        cheap = entry.text * least > 8 * entry.code + 32
+        if entry.text > header.chunk or entry.code > 2 * entry.text + 3 or cheap:
             raise ContainerError(f'{where}: {entry.text} bytes in {entry.code} are out of range')
     return entries
 
