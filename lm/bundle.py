@@ -151,7 +151,7 @@ def _check_size(path: epath.PathLike, folder: epath.Path, abstract: Params) -> N
     wanted = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     if wanted <= MOST_MORE:
         return
-    held = sum(file.stat().length for file in folder.glob('**/*') if file.is_file())
+    held = sum((at / name).stat().length for at, _, names in folder.walk() for name in names)
     if wanted > MOST_TIMES * held + MOST_MORE:
         raise ValueError(
             f'{path}: config.json asks for {wanted:,} bytes of parameters, params/ has {held:,}: '

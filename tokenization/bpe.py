@@ -131,19 +131,29 @@ class BPETokenizer(OneByOne):
         """Returns the ids of `data`, int32 `[T]`.
 
         Raises:
-          ValueError: the pattern passes over some of the text, which would be lost.
+          ValueError: the pattern is none, or passes over some of the text, which would be lost.
         """
         ids: list[int] = []
         for text, valid in spelling.stretches(data):
             if valid:
                 for piece in _without_long_runs(text):
-                    ids += self._encoding.encode_ordinary(piece)
+                    ids += self._split_and_merge(piece)
             else:
                 ids += [self._ranks[bytes([ord(letter) - 0xDC00])] for letter in text]
         ids_T = np.array(ids, np.int32)
         if self._lengths[ids_T].sum() != len(data):
             raise ValueError(f'the pattern {self.pattern!r} does not match every character')
         return ids_T
+
+    def _split_and_merge(self, text: str) -> list[int]:
+        try:
+            return self._encoding.encode_ordinary(text)
+        except BaseException as error:
+            # a panic in Rust, which is no Exception: the pattern matches no letter, or backtracks
+            # beyond its limit
+            if type(error).__name__ != 'PanicException':
+                raise
+            raise ValueError(f'the pattern {self.pattern!r} cannot split a text: {error}') from None
 
     def encode_piece(self, data: bytes) -> list[int]:
         """Returns the ids of `data` taken as one word: merged, but not split by the pattern."""
