@@ -15,7 +15,7 @@ from etils import epath
 
 # An archive may unpack to so many times its own bytes and so many more: sorted keys and text pack
 # to a tenth at best, and what is small may be anything.
-MOST_TIMES, MOST_MORE = 64, 1 << 26
+MOST_TIMES, MOST_MORE = 64, 1 << 24
 
 
 def read_archive(data: bytes, names: Sequence[str], name: str) -> dict[str, np.ndarray]:
@@ -49,7 +49,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
         content = packed.read(info.file_size + 1)  # without a number it may unpack 2 GB first
     file = io.BytesIO(content)
     shape, by_column, dtype = _header(file)
-    values = content[file.tell() :]
+    values = memoryview(content)[file.tell() :]
     if len(values) != math.prod(shape) * dtype.itemsize:
         raise ValueError(f'{info.filename}: {len(values):,} bytes for {dtype}{list(shape)}')
     return np.frombuffer(values, dtype).reshape(shape, order='F' if by_column else 'C')

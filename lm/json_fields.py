@@ -10,18 +10,19 @@ MOST = 2**31  # of any whole number
 MOST_BYTES = 100_000_000  # of a file; safetensors' own bound of a header
 
 
-def read(file: epath.Path) -> dict[str, Any]:
+def read(file: epath.PathLike) -> dict[str, Any]:
     """Returns the object in a JSON file; raises as `read_value`, or if it holds something else."""
     return _object(read_value(file), str(file))
 
 
-def read_value(file: epath.Path) -> Any:
+def read_value(file: epath.PathLike) -> Any:
     """Returns what a JSON file holds.
 
     Raises:
       FileNotFoundError: there is no such file.
       ValueError: it is too large, or what `parse` refuses; names the file.
     """
+    file = epath.Path(file)
     if not file.is_file():
         raise FileNotFoundError(f'{file}: no such file')
     size = file.stat().length

@@ -60,7 +60,8 @@ class NGram:
         sha = hashlib.sha256(f'witten-bell {_VERSION} {self.order}'.encode())
         for level in zip(self.children, self.pairs, self.counts):
             for array in level:
-                sha.update(f' {array.size} '.encode() + array.astype('<u4').tobytes())
+                sha.update(f' {array.size} '.encode())
+                sha.update(np.ascontiguousarray(array, '<u4').tobytes())
         return sha.hexdigest()
 
     def rows(self, precision: int) -> np.ndarray:
