@@ -131,7 +131,11 @@ def compile_step(step: Step, mesh: Mesh, label: str) -> Compiled | Refused:
         return refused(error, time.monotonic() - begin)
     finally:
         print(f' {time.monotonic() - begin:.0f} s', file=sys.stderr, flush=True)
-    seconds = time.monotonic() - begin
+    return analyse(compiled, mesh, time.monotonic() - begin)
+
+
+def analyse(compiled: jax.stages.Compiled, mesh: Mesh, seconds: float) -> Compiled:
+    """Returns what a compiled step says of itself; `seconds` is how long it took to compile."""
     analysis, text = compiled.memory_analysis(), compiled.as_text()
     assert analysis is not None and text is not None  # libtpu and the CPU's compiler say both
     new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes

@@ -17,7 +17,7 @@ from lm import params, train, transformer
 from lm.cache import Cache
 from lm.config import Config as ModelConfig
 
-_STEPS = 1000  # of the learning rate's schedule; no size depends on it
+SCHEDULE = 1000  # steps of the learning rate's schedule; no size depends on it
 _CACHE_AXES = ('layers', 'batch', 'kv_heads', 'length', 'head')
 
 
@@ -65,7 +65,7 @@ def make(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> Step:
 
 def _train(model: ModelConfig, batch: int, length: int, mesh: Any) -> Step:
     weights = params.abstract(model, mesh)
-    optimizer = optimizer_lib.make(optimizer_lib.OptimizerConfig(), _STEPS)
+    optimizer = optimizer_lib.make(optimizer_lib.OptimizerConfig(), SCHEDULE)
     everywhere = NamedSharding(mesh, PartitionSpec())
     opt_state = jax.eval_shape(optimizer.init, weights)
     placed = train.optimizer_shardings(weights, opt_state, mesh)
