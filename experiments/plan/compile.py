@@ -139,7 +139,7 @@ def compile_step(step: Step, mesh: Mesh, label: str) -> Compiled | Refused:
         analysis.argument_size_in_bytes,
         analysis.temp_size_in_bytes + new,
         analysis.generated_code_size_in_bytes,
-        collectives.read(text, mesh.shape['data'], mesh.shape['model']),
+        collectives.read(text, **mesh.shape),
         hlo.copies(hlo.parse(text)),
         seconds,
     )
