@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import data, losses, params, train, transformer
+from lm import data, losses, params, train, transformer, zigzag
 from lm.config import Config
 from lm.data import Documents
 from lm.params import Params
@@ -68,6 +68,8 @@ def check(model: Config, config: TrainConfig, mesh: Mesh, name: str) -> None:
             f'{name}.batch_size {config.batch_size}: expected a multiple of the '
             f'data={mesh.shape["data"]} devices'
         )
+    if mesh.shape['sequence'] > 1:
+        zigzag.check(config.length, mesh.shape['sequence'])
 
 
 def fit(

@@ -14,10 +14,13 @@ from typing import Any, Literal
 import chex
 import jax
 
+from lm import ring as ring_lib
 from lm.kernels import flash, mosaic, triton, xla
 from lm.kernels.mask import Mask
 from lm.kernels.sparse import SparseIndex
 from lm.per_device import Axes, per_device
+from lm.ring import Ring
+from lm.ring_blocks import Settings
 
 Implementation = Literal['xla', 'mosaic', 'triton']
 OF_PLATFORM: dict[str, Implementation] = {'tpu': 'mosaic', 'gpu': 'triton', 'cuda': 'triton'}
@@ -65,6 +68,7 @@ def attention(
     layer: jax.Array | int | None = None,
     scale: float,
     softcap: float | None = None,
+    ring: Ring = 'keys',
 ) -> jax.Array:
     """Returns softmax(scale q . k) v over the keys that each query sees, in the dtype of `q`.
 
@@ -80,12 +84,14 @@ def attention(
       layer: index into the stack.
       scale: what multiplies q . k.
       softcap: logits become `cap * tanh(logits / cap)` (Gemma 2).
+      ring: what goes round the devices of a mesh's `sequence` axis; see `lm.ring`.
 
     Raises:
-      ValueError: `implementation` is unknown, or the arrays differ in dtype.
+      ValueError: `implementation` or `ring` is unknown, or the arrays differ in dtype; or there is
+        a cache or a draft tree, and the mesh in use cuts sequences.
     """
     return attention_and_lse(
-        q_BLHC, k, v, mask, implementation, layer=layer, scale=scale, softcap=softcap
+        q_BLHC, k, v, mask, implementation, layer=layer, scale=scale, softcap=softcap, ring=ring
     )[0]
 
 
@@ -99,6 +105,7 @@ def attention_and_lse(
     layer: jax.Array | int | None = None,
     scale: float,
     softcap: float | None = None,
+    ring: Ring = 'keys',
 ) -> tuple[jax.Array, jax.Array]:
     """Returns what `attention` does, and f32 `[B, L, H]`: log sum exp of each query's logits.
 
@@ -107,6 +114,11 @@ def attention_and_lse(
     name = _checked(q_BLHC, k, v, layer, implementation)
     chex.assert_shape(mask.query_position, q_BLHC.shape[:2])
     settings: dict[str, Any] = {'scale': scale, 'softcap': softcap}
+    if mask.length is not None or mask.ancestors is not None or layer is not None:
+        ring_lib.refuse('attention over a cache or a draft tree')
+    elif ring_lib.is_cut(q_BLHC, k):
+        static = Settings(name, name != 'xla' and interpreted(name), causal=mask.causal, **settings)
+        return ring_lib.attention(q_BLHC, k, v, mask, static, ring)
     formula: Callable[..., Any] = functools.partial(xla.attention, **settings)
     if name == 'xla':
         return formula(q_BLHC, k, v, mask, layer=layer)
@@ -146,6 +158,7 @@ def column_sums(
       lse_BLH: what `attention_and_lse` returned for the same queries and keys.
       row_mask_BL: bool.
     """
+    ring_lib.refuse('column_sums')
     name = _checked(q_BLHC, k, k, layer, implementation)
     chex.assert_shape([lse_BLH, row_mask_BL], [q_BLHC.shape[:3], q_BLHC.shape[:2]])
     operands = (q_BLHC, k, lse_BLH, mask, row_mask_BL)
@@ -174,6 +187,7 @@ def sparse_decode(
 
     Every row that the index keeps is seen, whatever its position; see `attention_and_lse`.
     """
+    ring_lib.refuse('sparse_decode')
     name = _checked(q_BLHC, k, v, layer, implementation)
     chex.assert_axis_dimension(q_BLHC, 1, 1)
     settings: dict[str, Any] = {'scale': scale, 'softcap': softcap}

@@ -6,9 +6,10 @@ import types
 import typing
 from typing import Any, Literal
 
-_LATER = ('lexinvariant',)
+_LATER = {'lexinvariant': None, 'ring': 'keys'}  # and what older models have there
 DTYPES = ('float32', 'bfloat16')
 ACTIVATIONS = ('silu', 'gelu_tanh', 'relu')
+RINGS = ('keys', 'queries')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Config:
       remat: recompute each block's activations in the backward pass.
       unroll: blocks per iteration of the scan over layers; `n_layers` unrolls it all, faster for
         the few small layers of a CPU run, slower to compile for many.
+      ring: what attention sends round the devices of a mesh's `sequence` axis: `keys` with their
+        values, or `queries`, whose results come back the other way (`lm.ring`).
     """
 
     vocab_size: int
@@ -135,6 +138,7 @@ class Config:
     param_dtype: str = 'float32'
     remat: bool = False
     unroll: int = 1
+    ring: Literal['keys', 'queries'] = 'keys'
 
     def __post_init__(self):
         for name in ('vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'head_dim'):
@@ -145,6 +149,7 @@ class Config:
         _check(self, 'head_dim', self.head_dim % 2 == 0, 'an even number, for RoPE')
         divides = self.n_heads % self.n_kv_heads == 0
         _check(self, 'n_heads', divides, f'a multiple of n_kv_heads = {self.n_kv_heads}')
+        _check(self, 'ring', self.ring in RINGS, f'one of {RINGS}')
         _check(self, 'activation', self.activation in ACTIVATIONS, f'one of {ACTIVATIONS}')
         for name in ('dtype', 'param_dtype'):
             _check(self, name, getattr(self, name) in DTYPES, f'one of {DTYPES}')
@@ -183,7 +188,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     Fields that came later are written only where they are set: digests of older models stand.
     """
     fields = dataclasses.asdict(config)
-    return {name: x for name, x in fields.items() if name not in _LATER or x is not None}
+    return {name: x for name, x in fields.items() if name not in _LATER or x != _LATER[name]}
 
 
 def from_dict(fields: dict[str, Any]) -> Config:

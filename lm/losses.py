@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lm import lexinvariant, sequence_loss, tables, transformer
+from lm import lexinvariant, mesh, sequence_loss, tables, transformer
 from lm.config import Config
 from lm.cross_entropy import TokenLosses, chunked_cross_entropy
 from lm.params import Params
@@ -69,6 +69,8 @@ def _hidden(
 def _against(
     table_VD: jax.Array, config: Config, h_BLD: jax.Array, targets_BL: jax.Array
 ) -> TokenLosses:
+    if mesh.in_use('sequence') > 1:
+        return chunked_cross_entropy(h_BLD, table_VD, targets_BL, config.logit_softcap)
     losses = chunked_cross_entropy(
         h_BLD.reshape(-1, config.d_model), table_VD, targets_BL.reshape(-1), config.logit_softcap
     )

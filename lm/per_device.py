@@ -10,6 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 from lm import mesh as mesh_lib
 
 Axes = PartitionSpec  # of logical axes here; a leaf of a pytree
+(HEADS,) = mesh_lib.RULES['heads']
 
 
 def per_device(
@@ -22,7 +23,8 @@ def per_device(
     """Returns `kernel(*operands, layer=layer)`, computed part by part over the mesh in use.
 
     jit cuts XLA operations by itself; a Pallas kernel it would run whole on every device. Parts
-    are rows of the batch over one mesh axis and heads over another, where they divide. Where the
+    are rows of the batch over one mesh axis and heads over another, where they divide; and pieces
+    of sequences, where the axes name their 'length' and the kernel itself communicates. Where the
     KV heads are fewer than the devices of their axis, each device copies out the one that its query
     heads read; what is counted per KV head is added up over the devices that share it.
 
@@ -38,11 +40,11 @@ def per_device(
         return _call(kernel, operands, layer)
     sizes = _sizes(operands, axes)
     heads, kv_heads = sizes['heads'], sizes['kv_heads']
-    devices = mesh.shape[mesh_lib.RULES['heads']]
+    devices = mesh.shape[HEADS]
     one_each = kv_heads % devices != 0 and devices % kv_heads == 0 and heads % devices == 0
-    cut = {'batch', 'heads'} if one_each else {'batch'}
+    cut = {'batch', 'length', 'heads'} if one_each else {'batch', 'length'}
     if kv_heads % devices == 0:
-        cut = {'batch', 'heads', 'kv_heads'}
+        cut |= {'heads', 'kv_heads'}
 
     def spec(axes: Axes, shape: tuple[int, ...] | None = None) -> PartitionSpec:
         kept = [axis if axis in cut else None for axis in axes]
@@ -52,7 +54,7 @@ def per_device(
     def on_device(layer, *operands):
         if not one_each:
             return _call(kernel, operands, layer)
-        head = jax.lax.axis_index(mesh_lib.RULES['heads']) * kv_heads // devices
+        head = jax.lax.axis_index(HEADS) * kv_heads // devices
         operands = jax.tree.map(lambda a, x: _take_head(x, a, layer, head), axes, operands)
         result = _call(kernel, operands, None if layer is None else 0)
         return jax.tree.map(lambda a, x: _add_heads(x, a, head, kv_heads), out_axes, result)
@@ -96,4 +98,4 @@ def _add_heads(x: jax.Array, axes: Axes, head, kv_heads: int) -> jax.Array:
     index = axes.index('kv_heads')
     shape = (*x.shape[:index], kv_heads, *x.shape[index + 1 :])
     whole = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(shape, x.dtype), x, head, index)
-    return jax.lax.psum(whole, mesh_lib.RULES['heads'])
+    return jax.lax.psum(whole, HEADS)

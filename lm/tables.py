@@ -30,6 +30,9 @@ def embed(tables: Params, config: Config, tokens_BL: jax.Array) -> jax.Array:
         x_BLD = tables['input_BVD'][jnp.arange(tokens_BL.shape[0])[:, None], tokens_BL]
     else:
         x_BLD = tables['input_VD'][tokens_BL]
+    if mesh.in_use('sequence') > 1:
+        # as cut as the table's rows: exchanged over one axis of the mesh, and then over the other
+        x_BLD = mesh.constrain(x_BLD.astype(config.dtype), ('batch', None, 'embed'))
     return scaled(x_BLD, config)
 
 

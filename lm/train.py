@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm import mesh as mesh_lib
 from lm import optimizer as optimizer_lib
+from lm import zigzag
 from lm.checkpoint import Checkpoints
 from lm.metrics import ProgressLine, Writer
 from lm.optimizer import OptimizerConfig
@@ -214,14 +215,25 @@ class _Log:
 
 
 def put(batch: Mapping[str, np.ndarray | Shared], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns a host batch as arrays split by rows over the mesh; each process gives its own.
+    """Returns a host batch as arrays split over the mesh; each process gives its own rows.
 
-    What is `Shared` is whole on each device.
+    Rows are divided over `data`. Where there are devices along `sequence`, each row is in zigzag
+    order (`lm.zigzag`) and divided over them. What is `Shared` is whole on each device.
+
+    Raises:
+      ValueError: the rows do not divide into two chunks per device of `sequence`.
     """
-    rows, whole = mesh_lib.batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    whole, devices = NamedSharding(mesh, PartitionSpec()), mesh.shape['sequence']
     place = jax.make_array_from_process_local_data
+
+    def rows(x: np.ndarray) -> jax.Array:
+        x = np.asarray(x)
+        return place(
+            mesh_lib.batch_sharding(mesh, x.ndim), zigzag.apply(x, devices) if x.ndim > 1 else x
+        )
+
     return {
-        name: place(whole, x.array) if isinstance(x, Shared) else place(rows, x)
+        name: place(whole, x.array) if isinstance(x, Shared) else rows(x)
         for name, x in batch.items()
     }
 

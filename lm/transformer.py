@@ -91,7 +91,9 @@ def blocks(
     """
     positions_BL = mask.query_position
     start_B: Any = None if cache is None else cache.length_B - positions_BL.shape[1]
-    look = functools.partial(attention, scale=config.query_scale, softcap=config.attention_softcap)
+    look = functools.partial(
+        attention, scale=config.query_scale, softcap=config.attention_softcap, ring=config.ring
+    )
 
     def run_block(carry, inputs):
         x_BLD, kv = carry

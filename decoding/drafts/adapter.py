@@ -76,7 +76,9 @@ def adapt(
         cache = dataclasses.replace(cache, k_NBKSC=k, v_NBKSC=v)
         mask = Mask(positions_BL, cache.position_NBKS[0], length=cache.length_B)
     layer = None if cache is None else 0
-    out_BLHC = attention(q_BLHC, k, v, mask, layer=layer, scale=config.head_dim**-0.5)
+    out_BLHC = attention(
+        q_BLHC, k, v, mask, layer=layer, scale=config.head_dim**-0.5, ring=config.ring
+    )
     x_BLD += layers_lib.einsum('blhc,hcd->bld', out_BLHC, adapter['wo_HCD'])
     return norm(x_BLD, 'final_norm_D'), cache
 

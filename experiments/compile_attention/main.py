@@ -8,16 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
-from jax.sharding import (
-    AbstractDevice,
-    AbstractMesh,
-    AxisType,
-    Mesh,
-    NamedSharding,
-    PartitionSpec,
-)
+from jax.sharding import AbstractDevice, NamedSharding, PartitionSpec
 
 from experiments import report
 from experiments.compile_attention.config import Config
@@ -71,8 +63,7 @@ def compile_for(config: Config, target: str) -> list[dict[str, Any]]:
     """
     sharding, name, use = None, 'triton', _any_gpu()
     if target != 'cuda':
-        chip = np.asarray(ahead.devices(chips.parse(target))[:1]).reshape(1, 1)
-        mesh = Mesh(chip, mesh_lib.AXES, axis_types=(AxisType.Auto,) * 2)
+        mesh = mesh_lib.make(devices=ahead.devices(chips.parse(target))[:1])
         sharding, name, use = NamedSharding(mesh, PartitionSpec()), 'mosaic', jax.set_mesh(mesh)
     with use:
         return [
@@ -84,7 +75,7 @@ def compile_for(config: Config, target: str) -> list[dict[str, Any]]:
 def _any_gpu() -> AbstractContextManager[Any]:
     """Returns a context that lowers for a GPU, where there is none."""
     device = AbstractDevice('NVIDIA H100', 1, 'gpu')
-    mesh = AbstractMesh((1, 1), mesh_lib.AXES, abstract_device=device)
+    mesh = mesh_lib.abstract(1, device=device)
     return jax.sharding.use_abstract_mesh(mesh)
 
 

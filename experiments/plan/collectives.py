@@ -14,6 +14,7 @@ import numpy as np
 
 from experiments.plan import hlo
 from experiments.plan.hlo import Instruction
+from lm.mesh import Sizes
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'
@@ -27,7 +28,7 @@ class Collective(NamedTuple):
       size: bytes of the whole array that it makes or takes, on one device: of an all-gather's
         result, of a reduce-scatter's operand, of the others' operand.
       devices: that exchange with each other.
-      axis: of the mesh that they lie along: `data`, `model`, or `data+model`.
+      axis: of the mesh that they lie along: `data`, `sequence`, `model`, or several, `data+model`.
       times: it runs in one call of the program.
       source: the operation of the traced program that it serves, innermost names last.
     """
@@ -58,13 +59,14 @@ class Program(NamedTuple):
     remarks: tuple[str, ...]
 
 
-def read(text: str, data: int = 1, model: int = 1) -> Program:
-    """Returns the collectives of a program compiled for a mesh of `data` by `model` devices.
+def read(text: str, data: int = 1, model: int = 1, sequence: int = 1) -> Program:
+    """Returns the collectives of a program compiled for a mesh of such sizes.
 
     Args:
       text: of `compiled.as_text()`.
-      data, model: sizes of the mesh, devices numbered along `model` first.
+      data, model, sequence: sizes of the mesh, devices numbered in the order of its axes.
     """
+    sizes = Sizes(data, sequence, model)
     module = hlo.parse(text)
     remarks: collections.Counter[str] = collections.Counter()
     # an asynchronous collective stands again in every fusion that it runs beside
@@ -83,7 +85,7 @@ def read(text: str, data: int = 1, model: int = 1) -> Program:
         starts = any(_ASYNC_START in i.rest for i in body)
         for instruction in body:
             if _kind(instruction) and (starts or _channel(instruction) not in begun):
-                one, remark = _collective(instruction, data, model)
+                one, remark = _collective(instruction, sizes)
                 total[one] += 1
                 remarks.update(remark)
             inner = [found(callee) for callee in hlo.callees(instruction)]
@@ -110,9 +112,7 @@ def _channel(instruction: Instruction) -> str:
     return match[1] if match else instruction.name
 
 
-def _collective(
-    instruction: Instruction, data: int, model: int
-) -> tuple[Collective, tuple[str, ...]]:
+def _collective(instruction: Instruction, mesh: Sizes) -> tuple[Collective, tuple[str, ...]]:
     kind = _kind(instruction)
     assert kind is not None
     arrays = hlo.array_bytes(instruction.type)
@@ -126,26 +126,24 @@ def _collective(
         size = arrays[0]
         moving = groups[groups[:, 0] != groups[:, 1]]
         size *= len(moving) / max(len(groups), 1)
-        return Collective(kind, size, 2, _axis(moving, model), 1, source), remarks
+        return Collective(kind, size, 2, _axis(moving, mesh), 1, source), remarks
     text = instruction.rest.partition('replica_groups=')[2]
-    read_groups = replica_groups(text, data * model)
+    read_groups = replica_groups(text, math.prod(mesh))
     if read_groups is None:
         remarks = (f'{instruction.name}: replica_groups of unknown form, taken as all devices',)
-        read_groups = np.arange(data * model)[None]
+        read_groups = np.arange(math.prod(mesh))[None]
     devices = read_groups.shape[1]
     size = sum(arrays)
     if kind == 'all-gather' and instruction.opcode.endswith('-start'):
         size *= devices / (devices + 1)  # its type holds the operand, too
     if kind == 'reduce-scatter':
         size *= devices
-    return Collective(kind, size, devices, _axis(read_groups, model), 1, source), remarks
+    return Collective(kind, size, devices, _axis(read_groups, mesh), 1, source), remarks
 
 
-def _axis(groups: np.ndarray, model: int) -> str:
-    rows, columns = np.divmod(groups, model)
-    along_data = (rows != rows[:, :1]).any()
-    along_model = (columns != columns[:, :1]).any()
-    names = [name for name, on in (('data', along_data), ('model', along_model)) if on]
+def _axis(groups: np.ndarray, mesh: Sizes) -> str:
+    places = np.unravel_index(groups, mesh)
+    names = [axis for axis, at in zip(mesh._fields, places) if (at != at[:, :1]).any()]
     return '+'.join(names) or 'none'
 
 

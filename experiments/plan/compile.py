@@ -143,7 +143,7 @@ def analyse(compiled: jax.stages.Compiled, mesh: Mesh, seconds: float) -> Compil
         analysis.argument_size_in_bytes,
         analysis.temp_size_in_bytes + new,
         analysis.generated_code_size_in_bytes,
-        collectives.read(text, mesh.shape['data'], mesh.shape['model']),
+        collectives.read(text, **mesh.shape),
         hlo.copies(hlo.parse(text)),
         seconds,
     )

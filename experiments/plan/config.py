@@ -32,7 +32,9 @@ class Config:
       step: `train` (forward, backward and AdamW) or `decode` (one token per row).
       batch: rows over all devices.
       length: tokens per row, or rows of the cache.
-      mesh: devices, as in `data=4,model=4`; all on the data axis if not given.
+      mesh: devices, as in `data=4,model=4` or `data=4,sequence=4`; all on the data axis if not
+        given.
+      ring: what attention sends round the devices of `sequence`; see `lm.config`.
       param_dtype: in which parameters are kept; float32 for training, whose small updates bfloat16
         would round away, and bfloat16 for decoding, if not given. Activations are bfloat16.
       sweep: try every mesh of the slice, and several batches; compile the best.
@@ -46,6 +48,7 @@ class Config:
     batch: int = 16
     length: int = 2048
     mesh: str | None = None
+    ring: Literal['keys', 'queries'] = 'keys'
     param_dtype: Literal['float32', 'bfloat16'] | None = None
     sweep: bool = False
     batches: tuple[int, ...] = ()
@@ -74,8 +77,15 @@ class Config:
         data = devices
         if self.mesh is not None:
             from lm import mesh as mesh_lib  # late: --help needs no JAX
+            from lm import zigzag
 
-            data, _ = mesh_lib.parse(self.mesh, devices)
+            data, sequence, _ = mesh_lib.parse(self.mesh, devices)
+            if sequence > 1 and self.step == 'decode':
+                raise ValueError(
+                    f'--mesh {self.mesh}: decoding cuts no sequences; expected sequence=1'
+                )
+            if sequence > 1:
+                zigzag.check(self.length, sequence)
         if self.batch % data:
             raise ValueError(
                 f'--batch {self.batch}: expected a multiple of the data={data} devices'

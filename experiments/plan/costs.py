@@ -1,11 +1,12 @@
-"""What one step costs, counted from the config: memory, FLOPs, traffic; and the roofline time.
+"""What one step costs, counted from the config: memory, FLOPs, traffic.
 
 The compiler's own figure for FLOPs counts the body of a loop once, so that a model scanned over
 its layers looks like one layer; these counts follow from the shapes and need no compilation.
 They say what the step must do, not what a compiler makes of it: element-wise work is fused into the
 matrix products beside it, attention keeps no logits in memory, and communication is as in
-fully sharded data parallelism over `data` (Rajbhandari et al. 2020, ZeRO-3) and tensor
-parallelism over `model` (Shoeybi et al. 2019, Megatron-LM).
+fully sharded data parallelism over `data` and `sequence` (Rajbhandari et al. 2020, ZeRO-3), tensor
+parallelism over `model` (Shoeybi et al. 2019, Megatron-LM), and ring attention over `sequence`
+(`experiments.plan.ring`).
 """
 
 import math
@@ -15,7 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh
 
-from experiments.plan.chips import Topology, axis_bandwidth
+from experiments.plan import ring
+from experiments.plan.ring import Pass
 from lm import cross_entropy, params
 from lm import mesh as mesh_lib
 from lm.config import Config as ModelConfig
@@ -53,48 +55,34 @@ class Costs(NamedTuple):
       device_flops: of one device, with what is computed again in the backward pass and what
         devices compute alike.
       hbm_bytes: that one device reads and writes.
-      network_bytes: that one device sends, by axis of the mesh.
+      network_bytes: that one device sends, by axis of the mesh, but for what `ring` has.
+      ring: passes of attention over sequences that are cut, all of the step.
     """
 
     model_flops: float
     device_flops: float
     hbm_bytes: float
     network_bytes: dict[str, float]
-
-
-class Roofline(NamedTuple):
-    """Seconds that compute, memory traffic and communication take alone (Williams et al. 2009)."""
-
-    compute: float
-    memory: float
-    network: float
-
-    @property
-    def seconds(self) -> float:
-        """Of one step, if the three overlap fully: no step is faster."""
-        return max(self)
-
-    @property
-    def bound(self) -> str:
-        """Which of the three it is."""
-        return self._fields[int(np.argmax(self))]
+    ring: tuple[Pass, ...] = ()
 
 
 class _Case(NamedTuple):
     """What the counts share: sizes on one device.
 
     `weights` counts entries of matrices that a device multiplies with: cut over `model`, gathered
-    over `data`; `sent` those of them that are gathered. `widths` sums what goes into and comes out
-    of them, per token.
+    over `data` and `sequence`; `sent` those of them that are gathered over each. `widths` sums what
+    goes into and comes out of them, per token.
     """
 
     model: ModelConfig
     length: int
     tokens: float  # of one device
     data: int
+    sequence: int
     ways: int  # of the model axis
     layer_weights: float  # of all layers
     layer_sent: float
+    layer_sent_sequence: float
     widths: float
     heads: float
     kv_heads: float
@@ -111,13 +99,14 @@ def bytes_per_device(tree: Any) -> float:
 
 
 def _case(model: ModelConfig, batch: int, length: int, train: bool, mesh: AbstractMesh) -> _Case:
-    data, ways = mesh.shape['data'], mesh.shape['model']
+    data, sequence, ways = (mesh.shape[axis] for axis in mesh_lib.AXES)
 
     def part(axes, shape, name):  # 1/n of it lies on a device
-        on = name in mesh_lib.sharding(mesh, axes, shape).spec
+        spec = mesh_lib.sharding(mesh, axes, shape).spec
+        on = any(name == of or (isinstance(of, tuple) and name in of) for of in spec)
         return mesh.shape[name] if on else 1
 
-    weights = sent = widths = 0.0
+    weights = sent = sent_sequence = widths = 0.0
     table = params.leaves(model)
     layers: dict[str, Leaf] = table['body']['layers']
     for name, leaf in layers.items():
@@ -126,14 +115,15 @@ def _case(model: ModelConfig, batch: int, length: int, train: bool, mesh: Abstra
         entries = math.prod(leaf.shape) / part(leaf.axes, leaf.shape, 'model')
         weights += entries
         sent += entries if part(leaf.axes, leaf.shape, 'data') > 1 else 0
+        sent_sequence += entries if part(leaf.axes, leaf.shape, 'sequence') > 1 else 0
         widths += model.d_model + entries / model.n_layers / model.d_model
-    tokens = batch * (length if train else 1) / data
+    tokens = batch * (length if train else 1) / (data * sequence)
 
     def share(axis, size):
         return size / part((axis,), (size,), 'model')
 
     return _Case(
-        model, length, tokens, data, ways, weights, sent, widths,
+        model, length, tokens, data, sequence, ways, weights, sent, sent_sequence, widths,
         share('heads', model.n_heads), share('kv_heads', model.n_kv_heads),
         share('vocab', model.vocab_size), 2 if model.dtype == 'bfloat16' else 4,
     )  # fmt: skip
@@ -176,12 +166,26 @@ def _train(case: _Case, batch: int, mesh: Any) -> Costs:
         + 4 * case.tokens * case.vocabulary * _F32
     )
     model_flops = 3 * params.flops_per_token(model, case.length) * batch * case.length
-    return Costs(model_flops, flops * case.tokens, hbm, _train_network(case))
+    return Costs(model_flops, flops * case.tokens, hbm, _train_network(case), _passes(case))
+
+
+def _passes(case: _Case) -> tuple[Pass, ...]:
+    """Returns the passes of ring attention in a training step."""
+    if case.sequence == 1:
+        return ()
+    model = case.model
+    flops = _attention_flops(model, case.length) * case.heads / model.n_heads * case.tokens
+    forward, backward = ring.passes(
+        model.ring, case.sequence, case.tokens, case.heads, case.kv_heads, model.head_dim,
+        case.itemsize, flops / model.n_layers,
+    )  # fmt: skip
+    again = (forward,) if model.remat else ()
+    return (forward, *again, backward) * model.n_layers
 
 
 def _train_network(case: _Case) -> dict[str, float]:
     model, n, d = case.model, case.model.n_layers, case.model.d_model
-    ring, around = (case.data - 1) / case.data, (case.ways - 1) / case.ways
+    share, around = (case.data - 1) / case.data, (case.ways - 1) / case.ways
     head, stream = case.vocabulary * d, case.tokens * d
     # matrices are gathered forward and backward and their gradients summed and scattered; those
     # that every device holds whole have their gradients summed everywhere
@@ -194,10 +198,17 @@ def _train_network(case: _Case) -> dict[str, float]:
     # all-reduces after attention and after the MLP, forward and backward; the recomputation needs
     # one of them, or both where a norm follows
     sums = 4 + (1 + model.post_norm if model.remat else 0)
-    return {
-        'data': ring * data,
+    result = {
+        'data': share * data,
         'model': 2 * around * stream * (n * sums * case.itemsize + case.itemsize + _F32),
     }
+    if case.sequence > 1:
+        # the same of what lies on the devices of one row of the mesh: cut by `data` already
+        here, whole = case.layer_sent_sequence, case.layer_weights - case.layer_sent_sequence
+        cut = (3 * here + 2 * whole) * case.itemsize + head * (2 * case.itemsize + _F32)
+        exchanged = stream * (case.itemsize + _F32)
+        result['sequence'] = (1 - 1 / case.sequence) * (cut / case.data + exchanged)
+    return result
 
 
 def _decode(case: _Case, batch: int) -> Costs:
@@ -217,11 +228,11 @@ def _decode(case: _Case, batch: int) -> Costs:
         + case.tokens * (keys + n) * row
         + case.tokens * (n * width * case.itemsize + 2 * case.vocabulary * _F32)
     )
-    ring, around = (case.data - 1) / case.data, (case.ways - 1) / case.ways
+    share, around = (case.data - 1) / case.data, (case.ways - 1) / case.ways
     stream = case.tokens * d * case.itemsize
     tables = head * case.itemsize + stream if d % case.data == 0 else 0
     network = {
-        'data': ring * (case.layer_sent * case.itemsize + tables),
+        'data': share * (case.layer_sent * case.itemsize + tables),
         'model': 2 * around * stream * (2 * n + 1),
     }
     whole = params.count_body(model) + d * model.vocab_size
@@ -242,7 +253,9 @@ def memory(
     kept = {name: bytes_per_device(tree) for name, tree in parts.items()}
     train = 'cache' not in parts
     case = _case(model, batch, length, train, mesh)
-    one_layer = case.layer_sent / model.n_layers * case.itemsize if case.data > 1 else 0
+    gathered = case.data * case.sequence > 1
+    sent = max(case.layer_sent, case.layer_sent_sequence)
+    one_layer = sent / model.n_layers * case.itemsize
     table = case.vocabulary * model.d_model
     block = case.tokens * (case.widths + 4 * model.d_model) * case.itemsize
     # a matrix whose gather is under way lies beside the one in use
@@ -255,18 +268,10 @@ def memory(
         saved = case.tokens * model.d_model if model.remat else block / case.itemsize
         working += model.n_layers * saved * case.itemsize
         working += case.tokens * (cross_entropy.VOCABULARY_CHUNK + model.d_model) * _F32
-        working += table * case.itemsize if case.data > 1 else 0
+        working += table * case.itemsize if gathered else 0
     else:
         working += case.tokens * case.vocabulary * _F32
-        working += table * case.itemsize if case.data > 1 else 0
+        working += table * case.itemsize if gathered else 0
     return Memory(
         kept['params'], kept.get('optimizer', 0.0), kept.get('cache', 0.0), gradients, working
     )
-
-
-def roofline(costs: Costs, topology: Topology, sizes: dict[str, int]) -> Roofline:
-    """Returns the seconds of a step on a mesh of such sizes; its axes communicate in turn."""
-    bandwidth = axis_bandwidth(topology, sizes)
-    chip = topology.chip
-    network = sum(sent / bandwidth[axis] for axis, sent in costs.network_bytes.items())
-    return Roofline(costs.device_flops / chip.flops, costs.hbm_bytes / chip.hbm_bandwidth, network)

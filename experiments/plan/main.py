@@ -52,7 +52,7 @@ def best(fitting: Sequence[Choice]) -> dict[str, float]:
         f'best: --mesh {choice.config.mesh} --batch {choice.config.batch}: '
         f'{seconds * 1e6:.4g} us per token ({by})'
     )
-    named = {'data': choice.data, 'model': choice.model, 'batch': choice.config.batch}
+    named = {**choice.mesh._asdict(), 'batch': choice.config.batch}
     return metrics | {report.key('best', name): value for name, value in named.items()}
 
 
@@ -65,14 +65,14 @@ def seconds_per_token(choice: Choice, metrics: dict[str, float]) -> float:
 def plan(config: Config) -> dict[str, float]:
     """Answers for one mesh and batch."""
     topology = chips.parse(config.topology)
-    data, model = mesh_lib.parse(config.mesh, topology.devices)
+    sizes = mesh_lib.parse(config.mesh, topology.devices)
     body = steps.model_config(config)
-    mesh: Any = sweep.abstract_mesh(data, model)
+    mesh: Any = mesh_lib.abstract(**sizes._asdict())
     step = steps.make(config, body, mesh)
     counted = costs.count(body, config.batch, config.length, config.step, mesh)
     memory = costs.memory(body, config.batch, config.length, step.parts, mesh)
     label = f'{config.preset} {config.step}, batch {config.batch} x {config.length}'
-    label += f', {topology.name}, data={data} model={model}'
+    label += f', {topology.name}, {sweep.flag(sizes).replace(",", " ")}'
     result: Compiled | Refused | None = None
     if not config.abstract:
         mesh = mesh_lib.make(config.mesh, compile.devices(topology))
@@ -80,7 +80,7 @@ def plan(config: Config) -> dict[str, float]:
     print(f'{label}; activations {body.dtype}, parameters {body.param_dtype}')
     fits, metrics = tables.memory(memory, result, topology)
     tokens = sweep.tokens(config)
-    metrics |= tables.roofline(counted, tokens, result, topology, {'data': data, 'model': model})
+    metrics |= tables.roofline(counted, tokens, result, topology, sizes._asdict())
     if isinstance(result, Compiled):
         metrics |= tables.collectives(result)
     tables.shardings(step)

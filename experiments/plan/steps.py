@@ -46,7 +46,9 @@ def model_config(config: Config) -> ModelConfig:
     """
     model = PRESETS[config.preset]()
     default = 'float32' if config.step == 'train' else 'bfloat16'
-    return dataclasses.replace(model, dtype='bfloat16', param_dtype=config.param_dtype or default)
+    return dataclasses.replace(
+        model, dtype='bfloat16', param_dtype=config.param_dtype or default, ring=config.ring
+    )
 
 
 def make(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> Step:

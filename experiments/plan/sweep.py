@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from etils import epath
-from jax.sharding import AbstractMesh, AxisType
 
 from experiments import plots, report
-from experiments.plan import chips, costs, steps
+from experiments.plan import chips, costs, roofline, steps
 from experiments.plan.chips import GIB, Topology
 from experiments.plan.config import Config
-from experiments.plan.costs import Memory, Roofline
+from experiments.plan.costs import Memory
+from experiments.plan.roofline import Roofline
 from experiments.report import Column
 from lm import mesh as mesh_lib
+from lm.mesh import Sizes
 
 SHOWN = 24
 
@@ -23,15 +24,14 @@ class Choice(NamedTuple):
 
     Attributes:
       config: of this choice alone.
-      data, model: sizes of its mesh.
+      mesh: its sizes.
       memory: see `costs.Memory`.
-      roofline: see `costs.Roofline`.
+      roofline: see `roofline.Roofline`.
       fits: whether the counted memory is there.
     """
 
     config: Config
-    data: int
-    model: int
+    mesh: Sizes
     memory: Memory
     roofline: Roofline
     fits: bool
@@ -52,29 +52,26 @@ def tokens(config: Config) -> int:
     return config.batch * (config.length if config.step == 'train' else 1)
 
 
-def abstract_mesh(data: int, model: int) -> AbstractMesh:
-    """Returns a mesh without devices, enough to count with."""
-    return AbstractMesh((data, model), mesh_lib.AXES, axis_types=(AxisType.Auto,) * 2)
-
-
-def evaluate(config: Config, data: int, model: int) -> Choice:
+def evaluate(config: Config, sizes: Sizes) -> Choice:
     """Returns one choice; nothing is compiled.
 
     Raises:
       ValueError: the rows do not divide over `data`.
     """
     topology = chips.parse(config.topology)
-    mesh = abstract_mesh(data, model)
+    mesh = mesh_lib.abstract(**sizes._asdict())
     body = steps.model_config(config)
     step = steps.make(config, body, mesh)
     memory = costs.memory(body, config.batch, config.length, step.parts, mesh)
     counted = costs.count(body, config.batch, config.length, config.step, mesh)
-    roofline = costs.roofline(counted, topology, {'data': data, 'model': model})
-    return Choice(config, data, model, memory, roofline, memory.total <= topology.chip.hbm_bytes)
+    times = roofline.roofline(counted, topology, sizes._asdict())
+    return Choice(config, sizes, memory, times, memory.total <= topology.chip.hbm_bytes)
 
 
 def choices(config: Config) -> list[Choice]:
     """Returns every mesh and batch whose rows divide, those that fit first, fastest first.
+
+    Training steps are also tried with sequences cut over devices, where their length allows it.
 
     Of choices whose times per token are equal within a percent, the one whose compute, traffic
     and communication together take least comes first: it depends least on their overlap.
@@ -82,16 +79,10 @@ def choices(config: Config) -> list[Choice]:
     topology = chips.parse(config.topology)
     batches = config.batches or tuple(config.batch * 2**k // 4 for k in range(6))
     found = [
-        evaluate(
-            dataclasses.replace(
-                config, batch=batch, mesh=f'data={data},model={model}', sweep=False
-            ),
-            data,
-            model,
-        )
-        for data, model in factorisations(topology.devices)
+        evaluate(dataclasses.replace(config, batch=batch, mesh=flag(sizes), sweep=False), sizes)
+        for sizes in meshes(topology.devices, config)
         for batch in sorted({b for b in batches if b >= 1})
-        if batch % data == 0
+        if batch % sizes.data == 0
     ]
     if not found:
         raise ValueError(f'--batches {batches}: none is a multiple of the data axis of any mesh')
@@ -106,16 +97,31 @@ def choices(config: Config) -> list[Choice]:
     )
 
 
-def factorisations(devices: int) -> list[tuple[int, int]]:
-    """Returns all (data, model) whose product is the number of devices."""
-    return [(devices // m, m) for m in range(1, devices + 1) if devices % m == 0]
+def meshes(devices: int, config: Config) -> list[Sizes]:
+    """Returns the sizes of all meshes of so many devices that the step can run on."""
+    divisors = [m for m in range(1, devices + 1) if devices % m == 0]
+    cuts = [1] if config.step == 'decode' else divisors
+    return [
+        Sizes(devices // (sequence * model), sequence, model)
+        for sequence in cuts
+        if sequence == 1 or config.length % (2 * sequence) == 0
+        for model in divisors
+        if devices % (sequence * model) == 0
+    ]
+
+
+def flag(sizes: Sizes) -> str:
+    """Returns sizes as `--mesh` has them."""
+    return ','.join(
+        f'{axis}={size}' for axis, size in sizes._asdict().items() if size > 1 or axis != 'sequence'
+    )
 
 
 def show(config: Config, found: Sequence[Choice], out: epath.Path) -> None:
     """Prints the table and saves `sweep.png`."""
     rows = [
         {
-            'mesh': f'{choice.data} x {choice.model}',
+            'mesh': ' x '.join(map(str, choice.mesh)),
             'batch': choice.config.batch,
             'fits': 'yes' if choice.fits else 'no',
             'memory': choice.memory.total / GIB,
@@ -126,7 +132,7 @@ def show(config: Config, found: Sequence[Choice], out: epath.Path) -> None:
         for choice in found[:SHOWN]
     ]
     columns = [
-        Column('mesh', 'data x model'),
+        Column('mesh', ' x '.join(mesh_lib.AXES)),
         Column('batch', 'batch', 'd'),
         Column('fits', 'fits'),
         Column('memory', 'GiB per device', '.2f'),
@@ -146,8 +152,8 @@ def show(config: Config, found: Sequence[Choice], out: epath.Path) -> None:
 def _plot(found: Sequence[Choice], topology: Topology, title: str, path: epath.Path) -> None:
     fitting = [choice for choice in found if choice.fits]
     lines: dict[str, tuple[list[float], list[float]]] = {}
-    for choice in sorted(fitting or found, key=lambda c: (-c.data, c.config.batch)):
-        x, y = lines.setdefault(f'data={choice.data}, model={choice.model}', ([], []))
+    for choice in sorted(fitting or found, key=lambda c: (-c.mesh.data, c.config.batch)):
+        x, y = lines.setdefault(flag(choice.mesh), ([], []))
         x.append(choice.config.batch)
         y.append(choice.seconds_per_token * 1e6)
     note = 'those that fit' if fitting else 'none fits'
@@ -161,7 +167,7 @@ def metrics(found: Sequence[Choice]) -> dict[str, float]:
     """Returns the numbers of all choices, for `result.json`."""
     result = {}
     for choice in found:
-        where = {'data': choice.data, 'model': choice.model, 'batch': choice.config.batch}
+        where = {**choice.mesh._asdict(), 'batch': choice.config.batch}
         result[report.key('seconds_per_token', 'sweep', **where)] = choice.seconds_per_token
         result[report.key('bytes_per_device', 'sweep', **where)] = choice.memory.total
         result[report.key('fits', 'sweep', **where)] = float(choice.fits)

@@ -8,6 +8,7 @@ import jax
 
 from experiments import report
 from experiments.plan import costs as costs_lib
+from experiments.plan import roofline as roofline_lib
 from experiments.plan.chips import GIB, Topology, axis_bandwidth
 from experiments.plan.compile import Compiled, Refused
 from experiments.plan.costs import Costs, Memory
@@ -94,7 +95,7 @@ def roofline(
     `sizes` are those of the mesh's axes.
     """
     chip = topology.chip
-    times = costs_lib.roofline(counted, topology, sizes)
+    times = roofline_lib.roofline(counted, topology, sizes)
     bandwidth = axis_bandwidth(topology, sizes)
     rows: list[dict[str, Any]] = [
         _rate('compute', counted.device_flops, 'TFLOP', 1e12, chip.flops),
@@ -102,6 +103,10 @@ def roofline(
     ]
     for axis, sent in counted.network_bytes.items():
         rows.append(_rate(f'network, {axis}', sent, 'GB', 1e9, bandwidth[axis]))
+    if counted.ring:
+        sent = sum(one.network_bytes for one in counted.ring)
+        seconds = sum(one.network(chip) for one in counted.ring)
+        rows.append(_rate('network, ring attention', sent, 'GB', 1e9, sent / seconds))
     metrics = {
         report.key('flops', 'model'): counted.model_flops,
         report.key('flops', 'device'): counted.device_flops,
@@ -232,8 +237,10 @@ def _sharding_rows(part: str, tree: Any) -> list[dict[str, Any]]:
 
 
 def _sharding_row(name: str, leaf: Any) -> dict[str, Any]:
-    cut = [f'{i}: {axis}' for i, axis in enumerate(leaf.sharding.spec)
-           if axis and leaf.sharding.mesh.shape[axis] > 1]  # fmt: skip
+    by_axis = [axes if isinstance(axes, tuple) else (axes,) for axes in leaf.sharding.spec]
+    sizes = leaf.sharding.mesh.shape
+    cut = [f'{i}: {axis}' for i, axes in enumerate(by_axis) for axis in axes
+           if axis and sizes[axis] > 1]  # fmt: skip
     shard: tuple[int, ...] = leaf.sharding.shard_shape(leaf.shape)
     return {
         'name': name,

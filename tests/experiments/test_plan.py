@@ -25,7 +25,7 @@ def grid():
 def test_matrices_on_one_device_cost_what_the_model_costs():
     """On a single device nothing is computed twice but what recomputation asks for."""
     model = presets.llama3_8b()
-    mesh = sweep.abstract_mesh(1, 1)
+    mesh = mesh_lib.abstract(1, 1)
     counted = costs.count(model, 4, 2048, 'train', mesh)
     norms = 2 * (2 * model.n_layers + 1) * model.d_model  # not matrices, and counted by lm.params
     tokens = 4 * 2048
@@ -40,8 +40,8 @@ def test_matrices_on_one_device_cost_what_the_model_costs():
 def test_devices_share_the_work(step, shape):
     """Llama 3's 8 KV heads, 32 heads and 14,336 channels divide by 8: nothing is repeated."""
     model = presets.llama3_8b()
-    one = costs.count(model, 16, 2048, step, sweep.abstract_mesh(1, 1))
-    cut = costs.count(model, 16, 2048, step, sweep.abstract_mesh(*shape))
+    one = costs.count(model, 16, 2048, step, mesh_lib.abstract(1, 1))
+    cut = costs.count(model, 16, 2048, step, mesh_lib.abstract(*shape))
     assert cut.device_flops == pytest.approx(one.device_flops / 8, rel=1e-9)
     assert cut.model_flops == one.model_flops
     assert [axis for axis, sent in cut.network_bytes.items() if sent > 0] == [
@@ -52,7 +52,7 @@ def test_devices_share_the_work(step, shape):
 def test_whole_copies_have_their_gradients_summed():
     """Gemma 3's width does not divide by 512: each device holds all 27 billion parameters."""
     model = presets.gemma3_27b()
-    sent = costs.count(model, 512, 1024, 'train', sweep.abstract_mesh(512, 1)).network_bytes
+    sent = costs.count(model, 512, 1024, 'train', mesh_lib.abstract(512, 1)).network_bytes
     bf16_all_reduce = 2 * 2 * params.count_body(model)
     assert sent['data'] > 0.99 * bf16_all_reduce
 
@@ -61,7 +61,7 @@ def test_decoding_reads_every_weight_and_the_whole_cache_once():
     """A long cache and a wide batch leave little else: 8 bytes of position beside 512 of k, v."""
     model = presets.llama3_8b()
     config = Config(step='decode', batch=256, length=32_768, mesh='data=1')
-    mesh = sweep.abstract_mesh(1, 1)
+    mesh = mesh_lib.abstract(1, 1)
     body = steps.model_config(config)
     parts = steps.make(config, body, mesh).parts
     read = costs.count(body, 256, 32_768, 'decode', mesh).hbm_bytes
@@ -76,7 +76,7 @@ def test_decoding_reads_every_weight_and_the_whole_cache_once():
 
 def test_moments_are_kept_like_parameters():
     config = Config('tiny', 'cpu:8', batch=8, length=32)
-    step = steps.make(config, steps.model_config(config), sweep.abstract_mesh(4, 2))
+    step = steps.make(config, steps.model_config(config), mesh_lib.abstract(4, 2))
     kept = {name: costs.bytes_per_device(part) for name, part in step.parts.items()}
     counters = 3 * 4  # of optax's schedule, AdamW and the chain at most
     assert 0 <= kept['optimizer'] - 2 * kept['params'] <= counters
@@ -100,7 +100,7 @@ def test_what_stays_on_the_devices_is_what_the_compiled_step_takes(step):
 def test_every_mesh_is_tried_and_the_fastest_that_fits_comes_first():
     config = Config('llama3_8b', 'v5e:4x4', 'decode', batch=16, sweep=True, batches=(16, 64, 4096))
     found = sweep.choices(config)
-    meshes = {(choice.data, choice.model) for choice in found}
+    meshes = {(choice.mesh.data, choice.mesh.model) for choice in found}
     assert meshes == {(16, 1), (8, 2), (4, 4), (2, 8), (1, 16)}
     assert len(found) == 15
     fitting = [choice for choice in found if choice.fits]
@@ -112,7 +112,7 @@ def test_every_mesh_is_tried_and_the_fastest_that_fits_comes_first():
 
 def test_rows_that_do_not_divide_are_left_out():
     config = Config('tiny', 'cpu:8', batch=4, length=32, sweep=True, batches=(4,))
-    assert {choice.data for choice in sweep.choices(config)} == {1, 2, 4}
+    assert {choice.mesh.data for choice in sweep.choices(config)} == {1, 2, 4}
 
 
 def test_bandwidth_of_an_axis():
@@ -253,6 +253,6 @@ def test_a_sweep_saves_its_plot_and_names_the_best(tmp_path, capsys):
     assert run.main(arguments) == 0
     assert 'best: --mesh data=' in capsys.readouterr().out
     metrics = json.loads((tmp_path / 'result.json').read_text())
-    assert metrics['best/data'] * metrics['best/model'] == 16
+    assert math.prod(metrics[f'best/{axis}'] for axis in mesh_lib.AXES) == 16
     assert all(math.isfinite(value) for value in metrics.values())
     assert (tmp_path / 'sweep.png').read_bytes().startswith(b'\x89PNG')

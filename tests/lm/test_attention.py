@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice
 
 from lm import attention as attention_lib
 from lm import mesh as mesh_lib
@@ -83,6 +83,6 @@ def test_kernels_are_for_recent_gpus(monkeypatch, capability, expected):
 @pytest.mark.parametrize(('platform', 'expected'), [('gpu', 'triton'), ('tpu', 'mosaic')])
 def test_a_mesh_that_this_host_does_not_have_gets_its_kernels(platform, expected):
     device = AbstractDevice('a recent one', 1, platform)
-    mesh = AbstractMesh((2, 2), mesh_lib.AXES, abstract_device=device)
+    mesh = mesh_lib.abstract(2, 2, device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         assert attention_lib.best() == expected

@@ -13,8 +13,9 @@ from lm import losses, mesh, optimizer, params, presets, train
 
 @pytest.mark.parametrize(
     ('text', 'shape'),
-    [(None, (8, 1)), ('auto', (8, 1)), ('data=4,model=2', (4, 2)), ('model=4', (2, 4)),
-     ('data=4', (4, 2)), ('model=1,data=8', (8, 1))],
+    [(None, (8, 1, 1)), ('auto', (8, 1, 1)), ('data=4,model=2', (4, 1, 2)), ('model=4', (2, 1, 4)),
+     ('data=4', (4, 1, 2)), ('model=1,data=8', (8, 1, 1)), ('data=2,sequence=4', (2, 4, 1)),
+     ('sequence=2', (4, 2, 1)), ('sequence=2,data=2', (2, 2, 2))],
 )  # fmt: skip
 def test_sizes_left_out_fill_up(text, shape):
     assert mesh.parse(text, 8) == shape

@@ -7,12 +7,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, AxisType
 
 from lm import cache, losses, mesh, optimizer, params, presets, train, transformer
 
 ROWS, LENGTH, KEYS = 8, 16, 64
-MESH = AbstractMesh((8, 4), mesh.AXES, axis_types=(AxisType.Auto,) * 2)
+MESH = mesh.abstract(8, 4)
 
 
 def shape_of(tree):

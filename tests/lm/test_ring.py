@@ -1,0 +1,309 @@
+"""Sequences cut over devices: attention, gradients and training as on one device."""
+
+import collections
+import dataclasses
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.lexinvariant import models
+from lm import attention as attention_lib
+from lm import (
+    cache,
+    losses,
+    optimizer,
+    params,
+    presets,
+    ring,
+    ring_blocks,
+    train,
+    transformer,
+    zigzag,
+)
+from lm import mesh as mesh_lib
+from lm.config import Config
+from lm.kernels import reference, sparse
+from lm.kernels.mask import Mask, visible
+from lm.packing import Shared
+
+DEVICES = 4  # along the axis, in most tests
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 1))
+def test_zigzag_is_a_permutation_that_is_undone(devices, chunk, axis):
+    length = 2 * devices * chunk
+    x = np.moveaxis(np.arange(3 * length).reshape(3, length), 1, axis)
+    there = zigzag.apply(x, devices, axis)
+    np.testing.assert_array_equal(zigzag.undo(there, devices, axis), x)
+    chunks = zigzag.order(length, devices).reshape(devices, 2, chunk)[:, :, 0] // chunk
+    assert chunks.tolist() == [[r, 2 * devices - 1 - r] for r in range(devices)]
+
+
+def test_put_orders_what_has_a_length_and_refuses_what_does_not_divide():
+    grid = mesh_lib.make('data=2,sequence=4', jax.devices('cpu'))
+    batch = {'tokens': np.arange(48).reshape(2, 24), 'ids': np.arange(4), 'all': Shared(np.ones(3))}
+    here = train.put(batch, grid)
+    np.testing.assert_array_equal(here['tokens'], zigzag.apply(batch['tokens'], 4))
+    assert here['tokens'].addressable_shards[0].data.shape == (1, 6)
+    np.testing.assert_array_equal(here['ids'], batch['ids'])
+    np.testing.assert_array_equal(here['all'], np.ones(3))
+    with pytest.raises(ValueError, match=r'20 tokens over sequence=4 devices.*multiple of 8'):
+        train.put({'tokens': np.zeros((2, 20))}, grid)
+
+
+def packed(rows: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Segments and positions of packed documents; the last row ends in padding."""
+    rng = np.random.default_rng(seed)
+    segment = np.sort(rng.integers(1, 4, size=(rows, length)), axis=1)
+    segment[-1, length // 2 :] = 0
+    start = np.concatenate([np.ones((rows, 1), bool), np.diff(segment) != 0], axis=1)
+    index = np.arange(length)
+    position = index - np.maximum.accumulate(np.where(start, index, 0), axis=1)
+    return segment.astype(np.int32), np.where(segment > 0, position, 0).astype(np.int32)
+
+
+@given(st.integers(0, 10_000), st.booleans(), st.sampled_from([None, 2, 5]))
+def test_a_pair_that_is_skipped_has_nothing_to_see(seed, causal, window):
+    rng = np.random.default_rng(seed)
+    segment, position = packed(2, 12, seed)
+    order = rng.permutation(12)  # in any order of the sequence
+    segment, position = segment[:, order], position[:, order]
+    key_position = np.where(rng.random((2, 1, 6)) < 0.2, -1, position[:, None, 6:])
+    mask = Mask(position[:, :6], key_position, segment[:, :6], segment[:, 6:], window=window)
+    mask = dataclasses.replace(mask, causal=causal)
+    assert may_see(mask) or not np.asarray(visible(mask)).any()
+
+
+@jax.jit
+def may_see(mask):
+    return ring_blocks.may_see(mask)
+
+
+def live(order: np.ndarray, segment: np.ndarray, position: np.ndarray) -> np.ndarray:
+    """How many pairs of chunks each device attends, by device and by owner of the keys."""
+    cut = [np.split(x[:, order], 2 * DEVICES, axis=1) for x in (segment, position)]
+    pairs = np.array([
+        [bool(may_see(Mask(qp, kp[:, None], qs, ks))) for ks, kp in zip(*cut)]
+        for qs, qp in zip(*cut)
+    ])  # fmt: skip
+    return pairs.reshape(DEVICES, 2, DEVICES, 2).sum((1, 3))
+
+
+def test_in_zigzag_order_every_device_has_the_same_causal_work():
+    length = 8 * DEVICES
+    one = np.ones((1, length), np.int32), np.arange(length)[None]
+    by_step = live(zigzag.order(length, DEVICES), *one)
+    assert (by_step == 2 + np.eye(DEVICES)).all()  # of 4; the own block has two halves
+    assert set(live(np.arange(length), *one).sum(1)) == {3, 7, 11, 15}
+    # documents of one chunk each: only a device's own chunks
+    length, document = 16 * DEVICES, 8
+    many = np.arange(length)[None] // document + 1, np.arange(length)[None] % document
+    assert (live(zigzag.order(length, DEVICES), *many) == 2 * np.eye(DEVICES)).all()
+
+
+def test_the_pairs_that_run_are_those(monkeypatch):
+    """Counted by the devices themselves, as they compute."""
+    ran: collections.Counter[int] = collections.Counter()
+    forward = ring_blocks._forward
+
+    def counting(*args):
+        jax.debug.callback(lambda i: ran.update([int(i)]), jax.lax.axis_index('sequence'))
+        return forward(*args)
+
+    monkeypatch.setattr(ring_blocks, '_forward', counting)
+    grid = mesh_lib.make(f'sequence={DEVICES}', jax.devices('cpu')[:DEVICES])
+    position = zigzag.apply(np.arange(16)[None], DEVICES).astype(np.int32)
+    q = k = jnp.ones((1, 16, 1, 4))
+    with jax.set_mesh(grid):
+        attend = functools.partial(attention_lib.attention, scale=1.0)
+        jax.jit(attend)(q, k.swapaxes(1, 2), k.swapaxes(1, 2), Mask(position, position[:, None]))
+        jax.effects_barrier()
+    assert ran == dict.fromkeys(range(DEVICES), 3 + 2 * (DEVICES - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A mesh, and attention on it."""
+
+    mesh: str
+    ring: str
+    kv_heads: int = 2
+    segments: bool = True
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    kernels: str = 'xla'
+
+
+CASES = [
+    Case('data=2,sequence=4', 'keys', window=9, softcap=4.0),
+    Case('data=2,sequence=4', 'queries', window=9, softcap=4.0),
+    Case('data=2,sequence=2,model=2', 'keys', kv_heads=1, segments=False),
+    Case('data=2,sequence=2,model=2', 'queries', causal=False),
+    # Triton's kernels, interpreted: Mosaic's interpreter serves one device at a time
+    Case('data=4,sequence=2', 'keys', kernels='triton', softcap=4.0),
+]
+
+
+@pytest.fixture(scope='module', params=CASES, ids=lambda case: f'{case.mesh}-{case.ring}')
+def case(request):
+    """The case, its compiled value and gradients, what they give and what they should."""
+    case, rng = request.param, np.random.default_rng(0)
+    grid = mesh_lib.make(case.mesh, jax.devices('cpu'))
+    devices = grid.shape['sequence']
+    q = rng.normal(size=(4, 32, 4, 16)).astype(np.float32)
+    k, v = rng.normal(size=(2, 4, case.kv_heads, 32, 16)).astype(np.float32)
+    segment, position = packed(4, 32)
+    if not case.segments:
+        segment, position = None, np.broadcast_to(np.arange(32, dtype=np.int32), (4, 32))
+
+    def results(attend, q, k, v, segment, position, weight):
+        window = None if case.window is None else jnp.int32(case.window)
+        mask = Mask(position, position[:, None], segment, segment, None, None, window, case.causal)
+        settings = {'scale': 0.3, 'softcap': case.softcap}
+
+        def total(q, k, v):
+            out, lse = attend(q, k, v, mask, **settings)
+            return jnp.sum(jnp.sin(out) * weight) + 0.1 * jnp.sum(lse * weight[..., 0]), (out, lse)
+
+        gradients, found = jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
+        return (*found, *gradients)
+
+    arrays = (q, k, v, segment, position, rng.normal(size=q.shape).astype(np.float32))
+    axes = (1, 2, 2, 1, 1, 1)  # that are cut
+    expected = jax.jit(functools.partial(results, reference.attention))(*arrays)
+    attend = functools.partial(
+        attention_lib.attention_and_lse, implementation=case.kernels, ring=case.ring
+    )
+    kinds = {2: ('batch', 'length'), 4: ('batch', 'length', 'heads', None)}
+    with jax.set_mesh(grid):
+        here = [
+            None if x is None else jax.device_put(
+                zigzag.apply(x, devices, axis),
+                mesh_lib.sharding(grid, KEYS if axis == 2 else kinds[x.ndim], x.shape),
+            )
+            for x, axis in zip(arrays, axes)
+        ]  # fmt: skip
+        compiled = jax.jit(functools.partial(results, attend)).lower(*here).compile()
+        found = compiled(*here)
+    found = [zigzag.undo(np.asarray(x), devices, a) for x, a in zip(found, (1, 1, 1, 2, 2))]
+    return case, devices, compiled.as_text(), found, expected
+
+
+KEYS = ('batch', 'kv_heads', 'length', None)
+
+
+def test_values_and_gradients_are_those_of_one_device(case):
+    _, _, _, found, expected = case
+    for x, y in zip(found, expected, strict=True):
+        y = np.asarray(y)
+        seen = np.isfinite(y)
+        np.testing.assert_array_equal(x[~seen], y[~seen])
+        np.testing.assert_allclose(x[seen], y[seen], rtol=1e-5, atol=1e-5)
+
+
+def test_only_blocks_are_sent_and_queries_and_results_go_both_ways(case):
+    case, devices, text, _, _ = case
+    kinds = re.findall(r' (all-gather|all-to-all|collective-permute)(?:-start)?\(', text)
+    assert set(kinds) == {'collective-permute'}
+    along = mesh_lib.parse(case.mesh, 8).model  # devices between neighbours on the ring
+    hops = {
+        (int(there) // along - int(here) // along) % devices
+        for pairs in re.findall(r'source_target_pairs=\{(.*?\})\}', text)
+        for here, there in re.findall(r'\{(\d+),(\d+)\}', pairs)
+    }
+    # -1, -2 and -3 of 4: results of queries that have gone 1, 2 and 3 places
+    assert hops == ({1} if case.ring == 'keys' else set(range(1, devices)))
+
+
+def small(**changes) -> Config:
+    return dataclasses.replace(
+        presets.tiny(96), n_layers=2, window=5, window_pattern=(True, False), unroll=1, **changes
+    )
+
+
+def trained(text: str, config: Config) -> tuple[list[float], str]:
+    """Losses of 20 steps on packed rows, and the compiled step."""
+    grid = mesh_lib.make(text, jax.devices('cpu')[: 1 if text == 'data=1' else 8])
+    adam = optimizer.make(optimizer.OptimizerConfig(), 100)
+    place = params.shardings(config, grid)
+    init = jax.jit(functools.partial(params.init, config), out_shardings=place)
+    state = train.init_state(init(jax.random.key(0)), adam, grid)
+    rng = np.random.default_rng(0)
+    segment, position = packed(8, 16)
+    batch = {
+        'tokens': rng.integers(0, 96, (8, 16)).astype(np.int32),
+        'targets': rng.integers(0, 96, (8, 16)).astype(np.int32),
+        'segments': segment,
+        'positions': position,
+        'weights': (segment > 0).astype(np.float32),
+    }
+
+    def loss(weights, batch, key):
+        return losses.next_token_loss(weights, config, batch, 1e-4, key)
+
+    values = []
+    with jax.set_mesh(grid):
+        here = train.put(batch, grid)
+        step = (
+            jax.jit(functools.partial(train.train_step, loss, adam, 0)).lower(state, here).compile()
+        )
+        for _ in range(20):
+            state, metrics = step(state, here)
+            values.append(float(metrics['loss']))
+    return values, step.as_text()
+
+
+def test_training_is_that_of_one_device():
+    expected, _ = trained('data=1', small())
+    values, text = trained('data=2,sequence=2,model=2', small(ring='queries'))
+    assert expected[-1] < expected[0] - 0.5
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    # neither rows nor sequences are ever joined: 8 x 16 tokens are 4 x 8 on a device
+    gathered = re.findall(r'= f32\[([\d,]+)\]\S* all-gather(?:-start)?\(', text)
+    assert not [shape for shape in gathered if shape.startswith(('8,16', '4,16', '8,8'))]
+
+
+def test_losses_by_position_are_in_the_order_of_the_text():
+    config = small()
+    weights = params.init(config, jax.random.key(0))
+    text = types.SimpleNamespace(test_NL=np.random.default_rng(0).integers(0, 96, (3, 17)))
+    fitted = types.SimpleNamespace(config=config, params=weights)
+    one, cut = (
+        models.nats_by_position(fitted, text, 4, mesh_lib.make(mesh, jax.devices('cpu')[:n]))
+        for mesh, n in (('data=1', 1), ('sequence=2', 2))
+    )
+    np.testing.assert_allclose(cut, one, rtol=1e-5)
+
+
+def test_what_needs_whole_sequences_is_refused():
+    config, key = small(), jax.random.key(0)
+    q, k = jnp.zeros((1, 1, 4, 16)), jnp.zeros((1, 2, 32, 16))
+    index = sparse.from_rows(jnp.ones(k.shape[:3], bool), 32, 1)
+    mask = Mask(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, 32), jnp.int32))
+    ones = jnp.ones((1, 1, 4)), mask, jnp.ones((1, 1), bool)
+    calls = [
+        lambda: transformer.step(
+            params.init(config, key), config, jnp.zeros((1, 4), int), cache.init(config, 1, 8)
+        ),
+        lambda: attention_lib.column_sums(q, k, *ones, scale=1.0),
+        lambda: attention_lib.sparse_decode(q, k, k, index, scale=1.0),
+    ]
+    with jax.set_mesh(mesh_lib.make('sequence=2', jax.devices('cpu')[:2])):
+        for call in calls:
+            with pytest.raises(ValueError, match='not supported on a mesh with sequence=2'):
+                jax.eval_shape(call)
+        # short ones, such as a hypernetwork's pieces, are whole on each device
+        assert not ring.is_cut(jnp.zeros((1, 7, 4, 16)), jnp.zeros((1, 2, 7, 16)))
+        with pytest.raises(ValueError, match="ring 'both': there are keys, queries"):
+            settings = ring_blocks.Settings('xla', False, 1.0, None, True)
+            ring.attention(q, k, k, mask, settings, 'both')
+    with pytest.raises(ValueError, match=r'Config.ring.*expected one of'):
+        small(ring='both')
