@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from experiments.file_documents import FileDocuments, Span, cut, line_after, size_of
+from experiments import shard_text
+from experiments.file_documents import FileDocuments, Span, contiguous, line_after, size_of
 
 # Shares of the test and the valid split; the rest is for training.
 _TEST, _VALID = 0.05, 0.05
@@ -37,40 +38,67 @@ class Corpus(NamedTuple):
 
 @dataclasses.dataclass
 class TfdsDocuments(Sequence[bytes]):
-    """One text feature of a prepared TFDS dataset; reopens its files after unpickling."""
+    """One text feature of a prepared TFDS dataset; reopens its files after unpickling.
+
+    Attributes:
+      builder_dir, split: where the dataset lies, and which part of it.
+      feature: the text among its features.
+      first, last: the documents that are meant; None is the end.
+    """
 
     builder_dir: str
     split: str
     feature: str
+    first: int = 0
+    last: int | None = None
     _source: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    def _builder(self) -> Any:
+        import tensorflow_datasets as tfds  # takes seconds to import
+
+        return tfds.builder_from_directory(self.builder_dir)
 
     def _open(self) -> Any:
         if self._source is None:
-            import tensorflow_datasets as tfds  # takes seconds to import
-
-            builder = tfds.builder_from_directory(self.builder_dir)
-            self._source = builder.as_data_source(split=self.split)
+            self._source = self._builder().as_data_source(split=self.split)
         return self._source
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, '_source': None}
 
     def __len__(self) -> int:
-        return len(self._open())
+        return (len(self._open()) if self.last is None else self.last) - self.first
 
     def __getitem__(self, index: Any) -> Any:
+        """Returns the bytes of one document, or `TfdsDocuments` for a slice of step 1."""
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            start, stop = contiguous(index, len(self))
+            return dataclasses.replace(self, first=self.first + start, last=self.first + stop)
         if not -len(self) <= index < len(self):
             raise IndexError(f'document {index} of {len(self)}')
-        return self._open()[index % len(self)][self.feature]
+        return self._open()[self.first + index % len(self)][self.feature]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all documents, about: as many as the dataset's own records say."""
+        split = self._builder().info.splits[self.split.partition('[')[0]]
+        return split.num_bytes * len(self) // max(split.num_examples, 1)
+
+    def starts(self, parts: int) -> list[int]:
+        """Returns where each of `parts` stretches of as many documents starts, and the end."""
+        return [i * len(self) // parts for i in range(parts + 1)]
+
+    def identity(self) -> bytes:
+        """Returns what tells these documents from others without reading them."""
+        name = f'{self._builder().info.full_name}/{self.split}/{self.feature}'
+        return f'{name} {len(self)}'.encode()
 
 
 def open_corpus(data: str | None = None, tfds: str | None = None) -> Corpus:
     """Returns the corpus that the flags `--data` and `--tfds` ask for.
 
     Args:
-      data: a pattern for `text_files`.
+      data: a pattern for `text_files`, or a folder of shards that `tokenize` wrote.
       tfds: a name for `tfds_source`. Neither: the standard library.
 
     Raises:
@@ -78,6 +106,8 @@ def open_corpus(data: str | None = None, tfds: str | None = None) -> Corpus:
     """
     if data is not None and tfds is not None:
         raise ValueError(f'--data {data} and --tfds {tfds}: give one of the two')
+    if data is not None and shard_text.is_shards(data):
+        return Corpus(data, *shard_text.open_splits(data))
     if data is not None:
         return text_files(data)
     if tfds is not None:
@@ -249,7 +279,8 @@ def _split_files(name: str, files: dict[str, str]) -> Corpus:
             start = 0
             for part, share in zip(parts, (1 - _VALID - _TEST, 1 - _TEST, 1.0)):
                 stop = line_after(path, int(share * sizes[key]), sizes[key])
-                part.extend(cut(path, start, max(start, stop)))
+                if stop > start:
+                    part.append(Span(path, start, stop))
                 start = max(start, stop)
     else:
         # By thresholds on the hash; but where a split stays empty, it gets the next file.
@@ -261,7 +292,7 @@ def _split_files(name: str, files: dict[str, str]) -> Corpus:
         for key, path in files.items():
             rank = ranks[key]
             part = parts[2 if rank < tests else 1 if rank < valids else 0]
-            part.extend(cut(path, 0, sizes[key]))
+            part.append(Span(path, 0, sizes[key]))
     return _checked(Corpus(name, *(FileDocuments(tuple(part)) for part in parts)))
 
 

@@ -1,17 +1,22 @@
 """Documents that are stretches of files, on a local disk or a bucket, read when asked for."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
-# Longer files are cut into documents of at most this many bytes: short enough that shuffling
+# Longer stretches are cut into documents of at most this many bytes: short enough that shuffling
 # documents mixes a book, long enough that the context lost at a cut does not matter.
 MAX_DOCUMENT = 1 << 16
 # How far before such a cut a line break is looked for; a longer line is cut in its middle.
 _LOOK_BACK = 1 << 13
+# Cut number k of a stretch is looked for in the bytes before k * _STEP: where it lies follows from
+# those alone, so that nothing is read before a document is asked for.
+_STEP = MAX_DOCUMENT - _LOOK_BACK
 
 
 class Span(NamedTuple):
@@ -24,39 +29,103 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FileDocuments(Sequence[bytes]):
-    """Documents that are stretches of files, read when they are asked for."""
+    """Documents that are stretches of files, cut at line breaks and read when asked for.
+
+    Memory is by the number of files, whatever their sizes.
+
+    Attributes:
+      spans: the stretches; each longer than `MAX_DOCUMENT` is several documents.
+      first, last: the documents of the spans that are meant; None is the end.
+    """
 
     spans: tuple[Span, ...]
+    first: int = 0
+    last: int | None = None
 
     def __len__(self) -> int:
-        return len(self.spans)
+        return self._stop - self.first
 
     def __getitem__(self, index: Any) -> Any:
-        """Returns the bytes of one document, or `FileDocuments` for a slice.
+        """Returns the bytes of one document, or `FileDocuments` for a slice of step 1.
 
         Raises:
           OSError: the file cannot be read; names it.
           ValueError: the file became shorter since the corpus was opened.
         """
         if isinstance(index, slice):
-            return FileDocuments(self.spans[index])
-        path, start, stop = self.spans[index]
-        data = _read(path, start, stop)
-        if len(data) != stop - start:
-            raise ValueError(f'{path}: shorter than when the corpus was opened; open it again')
-        return data
+            start, stop = contiguous(index, len(self))
+            return self._between(self.first + start, self.first + stop)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'document {index} of {len(self)}')
+        index = self.first + index % len(self)
+        at = int(np.searchsorted(self._ends, index, side='right'))
+        return _document(self.spans[at], index - int(self._ends[at - 1] if at else 0))
+
+    @functools.cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.array([stop - start for _, start, stop in self.spans], np.int64)
+
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        """Number of documents in each span and all before it."""
+        return np.cumsum(-(-self._sizes // _STEP))
+
+    @property
+    def _stop(self) -> int:
+        everything = int(self._ends[-1]) if self.spans else 0
+        return everything if self.last is None else self.last
+
+    def _between(self, start: int, stop: int) -> 'FileDocuments':
+        """Documents by their numbers in `spans`, without the spans that have none of them."""
+        low = int(np.searchsorted(self._ends, start, side='right'))
+        high = int(np.searchsorted(self._ends, stop, side='left')) + 1 if stop > start else low
+        skipped = int(self._ends[low - 1]) if low else 0
+        return FileDocuments(self.spans[low:high], start - skipped, stop - skipped)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {'spans': self.spans, 'first': self.first, 'last': self.last}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all spans."""
+        return int(self._sizes.sum())
+
+    def starts(self, parts: int) -> list[int]:
+        """Returns where each of `parts` stretches of about as many bytes starts, and the end."""
+        sizes = np.concatenate([[0], np.cumsum(self._sizes)])
+        places = np.arange(parts) * self.size // parts
+        at = np.searchsorted(sizes, places, side='right') - 1
+        before = np.concatenate([[0], self._ends])[at]
+        return [*(before + (places - sizes[at]) // _STEP).tolist(), len(self)]
+
+    def identity(self) -> bytes:
+        """Returns what tells these documents from others without reading them: sizes in order."""
+        return self._sizes.astype('<i8').tobytes()
 
 
-def cut(path: str, start: int, stop: int) -> Iterator[Span]:
-    """Yields `[start, stop)` of a file as documents, cut at line breaks where there are any."""
-    while stop - start > MAX_DOCUMENT:
-        end = start + MAX_DOCUMENT
-        tail = _read(path, end - _LOOK_BACK, end)
-        middle = end - _LOOK_BACK + tail.rfind(b'\n') + 1 if b'\n' in tail else end
-        yield Span(path, start, middle)
-        start = middle
-    if stop > start:
-        yield Span(path, start, stop)
+def contiguous(index: slice, size: int) -> tuple[int, int]:
+    """Returns the start and the stop of a slice; raises ValueError unless its step is 1."""
+    start, stop, step = index.indices(size)
+    if step != 1:
+        raise ValueError(f'documents[{index}]: expected a step of 1')
+    return start, max(start, stop)
+
+
+def _document(span: Span, number: int) -> bytes:
+    """Reads one document of a span, with the bytes before it where its first line break may be."""
+    path, start, stop = span
+    begin = start + max(number * _STEP - _LOOK_BACK, 0)
+    end = min(start + (number + 1) * _STEP, stop)
+    data = _read(path, begin, end)
+    if len(data) != end - begin:
+        raise ValueError(f'{path}: shorter than when the corpus was opened; open it again')
+    low = _cut(data, _LOOK_BACK) if number else 0
+    return data[low : len(data) if end == stop else _cut(data, len(data))]
+
+
+def _cut(data: bytes, end: int) -> int:
+    """Returns the last line start in the `_LOOK_BACK` bytes before `end`, or `end`."""
+    return (data.rfind(b'\n', end - _LOOK_BACK, end) + 1) or end
 
 
 def line_after(path: str, position: int, size: int) -> int:

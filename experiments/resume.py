@@ -11,9 +11,11 @@ from etils import epath
 import tokenization
 from experiments import report
 from experiments.corpora import Corpus
+from experiments.shard_text import ShardText
 from lm import json_fields
 from lm.data import EncodedDocuments
 from lm.metrics import ProgressLine
+from lm.shards import ShardedDocuments
 from tokenization.tokenizer import Tokenizer
 
 _ENCODE_AT_ONCE = 128
@@ -74,8 +76,13 @@ def tokenizer_once(folder: epath.Path, make: Callable[[], Tokenizer]) -> Tokeniz
 
 def encoded_once(
     tokenizer: Tokenizer, documents: Sequence[bytes], folder: epath.Path, label: str
-) -> EncodedDocuments:
-    """Returns the ids of documents, memory-mapped; encodes them unless `folder` holds them."""
+) -> EncodedDocuments | ShardedDocuments:
+    """Returns the ids of documents; encodes them into `folder`, unless it holds them already.
+
+    Shards of the same tokenizer are the ids.
+    """
+    if isinstance(documents, ShardText) and documents.made_by(tokenizer):
+        return documents.ids
     if not folder.exists():
         with ProgressLine(label, len(documents)) as progress:
 

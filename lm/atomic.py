@@ -2,6 +2,10 @@
 
 import contextlib
 import os
+import pathlib
+import shutil
+import tempfile
+import uuid
 from collections.abc import Iterator
 
 from etils import epath
@@ -64,6 +68,37 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
         if is_failed_write(error):
             raise OSError(f'{path}: {cannot_write(error)}') from error
         raise
+
+
+@contextlib.contextmanager
+def new_file(path: epath.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a local file to write; at the end it takes the place of `path`.
+
+    Whoever else writes `path` at the same time writes a file of its own: the last one stays. A kill
+    leaves the older file, and beside it one called `.path.*.tmp`, which the next writer need not
+    know. A file on a bucket is written into a temporary folder first.
+
+    Raises:
+      OSError: the file could not be written; names `path`, and says what to do.
+    """
+    target = absolute(path)
+    on_bucket = '://' in os.fspath(path)
+    folder = pathlib.Path(tempfile.gettempdir() if on_bucket else target.parent)
+    partial = folder / f'.{target.name}.{uuid.uuid4().hex[:12]}.tmp'
+    try:
+        yield partial
+        if on_bucket:  # an object appears when it is whole
+            with partial.open('rb') as source, target.open('wb') as copy:
+                shutil.copyfileobj(source, copy)
+        else:
+            partial.replace(target)
+    except OSError as error:
+        # not what the caller may have read for it: that error names another file, or has no number
+        if error.errno is None or error.filename not in (None, str(partial), str(target)):
+            raise
+        raise OSError(f'{path}: {cannot_write(error)}') from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def is_failed_write(error: BaseException) -> bool:

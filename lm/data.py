@@ -163,7 +163,7 @@ class _Encoded:
     def __getitem__(self, index: int) -> np.ndarray:
         document = self.documents[index]
         ids = document if self.encode is None else self.encode(document)
-        return _checked_ids(index, ids, self.bos)
+        return checked_ids(index, ids, self.bos)
 
 
 class EncodedDocuments:
@@ -199,11 +199,10 @@ class EncodedDocuments:
         with atomic.new_folder(folder) as partial:
             sizes = [0]
             with (partial / 'ids.npy').open('wb') as file:
-                dtype = np.min_scalar_type(vocab_size - 1)
-                dtype = dtype if vocab_size <= 1 << 16 else np.dtype(np.int32)
+                dtype = id_dtype(vocab_size)
                 _write_header(file, 0, dtype)
                 for index, document in enumerate(documents):
-                    ids = _checked_ids(index, document, vocab_size)
+                    ids = checked_ids(index, document, vocab_size)
                     file.write(ids.astype(dtype).tobytes())
                     sizes.append(len(ids))
                 file.seek(0)
@@ -259,7 +258,13 @@ def _write_header(file: BinaryIO, count: int, dtype: np.dtype) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _checked_ids(index: int, document: Any, vocab_size: int) -> np.ndarray:
+def id_dtype(vocab_size: int) -> np.dtype:
+    """Returns the smallest of uint8, uint16 and int32, little-endian, that holds every id."""
+    return np.dtype('u1' if vocab_size <= 1 << 8 else '<u2' if vocab_size <= 1 << 16 else '<i4')
+
+
+def checked_ids(index: int, document: Any, vocab_size: int) -> np.ndarray:
+    """Returns a document's ids; raises ValueError, naming it, unless all are in [0, vocab_size)."""
     ids = np.asarray(document)
     if ids.ndim != 1 or (ids.size and ids.dtype.kind not in 'iu'):
         raise ValueError(

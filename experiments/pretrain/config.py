@@ -4,6 +4,7 @@
     python -m experiments.run pretrain --tokenizer bpe --vocab_size 8192
     python -m experiments.run pretrain --tokenizer out/demo/tokenizers/tunstall_65k
     python -m experiments.run pretrain --scale gpu --data 'my/*.txt'
+    python -m experiments.run pretrain --data SHARDS                 # that `tokenize` wrote
 
 Expected at `demo` on the standard library: about 2.2 bits per byte over bytes (2 cores of an AMD
 EPYC virtual machine).
@@ -26,11 +27,12 @@ class Config:
     """One run.
 
     Attributes:
-      data: glob of text files; the interpreter's standard library if not given.
+      data: glob of text files, or a folder of shards that `tokenize` wrote; the interpreter's
+        standard library if not given.
       tfds: name of a TFDS dataset with a text feature, instead of `data`.
       mesh: devices, as in `data=4,model=2`; all on the data axis if not given.
       tokenizer: `bytes`, `bpe` (trained on the corpus), or the folder of a saved tokenizer or
-        bundle.
+        bundle; if not given, that of the shards, or bytes.
       vocab_size: of a BPE that is trained here.
       valid_bytes: of held-out text to evaluate on.
       model: its shape; the vocabulary follows from the tokenizer.
@@ -40,7 +42,7 @@ class Config:
     data: str | None = None
     tfds: str | None = None
     mesh: str | None = None
-    tokenizer: str = 'bytes'
+    tokenizer: str | None = None
     vocab_size: int = 8192
     valid_bytes: int = 200_000
     model: ModelConfig = field(default_factory=_small)

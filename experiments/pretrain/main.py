@@ -8,6 +8,7 @@ from rich.console import Console
 import tokenization
 from experiments import corpora, language_model, report, resume
 from experiments.pretrain.config import Config
+from experiments.shard_text import ShardText
 from lm import bundle, losses, params
 from lm import mesh as mesh_lib
 from tokenization.bpe import BPETokenizer
@@ -52,7 +53,9 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
 
 def open_tokenizer(config: Config, train: Sequence[bytes], out: epath.Path) -> Tokenizer:
     """Returns the tokenizer that the config asks for."""
-    if config.tokenizer == 'bytes':
+    if config.tokenizer is None and isinstance(train, ShardText):
+        return train.tokenizer
+    if config.tokenizer in (None, 'bytes'):
         return ByteTokenizer()
     if config.tokenizer != 'bpe':
         folder = epath.Path(config.tokenizer)

@@ -1,0 +1,107 @@
+"""Shards of ids as a corpus: a tokenizer loses nothing, so that they are the text as well."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+import tokenization
+from experiments.file_documents import contiguous
+from lm import shards
+from lm.shards import ShardedDocuments
+from tokenization.tokenizer import Tokenizer
+
+SPLITS = ('train', 'valid', 'test')
+TOKENIZER = 'tokenizer'  # the folder beside the shards, and its digest's name in the index
+_FOLDERS = frozenset({shards.INDEX, 'plan.json'})
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardText(Sequence[bytes]):
+    """The text of one split of a folder that `tokenize` wrote, decoded when it is asked for.
+
+    Attributes:
+      folder, split: where it lies.
+      first, last: the documents that are meant; None is the end.
+    """
+
+    folder: str
+    split: str
+    first: int = 0
+    last: int | None = None
+
+    @functools.cached_property
+    def ids(self) -> ShardedDocuments:
+        """The ids of all documents of the split."""
+        return ShardedDocuments(self.folder, self.split)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What made the ids."""
+        return tokenization.load(epath.Path(self.folder) / TOKENIZER)
+
+    def made_by(self, tokenizer: Tokenizer) -> bool:
+        """Returns whether these are all of the split's ids, and this tokenizer made them."""
+        whole = self.first == 0 and self.last is None
+        return whole and shards.read_index(self.folder).origin[TOKENIZER] == digest(tokenizer)
+
+    def __len__(self) -> int:
+        return (len(self.ids) if self.last is None else self.last) - self.first
+
+    def __getitem__(self, index: Any) -> Any:
+        """Returns the bytes of one document, or `ShardText` for a slice of step 1."""
+        if isinstance(index, slice):
+            start, stop = contiguous(index, len(self))
+            return ShardText(self.folder, self.split, self.first + start, self.first + stop)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'document {index} of {len(self)}')
+        return self.tokenizer.decode(self.ids[self.first + index % len(self)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the text of the whole split."""
+        return self.ids.text_bytes
+
+    def starts(self, parts: int) -> list[int]:
+        """Returns where each of `parts` stretches of as many documents starts, and the end."""
+        return [i * len(self) // parts for i in range(parts + 1)]
+
+    def identity(self) -> bytes:
+        """Returns what tells these documents from others without reading them."""
+        found = shards.read_index(self.folder).splits[self.split]
+        return ' '.join(shard.sha256 for shard in found).encode()
+
+
+def is_shards(folder: epath.PathLike) -> bool:
+    """Returns whether `tokenize` made this folder, or began to."""
+    path = epath.Path(folder)
+    return any((path / name).exists() for name in _FOLDERS)
+
+
+def open_splits(folder: epath.PathLike) -> tuple[ShardText, ...]:
+    """Returns the splits of a folder of shards; raises as `ShardedDocuments` and `load` do."""
+    splits = tuple(ShardText(str(folder), name) for name in SPLITS)
+    for split in splits:
+        split.ids  # noqa: B018 (a missing file is an error now)
+    splits[0].tokenizer  # noqa: B018
+    return splits
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    """Returns a hex SHA-256 of everything that a tokenizer saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(pathlib.Path(folder) / TOKENIZER)
+        files = [path for path in pathlib.Path(folder).rglob('*') if path.is_file()]
+        seen = hashlib.sha256()
+        for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix()):
+            seen.update(path.relative_to(folder).as_posix().encode() + b'\0')
+            seen.update(hashlib.sha256(path.read_bytes()).digest())
+    return seen.hexdigest()

@@ -1,0 +1,234 @@
+"""What is to be written: the shards of a corpus, each a task that any process can do by itself.
+
+OUT/plan.json     what the shards are made from; another text or tokenizer is refused
+OUT/tokenizer/    a copy of the tokenizer
+OUT/parts/*.json  what a finished shard holds, written after the shard
+OUT/index.json    all of them, written when none is missing (`lm.shards`)
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+from etils import epath
+
+import tokenization
+from experiments import shard_text
+from experiments.corpora import Corpus
+from lm import shards
+from lm.data import id_dtype
+from lm.shards import Index, Shard
+from tokenization.tokenizer import Tokenizer
+
+PLAN = 'plan.json'
+_SAMPLE = 64  # documents of a split that are looked at before the work
+_AT_ONCE, _BYTES_AT_ONCE = 128, 1 << 22  # documents encoded together, and bytes of their text
+
+
+class Text(Protocol):
+    """Documents of a split, which can be divided without being read."""
+
+    size: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+    def starts(self, parts: int) -> list[int]: ...
+
+    def identity(self) -> bytes: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One shard: it can be pickled, and says all that is needed to write it.
+
+    Attributes:
+      out: the folder of all shards, which holds the tokenizer.
+      split, index, count: it is number `index` of the `count` shards of a split.
+      documents: its text.
+    """
+
+    out: str
+    split: str
+    index: int
+    count: int
+    documents: Sequence[bytes]
+
+    @property
+    def path(self) -> epath.Path:
+        """The shard."""
+        return epath.Path(self.out) / shards.file_name(self.split, self.index, self.count)
+
+    @property
+    def part(self) -> epath.Path:
+        """What it holds, as JSON."""
+        return epath.Path(self.out) / 'parts' / f'{self.path.stem}.json'
+
+
+class Plan(NamedTuple):
+    """All shards of a corpus.
+
+    Attributes:
+      out: their folder.
+      vocab_size: of the tokenizer.
+      origin: digests of the text and of the tokenizer.
+      tasks: the shards, split by split.
+      id_bytes: what all of them will take on the disk, by the rate of a sample.
+    """
+
+    out: epath.Path
+    vocab_size: int
+    origin: dict[str, str]
+    tasks: list[Task]
+    id_bytes: float
+
+
+def make(corpus: Corpus, tokenizer: Tokenizer, shard_bytes: int, out: epath.Path) -> Plan:
+    """Returns the shards of a corpus, and looks at a sample of it; writes nothing.
+
+    Raises:
+      ValueError: the tokenizer does not give back a document of the sample.
+    """
+    seen, tasks, ids, size, total = hashlib.sha256(), [], 0, 0, 0
+    for name in shard_text.SPLITS:
+        text = cast(Text, getattr(corpus, name))
+        seen.update(f'{name} {len(text)} '.encode() + text.identity())
+        for i in range(0, len(text), max(math.ceil(len(text) / _SAMPLE), 1)):
+            document = text[i]
+            found = tokenizer.encode(document)
+            if tokenizer.decode(found) != document:
+                raise ValueError(
+                    f'--tokenizer: {name} document {i} does not come back from its ids; shards '
+                    'would not be the text: give a lossless tokenizer'
+                )
+            seen.update(hashlib.sha256(document).digest())
+            ids, size = ids + len(found), size + len(document)
+        total += text.size
+        count = max(math.ceil(text.size / shard_bytes), 1)
+        edges = sorted(set(text.starts(count)))  # few long documents may leave a part empty
+        count = len(edges) - 1
+        tasks += [
+            Task(os.fspath(out), name, i, count, text[start:stop])
+            for i, (start, stop) in enumerate(itertools.pairwise(edges))
+        ]
+    origin = {'text': seen.hexdigest(), shard_text.TOKENIZER: shard_text.digest(tokenizer)}
+    id_bytes = total * ids / max(size, 1) * id_dtype(tokenizer.vocab_size).itemsize
+    return Plan(out, tokenizer.vocab_size, origin, tasks, id_bytes)
+
+
+def begin(plan: Plan, tokenizer: Tokenizer, shard_bytes: int) -> None:
+    """Makes the folder that of this plan; every host may do so at the same time.
+
+    Raises:
+      FileExistsError: the folder holds something else.
+      ValueError: it holds shards of another text, tokenizer or size.
+    """
+    file = plan.out / PLAN
+    described = {'format': shards.FORMAT, 'shard_bytes': shard_bytes, **plan.origin}
+    if file.exists():
+        try:
+            before = dict(json.loads(file.read_bytes()))
+        except (ValueError, TypeError, RecursionError):
+            raise ValueError(f'{file}: damaged; remove the folder and encode again') from None
+        other = sorted(name for name in described if before.get(name) != described[name])
+        if other:
+            raise ValueError(
+                f'{plan.out}: holds shards of another {", ".join(other)}; give another --out, or '
+                'remove the folder'
+            )
+    elif plan.out.exists() and not (_only_begun(plan.out) or file.exists()):
+        raise FileExistsError(f'{plan.out}: exists and holds no shards; give another --out')
+    (plan.out / 'parts').mkdir(parents=True, exist_ok=True)
+    _save_once(tokenizer, plan.out / shard_text.TOKENIZER)
+    shards.write_json(file, described)
+
+
+def _only_begun(out: epath.Path) -> bool:
+    """Whether a kill, or another host, left the folder before its plan was written."""
+    if not out.is_dir():
+        return False
+    names = {path.name for path in out.iterdir() if not path.name.startswith('.')}
+    return names <= {'parts', shard_text.TOKENIZER} and not any((out / 'parts').glob('*'))
+
+
+def _save_once(tokenizer: Tokenizer, folder: epath.Path) -> None:
+    # Under a name of its own first: another host may save the same tokenizer now.
+    if folder.exists():
+        return
+    partial = folder.parent / f'.{folder.name}.{os.urandom(6).hex()}.tmp'
+    tokenizer.save(partial)
+    try:
+        partial.rename(folder)
+    except OSError:
+        partial.rmtree(missing_ok=True)
+        if not folder.exists():
+            raise
+
+
+def part_of(task: Task) -> Shard | None:
+    """Returns what a shard holds, or None if it is still to be written."""
+    try:
+        shard = shards.shard_from(json.loads(task.part.read_bytes()))
+        return shard if task.path.stat().length == shard.file_bytes else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def write(task: Task) -> Shard:
+    """Writes one shard; the tokenizer comes from the folder, so that any process can do it.
+
+    Raises:
+      OSError, ValueError: as the documents, the tokenizer and `lm.shards.write_shard` do.
+    """
+    tokenizer = tokenization.load(epath.Path(task.out) / shard_text.TOKENIZER)
+    shard = shards.write_shard(task.path, _encoded(tokenizer, task), tokenizer.vocab_size)
+    shards.write_json(task.part, shard._asdict())
+    return shard
+
+
+def _encoded(tokenizer: Tokenizer, task: Task) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields ids and bytes of each document; holds a few megabytes of text at a time."""
+    held: list[bytes] = []
+    for i in range(len(task.documents)):
+        held.append(task.documents[i])
+        full = len(held) == _AT_ONCE or sum(map(len, held)) >= _BYTES_AT_ONCE
+        if full or i + 1 == len(task.documents):
+            yield from zip(tokenizer.encode_batch(held), map(len, held))
+            held = []
+
+
+def check_space(plan: Plan, missing: Sequence[Task]) -> None:
+    """Raises OSError if the disk has no room for the missing shards, by the rate of the sample."""
+    if '://' in os.fspath(plan.out):
+        return
+    needed = plan.id_bytes * len(missing) / len(plan.tasks)
+    free = shutil.disk_usage(plan.out).free
+    if needed > free:
+        raise OSError(
+            f'{plan.out}: {len(missing)} shards need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} '
+            'are free; free some space there, or write elsewhere'
+        )
+
+
+def finish(plan: Plan) -> tuple[Index, list[Task]]:
+    """Writes the index if no shard is missing; returns what there is, and the missing shards."""
+    found = [part_of(task) for task in plan.tasks]
+    missing = [task for task, part in zip(plan.tasks, found) if part is None]
+    splits: dict[str, tuple[Shard, ...]] = dict.fromkeys(shard_text.SPLITS, ())
+    for task, part in zip(plan.tasks, found):
+        if part is not None:
+            splits[task.split] += (part,)
+    index = Index(plan.vocab_size, plan.origin, splits)
+    if not missing:
+        shards.write_index(plan.out, index)
+        for partial in [*plan.out.glob('.*.tmp'), *plan.out.glob('parts/.*.tmp')]:
+            partial.rmtree() if partial.is_dir() else partial.unlink(missing_ok=True)  # of a kill
+    return index, missing
