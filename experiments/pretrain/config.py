@@ -28,7 +28,6 @@ class Config:
     Attributes:
       data: glob of text files; the interpreter's standard library if not given.
       tfds: name of a TFDS dataset with a text feature, instead of `data`.
-      mesh: devices, as in `data=4,model=2`; all on the data axis if not given.
       tokenizer: `bytes`, `bpe` (trained on the corpus), or the folder of a saved tokenizer or
         bundle.
       vocab_size: of a BPE that is trained here.
@@ -39,7 +38,6 @@ class Config:
 
     data: str | None = None
     tfds: str | None = None
-    mesh: str | None = None
     tokenizer: str = 'bytes'
     vocab_size: int = 8192
     valid_bytes: int = 200_000
@@ -55,6 +53,7 @@ class Config:
 
 
 RESUMES = True
+MESH = 'auto'
 SCALES = {
     'demo': Config(),
     'tiny': Config(
