@@ -83,6 +83,7 @@ def joined() -> Iterator[None]:
         yield
         return
     keeper = _keeper()
+    jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM for itself
     try:
         jax.distributed.initialize(
             **arguments,
