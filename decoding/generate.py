@@ -151,11 +151,13 @@ def generate(
 def ready(model: Model) -> Model:
     """Returns the model with its parameters in the form that the platform decodes with fastest.
 
-    On CPU that is a copy (`lm.weights_first`), the model itself elsewhere. `generate` does it too;
-    done before many calls, or for a draft model, it is done once.
+    On one CPU device that is a copy (`lm.weights_first`), the model itself elsewhere. `generate`
+    does it too; done before many calls, or for a draft model, it is done once.
     """
     if attention.platform() != 'cpu' or weights_first.is_prepared(model.params):
         return model
+    if any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(model.params)):
+        return model  # the joined matrices have rows of several axes, which no mesh axis cuts
     return model._replace(params=weights_first.prepare(model.params, model.config))
 
 

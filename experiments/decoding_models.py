@@ -7,11 +7,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.sharding import Mesh
 
 import tokenization
 from decoding.drafter import Drafter, Model
 from decoding.sample import Sampler
-from lm import bundle, mesh
+from lm import bundle
+from lm import params as params_lib
 from tokenization.huggingface import HuggingFaceTokenizer
 from tokenization.tokenizer import Tokenizer
 
@@ -57,8 +59,8 @@ class Loaded(NamedTuple):
         return tuple(i for role, i in self.tokenizer.roles if role == 'eos')
 
 
-def load(path: epath.PathLike) -> Loaded:
-    """Returns the bundle at `path`, on one device.
+def load(path: epath.PathLike, mesh: Mesh) -> Loaded:
+    """Returns the bundle at `path`, its parameters sharded over the mesh.
 
     Tables of tokens are padded for training. The rows behind the last symbol stand for nothing,
     and are cut off here, so that they are not drawn.
@@ -67,7 +69,7 @@ def load(path: epath.PathLike) -> Loaded:
       FileNotFoundError: no bundle at `path`.
       ValueError: it is damaged, or its model has fewer symbols than its tokenizer.
     """
-    loaded = bundle.load(path, mesh.make(devices=jax.devices()[:1]))
+    loaded = bundle.load(path, mesh)
     tokenizer = tokenization.load(loaded.tokenizer_path)
     symbols = max(tokenizer.vocab_size, -1 if loaded.bos is None else loaded.bos + 1)
     if symbols > loaded.config.vocab_size:
@@ -78,6 +80,7 @@ def load(path: epath.PathLike) -> Loaded:
     config = dataclasses.replace(loaded.config, vocab_size=symbols)
     tables = {name: table_VD[:symbols] for name, table_VD in loaded.params['tables'].items()}
     params = {**loaded.params, 'tables': tables}
+    params = jax.device_put(params, params_lib.shardings(config, mesh))  # fewer rows may divide
     digest = tokenizer_digest(loaded.tokenizer_path)
     return Loaded(Model(config, params, digest, loaded.bos), tokenizer)
 

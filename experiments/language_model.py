@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -97,17 +98,29 @@ def fit(
     """
     check(model, config, mesh, label)
     model = with_vocabulary(model, vocab_size)
-    batches = data.training_batches(
-        documents, None, batch_size=config.batch_size // jax.process_count(),
-        length=config.length, bos=vocab_size, seed=config.seed,
-        shard_index=jax.process_index(), shard_count=jax.process_count(),
-    )  # fmt: skip
+    batches = training(config, documents, vocab_size)
     init = jax.jit(
         functools.partial(params.init, model), out_shardings=params.shardings(model, mesh)
     )
     begin = time.monotonic()
     state = train.run(config, init, loss_fn(model, config.z_loss), batches, folder, mesh, label)
     return Fitted(model, state.params, time.monotonic() - begin)
+
+
+def training(config: TrainConfig, documents: Documents, vocab_size: int) -> grain.IterDataset:
+    """Returns this process's rows of a run's batches, from documents that no other one reads."""
+    return data.training_batches(
+        documents, None, batch_size=config.batch_size // jax.process_count(),
+        length=config.length, bos=vocab_size, seed=config.seed,
+        shard_index=jax.process_index(), shard_count=jax.process_count(),
+    )  # fmt: skip
+
+
+def own_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns this process's rows of a batch that all have made, as `train.put` wants them."""
+    index, count = jax.process_index(), jax.process_count()
+    own = slice(index * len(batch['tokens']) // count, (index + 1) * len(batch['tokens']) // count)
+    return {name: x[own] for name, x in batch.items()}
 
 
 def evaluation(

@@ -15,6 +15,8 @@ import matplotlib.ticker
 import numpy as np
 from etils import epath
 
+from lm import processes
+
 # Okabe and Ito's palette (2008) without its yellow, too pale on white, and black first.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 # With more lines than colours, the next round is dashed.
@@ -246,7 +248,12 @@ def _area(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def save(path: epath.PathLike, figure: matplotlib.figure.Figure) -> None:
-    """Writes a figure as PNG; `path` holds the old picture or the new, never a part."""
+    """Writes a figure as PNG; `path` holds the old picture or the new, never a part.
+
+    Of the processes of a run the first one writes.
+    """
+    if not processes.is_first():
+        return
     file = epath.Path(path)
     partial = file.parent / f'.{file.name}.{os.getpid()}.partial'
     try:

@@ -22,7 +22,7 @@ _WIDTH = 160  # columns of a table that goes to a file or a pipe
 
 
 def write_json_atomic(path: epath.PathLike, obj: Any) -> None:
-    """Writes `obj` as JSON with sorted keys; `path` holds the old text or the new, never a part.
+    """Writes `obj` as JSON with sorted keys, as `write_text_atomic` does.
 
     Dataclasses become dicts, paths strings, NumPy and JAX scalars numbers, arrays lists.
 
@@ -30,8 +30,19 @@ def write_json_atomic(path: epath.PathLike, obj: Any) -> None:
       TypeError: a value has no JSON form.
       ValueError: a number is not finite (JSON has no word for it).
     """
+    write_text_atomic(path, to_json(obj) + '\n')
+
+
+def write_text_atomic(path: epath.PathLike, text: str) -> None:
+    """Writes a file that holds the old text or the new, never a part.
+
+    Of the processes of a run the first one writes; the others go on.
+    """
+    from lm import processes  # late: it imports JAX
+
+    if not processes.is_first():
+        return
     file = epath.Path(path)
-    text = to_json(obj) + '\n'
     # The same folder, so that the rename stays within one file system.
     partial = file.parent / f'.{file.name}.{os.getpid()}.partial'
     try:

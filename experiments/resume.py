@@ -1,4 +1,7 @@
-"""Parts of a long run that are made once and found again when the run is resumed."""
+"""Parts of a long run that are made once and found again when the run is resumed.
+
+Of several processes the first one makes what takes no accelerator; the others wait, and read it.
+"""
 
 import hashlib
 import json
@@ -6,13 +9,14 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 import tokenization
 from experiments import report
 from experiments.corpora import Corpus
 from experiments.shard_text import ShardText
-from lm import json_fields
+from lm import json_fields, processes
 from lm.data import EncodedDocuments
 from lm.metrics import ProgressLine
 from lm.shards import ShardedDocuments
@@ -33,15 +37,21 @@ def claim(out: epath.Path, config: Any) -> None:
         raise ValueError(f'--out {out}: a run that can be resumed needs a local folder')
     file = out / 'started.json'
     fields = json.loads(report.to_json(config))
+    count = jax.process_count()
     if file.exists():
         before = json_fields.read(file)
+        if before.get('processes', 1) != count:
+            raise ValueError(
+                f'{out}: holds a run of {before.get("processes", 1)} processes, and here are '
+                f'{count}; start as many, since each has a place of its own in the data'
+            )
         other = sorted(name for name in fields if before.get(name) != fields[name])
         if other:
             raise ValueError(
                 f'{out}: holds a run with another {", ".join(other)}; give another --out, or '
                 'remove the folder'
             )
-    report.write_json_atomic(file, fields)
+    report.write_json_atomic(file, {**fields, 'processes': count} if count > 1 else fields)
 
 
 def claim_corpus(out: epath.Path, corpus: Corpus) -> None:
@@ -67,11 +77,10 @@ def claim_corpus(out: epath.Path, corpus: Corpus) -> None:
 
 def tokenizer_once(folder: epath.Path, make: Callable[[], Tokenizer]) -> Tokenizer:
     """Returns the tokenizer saved in `folder`, or makes it and saves it there."""
-    if folder.exists():
-        return tokenization.load(folder)
-    tokenizer = make()
-    tokenizer.save(folder)
-    return tokenizer
+    if processes.is_first() and not folder.exists():
+        make().save(folder)
+    processes.wait(os.fspath(folder))
+    return tokenization.load(folder)
 
 
 def encoded_once(
@@ -83,7 +92,7 @@ def encoded_once(
     """
     if isinstance(documents, ShardText) and documents.made_by(tokenizer):
         return documents.ids
-    if not folder.exists():
+    if processes.is_first() and not folder.exists():
         with ProgressLine(label, len(documents)) as progress:
 
             def ids():
@@ -93,16 +102,22 @@ def encoded_once(
                     yield from tokenizer.encode_batch([documents[j] for j in range(i, last)])
 
             EncodedDocuments.write(folder, ids(), tokenizer.vocab_size)
+    processes.wait(os.fspath(folder))
     return EncodedDocuments(folder)
 
 
 def part_once(file: epath.Path, make: Callable[[], Any]) -> Any:
     """Returns what a part of a run came to, as JSON: `file`'s content, or what is made now.
 
+    All processes make it together, so that it may compute on all devices.
+
     Raises:
       ValueError: the file is damaged; names it. Removed, it is made again.
     """
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        report.write_json_atomic(file, make())
+    if not processes.agree(file.exists()):
+        made = make()
+        if processes.is_first():
+            file.parent.mkdir(parents=True, exist_ok=True)
+        report.write_json_atomic(file, made)
+        processes.wait(os.fspath(file))
     return json_fields.read_value(file)

@@ -6,15 +6,20 @@ An experiment is a package `experiments/NAME` with
              and `SCALES`, a dict from scale to Config whose first entry is the default scale.
              A field that only the user can give has the value `tyro.MISSING`. With `RESUMES = True`
              a run picks up what DIR holds, and another config is refused there. With
-             `MAKES_OUT = True` the run makes DIR itself, and nothing else is written into it.
+             `MAKES_OUT = True` the run makes DIR itself, and nothing else is written into it. With
+             `MESH` it has the flag `--mesh`, of which this is the default: `auto`, all devices of
+             all hosts on the data axis, or `one`. The others compute on one device.
   main.py    `main(config, out) -> metrics or None`: writes into the folder `out`, prints a table.
+             With `MESH` it is `main(config, out, mesh)`.
   README.md  the results.
 
 The folder is the only list of experiments. DIR then holds `config.json` (the fields, commit,
-versions, hardware) and `result.json` (flat: key -> number).
+versions, hardware, mesh) and `result.json` (flat: key -> number). The mesh is no field of the
+config: a run may be resumed on another one.
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -26,15 +31,18 @@ import pathlib
 import pkgutil
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 from etils import epath
 
 import experiments
 from experiments import report
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 # What a user can cause and mend: one line, no traceback. Anything else is a bug and keeps its own.
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
@@ -43,6 +51,15 @@ TRACEBACK = 'TESSERA_TRACEBACK'
 
 class UsageError(Exception):
     """The command line names something that does not exist."""
+
+
+class Command(NamedTuple):
+    """What follows the name of an experiment; `mesh` is as in `lm.mesh.parse`, or `one`."""
+
+    scale: str
+    config: Any
+    out: epath.Path
+    mesh: str
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,10 +89,13 @@ def _dispatch(arguments: Sequence[str]) -> int:
         raise UsageError(f'no experiment {name!r}; {hint}')
     module = importlib.import_module(f'experiments.{name}.config')
     try:
-        scale, config, out = parse(name, module, rest)
+        command = parse(name, module, rest)
     except ValueError as error:  # the config refuses a value
         raise UsageError(str(error)) from error
-    run(name, scale, config, out)
+    from lm import processes  # late: --help and usage errors need no JAX
+
+    with processes.joined():
+        run(name, command)
     return 0
 
 
@@ -104,8 +124,8 @@ def complete(config: Any) -> bool:
     return all(value is not tyro.MISSING for value in values)
 
 
-def parse(name: str, module: ModuleType, arguments: Sequence[str]) -> tuple[str, Any, epath.Path]:
-    """Returns scale, config and folder for the arguments that follow the name of an experiment.
+def parse(name: str, module: ModuleType, arguments: Sequence[str]) -> Command:
+    """Returns what the arguments say that follow the name of an experiment.
 
     Raises:
       UsageError: the scale is unknown.
@@ -114,23 +134,23 @@ def parse(name: str, module: ModuleType, arguments: Sequence[str]) -> tuple[str,
     """
     scales = module.SCALES
     scale = _scale(name, scales, arguments)
-    # One parser for the config's own fields and for the runner's two: one --help shows all.
-    command = dataclasses.make_dataclass(
-        'Command',
-        [
-            ('config', Annotated[module.Config, tyro.conf.arg(name='')], scales[scale]),
-            ('scale', Annotated[Literal[tuple(scales)], _flag('size of the run')], scale),
-            ('out', Annotated[str, _flag('folder for results')], f'out/{name}-{scale}'),
-        ],
-    )
+    fields: list[tuple[str, Any, Any]] = [
+        ('config', Annotated[module.Config, tyro.conf.arg(name='')], scales[scale]),
+        ('scale', Annotated[Literal[tuple(scales)], _flag('size of the run')], scale),
+        ('out', Annotated[str, _flag('folder for results')], f'out/{name}-{scale}'),
+    ]
+    if hasattr(module, 'MESH'):
+        devices = 'devices, as in data=4,model=2; auto: all on the data axis; one: the first'
+        fields.append(('mesh', Annotated[str, _flag(devices)], module.MESH))
+    # One parser for the config's own fields and for the runner's: one --help shows all.
     chosen: Any = tyro.cli(
-        command,
+        dataclasses.make_dataclass('Flags', fields),
         args=list(arguments),
         prog=f'python -m experiments.run {name}',
         description=module.__doc__,
         config=(tyro.conf.AvoidSubcommands,),  # `Part | None` keeps its default
     )
-    return scale, chosen.config, epath.Path(chosen.out)
+    return Command(scale, chosen.config, epath.Path(chosen.out), getattr(chosen, 'mesh', 'one'))
 
 
 def _flag(help_text: str) -> Any:
@@ -149,40 +169,62 @@ def _scale(name: str, scales: Mapping[str, Any], arguments: Sequence[str]) -> st
     return scale
 
 
-def run(name: str, scale: str, config: Any, out: epath.Path) -> dict[str, float]:
+def run(name: str, command: Command) -> dict[str, float]:
     """Runs one experiment; writes `config.json` before and `result.json` after; returns metrics.
 
     Raises:
-      ValueError: a metric is not a finite number (the others are written).
+      ValueError: the mesh does not fit the devices; a metric is not a finite number (the others
+        are written).
     """
     # Imported late: --help and usage errors need no JAX.
-    import jax
-
     from experiments import resume
-    from lm import mesh
+    from lm import processes
 
-    mesh.start()
+    scale, config, out, _ = command
     settings = importlib.import_module(f'experiments.{name}.config')
     experiment = importlib.import_module(f'experiments.{name}.main')
-    first = jax.process_index() == 0  # the other hosts compute, and write only their checkpoints
-    makes_out = getattr(settings, 'MAKES_OUT', False)
-    records = first and not makes_out
-    if not makes_out:
+    mesh = _mesh(command.mesh) if hasattr(settings, 'MESH') else None
+    if not getattr(settings, 'MAKES_OUT', False):
         out.mkdir(parents=True, exist_ok=True)
-    if records:
+        description = {'experiment': name, 'scale': scale, 'config': config}
+        processes.check_together(out, report.to_json({**description, 'mesh': command.mesh}))
         if getattr(settings, 'RESUMES', False):
             resume.claim(out, config)
-        description = {'experiment': name, 'scale': scale, 'config': config}
         surroundings = {**report.environment(), **report.devices()}
+        surroundings['mesh'] = None if mesh is None else dict(mesh.shape)
         report.write_json_atomic(out / 'config.json', {**description, **surroundings})
-    metrics = {key: float(value) for key, value in (experiment.main(config, out) or {}).items()}
+    with _heard_once(processes.is_first()):
+        found = experiment.main(config, out) if mesh is None else experiment.main(config, out, mesh)
+    metrics = {key: float(value) for key, value in (found or {}).items()}
     finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
-    if records and finite:
+    if finite and not getattr(settings, 'MAKES_OUT', False):
         report.write_json_atomic(out / 'result.json', finite)
     if len(finite) < len(metrics):
         bad = sorted(metrics.keys() - finite.keys())
         raise ValueError(f'{out}: not a finite number: {", ".join(bad)}')
     return metrics
+
+
+def _mesh(text: str) -> 'Mesh':
+    import jax
+
+    from lm import mesh as mesh_lib
+
+    if text != 'one':
+        return mesh_lib.make(text)
+    if jax.process_count() > 1:
+        raise ValueError(f'--mesh one: of {jax.process_count()} processes; give --mesh auto')
+    return mesh_lib.make(devices=jax.devices()[:1])
+
+
+@contextlib.contextmanager
+def _heard_once(first: bool) -> Iterator[None]:
+    """Silences other processes than the first: they would print the same tables again."""
+    if first:
+        yield
+        return
+    with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def describe(error: BaseException) -> str | None:

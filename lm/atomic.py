@@ -42,6 +42,12 @@ def check_replaceable(path: epath.PathLike, kind: str, field: str) -> None:
         )
 
 
+def being_filled(path: epath.PathLike) -> epath.Path:
+    """Returns the folder that `new_folder` fills before it takes the place of `path`."""
+    target = absolute(path)
+    return target.parent / f'{target.name}.tmp'
+
+
 @contextlib.contextmanager
 def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a folder to fill; at the end it takes the place of `path`.
@@ -52,8 +58,8 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
     Raises:
       OSError: the folder could not be written; names `path`, and says what to do.
     """
-    target = absolute(path)
-    partial, old = (target.parent / f'{target.name}.{end}' for end in ('tmp', 'old'))
+    target, partial = absolute(path), being_filled(path)
+    old = target.parent / f'{target.name}.old'
     partial.rmtree(missing_ok=True)
     try:
         partial.mkdir(parents=True)

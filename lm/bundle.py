@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import atomic, json_fields, provenance
+from lm import atomic, json_fields, processes, provenance
 from lm import config as config_lib
 from lm import mesh as mesh_lib
 from lm import params as params_lib
@@ -65,8 +65,10 @@ def save(
 ) -> None:
     """Writes a bundle, replacing an older one at `path`; a failure leaves the older one.
 
+    All processes that hold parts of `params` call it; each writes its own.
+
     Args:
-      path: a folder, local or on `gs://`.
+      path: a folder, local or on `gs://`, that all processes see.
       config: of the model.
       params: its parameters.
       tokenizer: writes itself into the bundle.
@@ -78,19 +80,22 @@ def save(
       OSError: the bundle could not be written; says why.
     """
     check_replaceable(path)
-    with atomic.new_folder(path) as folder:
-        tokenizer.save(folder / 'tokenizer')
+    hashed = digest(config, params)
+    with processes.new_folder(path) as folder:
+        if processes.is_first():
+            tokenizer.save(folder / 'tokenizer')
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / 'params', params)
         described = {
             'format': FORMAT,
             'model': config_lib.to_dict(config),
-            'digest': digest(config, params),
+            'digest': hashed,
             'bos': bos,
             'metrics': {n: x for n, x in (metrics or {}).items() if math.isfinite(x)},
             'commit': provenance.commit()[0],
         }
-        (folder / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
+        if processes.is_first():
+            (folder / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
 
 
 def check_replaceable(path: epath.PathLike) -> None:
@@ -200,5 +205,5 @@ def digest(config: Config, params: Params) -> str:
         jax.tree_util.tree_leaves_with_path(params), key=lambda entry: _name(entry[0])
     ):
         result.update(f'{_name(path)} {leaf.shape} {leaf.dtype}'.encode())
-        result.update(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8).data)
+        result.update(np.ascontiguousarray(processes.whole(leaf)).reshape(-1).view(np.uint8).data)
     return result.hexdigest()

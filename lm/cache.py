@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from lm import mesh
 from lm.config import Config
 
 
@@ -27,13 +28,14 @@ class Cache:
 
 
 def init(config: Config, batch: int, rows: int) -> Cache:
-    """Returns an empty cache with room for `rows` keys per batch row."""
+    """Returns an empty cache with room for `rows` keys per batch row, laid out over the mesh."""
     shape = (config.n_layers, batch, config.n_kv_heads, rows, config.head_dim)
+    axes = ('layers', 'batch', 'kv_heads', 'length', 'head')
     return Cache(
-        k_NBKSC=jnp.zeros(shape, config.dtype),
-        v_NBKSC=jnp.zeros(shape, config.dtype),
-        position_NBKS=jnp.full(shape[:-1], -1, jnp.int32),
-        length_B=jnp.zeros((batch,), jnp.int32),
+        k_NBKSC=mesh.constrain(jnp.zeros(shape, config.dtype), axes),
+        v_NBKSC=mesh.constrain(jnp.zeros(shape, config.dtype), axes),
+        position_NBKS=mesh.constrain(jnp.full(shape[:-1], -1, jnp.int32), axes[:-1]),
+        length_B=mesh.constrain(jnp.zeros((batch,), jnp.int32), ('batch',)),
     )
 
 

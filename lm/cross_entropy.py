@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm import layers
+from lm import layers, mesh
 
 VOCABULARY_CHUNK = 1024
 
@@ -38,42 +38,57 @@ def chunked_cross_entropy(
     return losses
 
 
-def _chunks(table_VD: jax.Array, chunk: int) -> tuple[jax.Array, int]:
-    """Returns the table as `[n, chunk, D]`, zero rows appended, and the chunk size used."""
+def chunking(vocab_size: int, chunk: int) -> tuple[int, int]:
+    """Returns how many chunks a table is read in, and rows of each: without padding where possible.
+
+    Chunk i of n has the rows i, i + n, i + 2n and so on. So the rows of one device are a part of
+    every chunk, and each device reads its own; of chunks of neighbouring rows, each would have to
+    be sent to all.
+    """
+    chunk = min(chunk, vocab_size)
+    least = -(-vocab_size // chunk)
+    n = next((n for n in range(least, 2 * least) if vocab_size % n == 0), None)
+    return (least, chunk) if n is None else (n, vocab_size // n)
+
+
+def interleaved(table_VD: jax.Array, n: int, chunk: int) -> jax.Array:
+    """Returns the table as chunks `[n, C, D]`, zero rows appended."""
     v, d = table_VD.shape
-    chunk = min(chunk, v)
-    n = -(-v // chunk)
     padded = jnp.pad(table_VD, ((0, n * chunk - v), (0, 0))) if n * chunk != v else table_VD
-    return padded.reshape(n, chunk, d), chunk
+    return mesh.constrain(padded.reshape(chunk, n, d).swapaxes(0, 1), (None, 'vocab', None))
 
 
-def _chunk_logits(h_TD, rows_CD, first, vocab_size, softcap):
+def joined(rows_nCD: jax.Array, vocab_size: int) -> jax.Array:
+    """Returns the table of which `interleaved` made chunks."""
+    table_VD = rows_nCD.swapaxes(0, 1).reshape(-1, rows_nCD.shape[-1])[:vocab_size]
+    return mesh.constrain(table_VD, ('vocab', 'embed'))
+
+
+def _chunk_logits(h_TD, rows_CD, ids_C, vocab_size, softcap):
     logits = layers.softcap(layers.einsum('...d,cd->...c', h_TD, rows_CD, jnp.float32), softcap)
-    exists = first + jnp.arange(rows_CD.shape[0]) < vocab_size
-    return jnp.where(exists, logits, -jnp.inf)
+    return jnp.where(ids_C < vocab_size, logits, -jnp.inf)
 
 
 def _forward(h_TD, table_VD, targets_T, softcap, chunk):
-    rows_nCD, chunk = _chunks(table_VD, chunk)
     v = table_VD.shape[0]
+    n, chunk = chunking(v, chunk)
 
     def step(carry, inputs):
         highest, total, target = carry
         index, rows_CD = inputs
-        logits = _chunk_logits(h_TD, rows_CD, index * chunk, v, softcap)
+        ids_C = index + n * jnp.arange(chunk)
+        logits = _chunk_logits(h_TD, rows_CD, ids_C, v, softcap)
         new_highest = jnp.maximum(highest, logits.max(-1))
         total = total * jnp.exp(highest - new_highest)
         total += jnp.exp(logits - new_highest[..., None]).sum(-1)
-        local = targets_T - index * chunk
-        here = (local >= 0) & (local < chunk)
-        index_T1 = jnp.clip(local, 0, chunk - 1)[..., None]
-        picked = jnp.take_along_axis(logits, index_T1, -1)[..., 0]
-        return (new_highest, total, jnp.where(here, picked, target)), None
+        # a sum and no look-up: each device has some of the columns
+        target += jnp.where(targets_T[..., None] == ids_C, logits, 0.0).sum(-1)
+        return (new_highest, total, target), None
 
     zero = jnp.zeros(h_TD.shape[:-1], jnp.float32)
     start = (jnp.full_like(zero, -jnp.inf), zero, zero)
-    indices = jnp.arange(rows_nCD.shape[0])
-    (highest, total, target), _ = jax.lax.scan(step, start, (indices, rows_nCD))
+    rows_nCD = interleaved(table_VD, n, chunk)
+    (highest, total, target), _ = jax.lax.scan(step, start, (jnp.arange(n), rows_nCD))
     log_normalizer = highest + jnp.log(total)
     losses = TokenLosses(log_normalizer - target, log_normalizer)
     return losses, (h_TD, table_VD, targets_T, log_normalizer)
@@ -81,30 +96,31 @@ def _forward(h_TD, table_VD, targets_T, softcap, chunk):
 
 def _backward(softcap, chunk, saved, cotangent: TokenLosses):
     h_TD, table_VD, targets_T, log_normalizer = saved
-    rows_nCD, chunk = _chunks(table_VD, chunk)
-    v, d = table_VD.shape
+    v = table_VD.shape[0]
+    n, chunk = chunking(v, chunk)
     # d nats/d logit = p - [target], d log_normalizer/d logit = p
     p_weight = cotangent.nats + cotangent.log_normalizer
     by_row = 'tc,td->cd' if h_TD.ndim == 2 else 'blc,bld->cd'
 
     def step(dh_TD, inputs):
         index, rows_CD = inputs
-        logits = _chunk_logits(h_TD, rows_CD, index * chunk, v, softcap)
+        ids_C = index + n * jnp.arange(chunk)
+        logits = _chunk_logits(h_TD, rows_CD, ids_C, v, softcap)
         d_logits = jnp.exp(logits - log_normalizer[..., None]) * p_weight[..., None]
-        is_target = (targets_T - index * chunk)[..., None] == jnp.arange(chunk)
-        d_logits -= jnp.where(is_target, cotangent.nats[..., None], 0.0)
+        d_logits -= jnp.where(targets_T[..., None] == ids_C, cotangent.nats[..., None], 0.0)
         if softcap is not None:
             slope = 1 - (jnp.where(jnp.isfinite(logits), logits, 0.0) / softcap) ** 2
             d_logits *= slope
         d_logits = d_logits.astype(h_TD.dtype)
         dh_TD += layers.einsum('...c,cd->...d', d_logits, rows_CD, jnp.float32)
         d_rows_CD = layers.einsum(by_row, d_logits, h_TD, jnp.float32)
-        return dh_TD, d_rows_CD.astype(table_VD.dtype)
+        d_rows_CD = mesh.constrain(d_rows_CD.astype(table_VD.dtype), ('vocab', 'embed'))
+        return dh_TD, d_rows_CD
 
-    indices = jnp.arange(rows_nCD.shape[0])
     start = jnp.zeros(h_TD.shape, jnp.float32)
-    dh_TD, d_rows = jax.lax.scan(step, start, (indices, rows_nCD))
-    return dh_TD.astype(h_TD.dtype), d_rows.reshape(-1, d)[:v], None
+    rows_nCD = interleaved(table_VD, n, chunk)
+    dh_TD, d_rows = jax.lax.scan(step, start, (jnp.arange(n), rows_nCD))
+    return dh_TD.astype(h_TD.dtype), joined(d_rows, v), None
 
 
 chunked_cross_entropy.defvjp(_forward, _backward)

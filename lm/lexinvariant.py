@@ -45,7 +45,8 @@ def order(config: Config, key_B: jax.Array) -> jax.Array | None:
     """Returns which row of the fixed table each symbol has, int32 `[B, V]`; None for `gaussian`."""
     if _law(config).kind == 'gaussian':
         return None
-    return jax.vmap(lambda key: jax.random.permutation(key, config.vocab_size))(key_B)
+    row_BV = jax.vmap(lambda key: jax.random.permutation(key, config.vocab_size))(key_B)
+    return mesh.constrain(row_BV, ('batch', 'length'))
 
 
 def rows(config: Config, key_B: jax.Array, row_BV: jax.Array | None, ids_C: jax.Array) -> jax.Array:
@@ -58,8 +59,12 @@ def rows(config: Config, key_B: jax.Array, row_BV: jax.Array | None, ids_C: jax.
       ids_C: ids below V.
     """
     if row_BV is not None:
-        return fixed_table(config, row_BV[:, ids_C])
-    return _normal(config, key_B[:, None], jnp.broadcast_to(ids_C, (len(key_B), len(ids_C))))
+        rows_BCD = fixed_table(config, row_BV[:, ids_C])
+    else:
+        rows_BCD = _normal(
+            config, key_B[:, None], jnp.broadcast_to(ids_C, (len(key_B), len(ids_C)))
+        )
+    return mesh.constrain(rows_BCD, ('batch', 'vocab', 'embed'))  # drawn where they are used
 
 
 def is_drawn(config: Config, key: jax.Array, ids: jax.Array) -> jax.Array:

@@ -1,7 +1,6 @@
 """Device meshes and the one table that maps logical axes to mesh axes."""
 
 import math
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,19 +36,6 @@ class Sizes(NamedTuple):
     data: int
     sequence: int
     model: int
-
-
-def start() -> None:
-    """Joins the other hosts where the environment names several; else does nothing.
-
-    Several are named by TPU_WORKER_HOSTNAMES (set on the VMs of a TPU slice) or by
-    JAX_COORDINATOR_ADDRESS. Call it once, before any other use of JAX.
-    """
-    # libtpu writes a warning into this variable on machines that are no TPU VM
-    hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
-    on_pod = len(hosts) > 1 and not any(' ' in host for host in hosts)
-    if on_pod or 'JAX_COORDINATOR_ADDRESS' in os.environ:
-        jax.distributed.initialize()
 
 
 def parse(text: str | None, devices: int) -> Sizes:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm import layers, lexinvariant
+from lm import layers, lexinvariant, mesh
 from lm.config import Config
-from lm.cross_entropy import VOCABULARY_CHUNK, TokenLosses
+from lm.cross_entropy import VOCABULARY_CHUNK, TokenLosses, chunking, interleaved, joined
 
 
 class _Learned(NamedTuple):
@@ -57,15 +57,15 @@ def cross_entropy(
     return _forward(config, h_BLD, learned_VD, key_B, segments_BL, targets_BL, chunk)[0]
 
 
-def _chunk(config: Config, learned_VD, key_B, row_BV, first, size: int) -> _Chunk:
-    ids_C = first + jnp.arange(size)
-    known_C = jnp.minimum(ids_C, config.vocab_size - 1)  # the last chunk may be longer than V
+def _chunk(config: Config, learned_nCD, key_B, row_BV, index, n: int, size: int) -> _Chunk:
+    ids_C = index + n * jnp.arange(size)  # as `cross_entropy.interleaved` has them
+    known_C = jnp.minimum(ids_C, config.vocab_size - 1)  # there may be more than V
     drawn_BCD = lexinvariant.rows(config, key_B, row_BV, known_C)
-    if learned_VD is None:
+    if learned_nCD is None:
         return _Chunk(ids_C, drawn_BCD, None)
     ids_BC = jnp.broadcast_to(known_C, drawn_BCD.shape[:2])
     choice_B1C = lexinvariant.is_drawn(config, key_B[:, None], ids_BC)[:, None]
-    return _Chunk(ids_C, drawn_BCD, _Learned(learned_VD[known_C], choice_B1C))
+    return _Chunk(ids_C, drawn_BCD, _Learned(learned_nCD[index], choice_B1C))
 
 
 def _logits(config: Config, h_BLD: jax.Array, rows: _Chunk) -> jax.Array:
@@ -77,36 +77,34 @@ def _logits(config: Config, h_BLD: jax.Array, rows: _Chunk) -> jax.Array:
     return jnp.where(rows.ids_C < config.vocab_size, logits, -jnp.inf)
 
 
-def _firsts(config: Config, chunk: int) -> tuple[jax.Array, int]:
-    chunk = min(chunk, config.vocab_size)
-    return jnp.arange(0, config.vocab_size, chunk), chunk
+def _chunked(learned_VD: jax.Array | None, n: int, chunk: int) -> jax.Array | None:
+    return None if learned_VD is None else interleaved(learned_VD, n, chunk)
 
 
 def _forward(config, h_BLD, learned_VD, key_B, segments_BL, targets_BL, chunk):
-    firsts, chunk = _firsts(config, chunk)
+    n, chunk = chunking(config.vocab_size, chunk)
+    learned_nCD = _chunked(learned_VD, n, chunk)
 
     def one_segment(segment, carry):
         keys_B = lexinvariant.of_segment(key_B, segment)
         row_BV = lexinvariant.order(config, keys_B)
         here_BL = segments_BL == segment
 
-        def step(carry, first):
+        def step(carry, index):
             highest, total, target = carry
-            rows = _chunk(config, learned_VD, keys_B, row_BV, first, chunk)
+            rows = _chunk(config, learned_nCD, keys_B, row_BV, index, n, chunk)
             logits = _logits(config, h_BLD, rows)
             new_highest = jnp.maximum(highest, logits.max(-1))
             new_total = total * jnp.exp(highest - new_highest)
             new_total += jnp.exp(logits - new_highest[..., None]).sum(-1)
-            local = targets_BL - first
-            picked = jnp.take_along_axis(logits, jnp.clip(local, 0, chunk - 1)[..., None], -1)
-            inside = here_BL & (local >= 0) & (local < chunk)
+            is_target = targets_BL[..., None] == rows.ids_C
             return (
                 jnp.where(here_BL, new_highest, highest),
                 jnp.where(here_BL, new_total, total),
-                jnp.where(inside, picked[..., 0], target),
+                target + jnp.where(here_BL, jnp.where(is_target, logits, 0).sum(-1), 0),
             ), None
 
-        return jax.lax.scan(step, carry, firsts)[0]
+        return jax.lax.scan(step, carry, jnp.arange(n))[0]
 
     zero = jnp.zeros(targets_BL.shape, jnp.float32)
     start = (jnp.full_like(zero, -jnp.inf), zero, zero)
@@ -120,7 +118,8 @@ def _forward(config, h_BLD, learned_VD, key_B, segments_BL, targets_BL, chunk):
 
 def _backward(config, chunk, saved, cotangent: TokenLosses):
     h_BLD, learned_VD, key_B, segments_BL, targets_BL, normalizer_BL = saved
-    firsts, chunk = _firsts(config, chunk)
+    n, chunk = chunking(config.vocab_size, chunk)
+    learned_nCD = _chunked(learned_VD, n, chunk)
     # d nats/d logit = p - [target], d log_normalizer/d logit = p
     p_weight = cotangent.nats + cotangent.log_normalizer
 
@@ -129,8 +128,8 @@ def _backward(config, chunk, saved, cotangent: TokenLosses):
         row_BV = lexinvariant.order(config, keys_B)
         here_BL1 = (segments_BL == segment)[..., None]
 
-        def step(dh_BLD, first):
-            rows = _chunk(config, learned_VD, keys_B, row_BV, first, chunk)
+        def step(dh_BLD, index):
+            rows = _chunk(config, learned_nCD, keys_B, row_BV, index, n, chunk)
             logits = _logits(config, h_BLD, rows)
             d_logits = jnp.exp(logits - normalizer_BL[..., None]) * p_weight[..., None]
             is_target = targets_BL[..., None] == rows.ids_C
@@ -143,18 +142,17 @@ def _backward(config, chunk, saved, cotangent: TokenLosses):
             return dh_BLD + dh, d_learned_CD
 
         dh_BLD, d_learned = carry
-        dh_BLD, more = jax.lax.scan(step, dh_BLD, firsts)
+        dh_BLD, more = jax.lax.scan(step, dh_BLD, jnp.arange(n))
         return dh_BLD, None if more is None else d_learned + more
 
     start = jnp.zeros(h_BLD.shape, jnp.float32)
     d_learned = None
     if learned_VD is not None:
-        d_learned = jnp.zeros((len(firsts), chunk, h_BLD.shape[-1]), jnp.float32)
+        d_learned = jnp.zeros((n, chunk, h_BLD.shape[-1]), jnp.float32)
     last = segments_BL.max() + 1
     dh_BLD, d_learned = jax.lax.fori_loop(1, last, one_segment, (start, d_learned))
     if learned_VD is not None:
-        d_learned = d_learned.reshape(-1, h_BLD.shape[-1])[: config.vocab_size]
-        d_learned = d_learned.astype(learned_VD.dtype)
+        d_learned = joined(d_learned, config.vocab_size).astype(learned_VD.dtype)
     return dh_BLD.astype(h_BLD.dtype), d_learned, None, None, None
 
 
@@ -168,7 +166,8 @@ def _through(
     d_fixed = jnp.where(rows.learned.drawn_B1C, 0, d_logits)
     dh_BLD = layers.einsum('blc,cd->bld', d_fixed, rows.learned.rows_CD, jnp.float32)
     dh_BLD += layers.einsum('blc,bcd->bld', d_drawn, rows.drawn_BCD, jnp.float32)
-    return dh_BLD, layers.einsum('blc,bld->cd', d_fixed, h_BLD, jnp.float32)
+    d_rows_CD = layers.einsum('blc,bld->cd', d_fixed, h_BLD, jnp.float32)
+    return dh_BLD, mesh.constrain(d_rows_CD, ('vocab', 'embed'))
 
 
 cross_entropy.defvjp(_forward, _backward)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm import mesh as mesh_lib
 from lm import optimizer as optimizer_lib
-from lm import zigzag
+from lm import processes, zigzag
 from lm.checkpoint import Checkpoints
 from lm.metrics import ProgressLine, Writer
 from lm.optimizer import OptimizerConfig
@@ -150,7 +150,7 @@ def run(
         del state  # two states at once might not fit
         state = checkpoints.restore(start, like, iterator)
     step_fn = _compiled(config, loss, optimizer, state)
-    writer = Writer(folder, start)
+    writer = Writer(folder, start) if processes.is_first() else None
     try:
         with ProgressLine(label, config.steps, start) as progress, jax.set_mesh(mesh):
             log = _Log(config, writer, progress)
@@ -162,7 +162,8 @@ def run(
                     log.finish()
                     checkpoints.save(step, state, iterator)
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
         checkpoints.close()
     return state
 
@@ -183,7 +184,7 @@ def _compiled(config: TrainConfig, loss: LossFn, optimizer, state: TrainState) -
 class _Log:
     """Reads each step's metrics only once the next step is under way, so devices never wait."""
 
-    def __init__(self, config: TrainConfig, writer: Writer, progress: ProgressLine):
+    def __init__(self, config: TrainConfig, writer: Writer | None, progress: ProgressLine):
         self._config, self._writer, self._progress = config, writer, progress
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._since, self._tokens = time.monotonic(), 0.0
@@ -210,7 +211,8 @@ class _Log:
         if step % self._config.log_every == 0 or step in (1, self._config.steps):
             now = time.monotonic()
             values['tokens_per_second'] = self._tokens / max(now - self._since, 1e-9)
-            self._writer.write(step, values)
+            if self._writer is not None:
+                self._writer.write(step, values)
             self._since, self._tokens = now, 0.0
 
 

@@ -214,17 +214,19 @@ def predict(
 def _predict_chunk(weights, config: HypernetworkConfig, source, read_VD, pieces_UP) -> Params:
     real_UP = pieces_UP >= 0
     positions_UP = jnp.broadcast_to(jnp.arange(pieces_UP.shape[1]), pieces_UP.shape)
+    x_UPD = mesh.constrain(read_VD[pieces_UP * real_UP], transformer.ACTIVATIONS)
     h_UPD, _ = transformer.body(
-        weights['encoder'], config.encoder, read_VD[pieces_UP * real_UP], positions_UP,
+        weights['encoder'], config.encoder, x_UPD, positions_UP,
         segments_BL=real_UP.astype(jnp.int32), causal=False,
     )  # fmt: skip
     result = {}
     for name, mean_UD in zip(config.tables, _means(weights, config, source, pieces_UP)):
         p = weights['heads'][name]
-        h_UD = _project(p['projector'], h_UPD[:, 0])
+        h_UD = mesh.constrain(_project(p['projector'], h_UPD[:, 0]), ('batch', 'embed'))
         row_UD = layers.einsum('ud,de->ue', h_UD, p['w_out_DD'], jnp.float32)
         row_UD = row_UD + mean_UD if config.residual else row_UD
-        result[name] = row_UD * p['scale_D'] + p['shift_D']
+        row_UD = mesh.constrain(row_UD * p['scale_D'] + p['shift_D'], ('batch', 'embed'))
+        result[name] = row_UD
     return result
 
 
@@ -236,6 +238,7 @@ def _means(weights, config: HypernetworkConfig, source, pieces_UP) -> list[jax.A
     lacks_UP1 = (pieces_UP >= config.vocab_size)[..., None]
     byte_UP = jnp.clip(pieces_UP - config.vocab_size, 0, 255)
     rows_UPE = jnp.where(lacks_UP1, weights['fallback_256E'][byte_UP], rows_UPE)
+    rows_UPE = mesh.constrain(rows_UPE, transformer.ACTIVATIONS)
     mean_UE = (rows_UPE * real_UP1).sum(1) / jnp.maximum(real_UP1.sum(1), 1)
     return jnp.split(mean_UE, len(config.tables), axis=-1)
 

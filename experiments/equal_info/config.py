@@ -39,7 +39,6 @@ class Config:
     Attributes:
       data: glob of text files; the interpreter's standard library if not given.
       tfds: name of a TFDS dataset with a text feature, instead of `data`.
-      mesh: devices, as in `data=4,model=2`; all on the data axis if not given.
       fit_bytes: of training text that the n-gram, M1 and BPE are fitted to.
       train_bytes: of training text that is encoded for the M2s.
       held_out_bytes: of validation text, which picks the codec's model, and of test text, on which
@@ -55,7 +54,6 @@ class Config:
 
     data: str | None = None
     tfds: str | None = None
-    mesh: str | None = None
     fit_bytes: int = 16_000_000
     train_bytes: int = 6_000_000
     held_out_bytes: int = 150_000
@@ -97,6 +95,7 @@ _RSQRT = OptimizerConfig(
 )
 
 RESUMES = True
+MESH = 'auto'
 SCALES = {
     'demo': Config(),
     'tiny': Config(

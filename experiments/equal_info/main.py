@@ -14,8 +14,7 @@ from experiments import corpora, language_model, report, resume
 from experiments.equal_info import measure, models, results, tokenizers
 from experiments.equal_info.config import Config
 from experiments.language_model import Fitted
-from lm import bundle, json_fields, losses, params, train
-from lm import mesh as mesh_lib
+from lm import bundle, json_fields, losses, params, processes, train
 from tokenization.tokenizer import Tokenizer
 
 _PAPER_RULE_BYTES = 50_000
@@ -24,11 +23,10 @@ _BIT_ROWS_PER_DEVICE = 2  # all logits of a row exist at once
 _BIT_BATCHES = 32
 
 
-def main(config: Config, out: epath.Path) -> dict[str, float]:
+def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
     """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
     begin = time.monotonic()
     console = Console()
-    mesh = mesh_lib.make(config.mesh)
     language_model.check(config.m1, config.m1_train, mesh, 'm1_train')
     language_model.check(config.m2, config.m2_train, mesh, 'm2_train')
     corpus = corpora.open_corpus(config.data, config.tfds)
@@ -137,15 +135,21 @@ def accuracy_by_bit(fitted: Fitted, batches, mesh: Mesh) -> list[float]:
     With 8-bit tokens a window is two tokens, the first at even positions of its document.
     """
     bits = 16 if fitted.config.vocab_size > 1 << 16 else 8
-    step = jax.jit(functools.partial(language_model.bit_losses, config=fitted.config, bits=bits))
+
+    @jax.jit
+    def step(params, batch):
+        losses = language_model.bit_losses(params, fitted.config, batch, bits)
+        return losses[1], batch['weights'].sum()
+
     per_window = 16 // bits
     right, tokens = np.zeros((per_window, bits)), np.zeros(per_window)
     for _, batch in zip(range(_BIT_BATCHES), batches, strict=False):
         for part in range(per_window):
             weights = batch['weights'] * (batch['positions'] % per_window == part)
             here = train.put({**batch, 'weights': weights.astype(np.float32)}, mesh)
-            right[part] += np.asarray(step(fitted.params, batch=here)[1])
-            tokens[part] += weights.sum()
+            right_here, tokens_here = step(fitted.params, here)
+            right[part] += processes.whole(right_here)
+            tokens[part] += float(tokens_here)
     return (right / tokens[:, None]).reshape(-1).tolist()
 
 
@@ -163,4 +167,4 @@ def show(
     ]
     report.table(table_rows, results.COLUMNS, title, notes)
     lines = [report.markdown_table(table_rows, results.COLUMNS), *(f'- {note}' for note in notes)]
-    (out / 'table.md').write_text('\n'.join(lines) + '\n')
+    report.write_text_atomic(out / 'table.md', '\n'.join(lines) + '\n')

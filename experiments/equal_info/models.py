@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from experiments import language_model
 from experiments.equal_info.config import Config
 from experiments.language_model import Fitted
-from lm import bundle, losses, params
+from lm import bundle, losses, params, processes
 from lm.data import Documents
 from lm.train import TrainConfig
 from tokenization import neural, ngram
@@ -45,12 +46,13 @@ def first_models(
 ) -> FirstModels:
     """Counts the n-gram, trains M1, measures both as a codec uses them, and saves both."""
     counted = ngram.count(train, config.ngram_order)
-    counted.save(out / 'ngram')
+    if processes.is_first():
+        counted.save(out / 'ngram')
     size = config.window_bytes
     # Rows of one piece each, all starting with BOS: the state that a window's reset leaves.
-    whole = [piece for piece in pieces(train, size) if len(piece) == size]
+    full = [piece for piece in pieces(train, size) if len(piece) == size]
     m1 = language_model.fit(
-        config.m1, config.m1_train, whole, BYTES, out / 'm1', mesh, 'M1 over bytes'
+        config.m1, config.m1_train, full, BYTES, out / 'm1', mesh, 'M1 over bytes'
     )
     batches = padded_batches(pieces(valid, size), size, config.m1_train.batch_size)
     n_bytes = sum(map(len, valid))
@@ -61,9 +63,12 @@ def first_models(
     }
     metrics = {'bits_per_byte_reset': bits['m1']}
     bundle.save(out / 'bundles' / 'm1', m1.config, m1.params, ByteTokenizer(), BYTES, metrics)
+    # Each process codes with a whole copy on one device: float sums, and so the codes, would
+    # depend on the mesh.
+    whole = jax.tree.map(processes.whole, m1.params)
     candidates = {
         'ngram': counted.model(),
-        'm1': neural.model(m1.params, m1.config, size),
+        'm1': neural.model(jax.device_put(whole, jax.local_devices()[0]), m1.config, size),
     }
     return FirstModels(counted, candidates, bits)
 
@@ -80,20 +85,23 @@ def pieces(documents: Sequence[bytes], size: int) -> list[np.ndarray]:
 def padded_batches(
     rows: Sequence[np.ndarray], length: int, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batches of one byte string per row, each after BOS; padding has weight 0."""
+    """Yields batches of one byte string per row, each after BOS; padding has weight 0.
+
+    Of several processes each gets its own rows of a batch.
+    """
     for i in range(0, len(rows), batch_size):
         targets = np.zeros((batch_size, length), np.int32)
         weights = np.zeros((batch_size, length), np.float32)
         for row, piece in enumerate(rows[i : i + batch_size]):
             targets[row, : len(piece)], weights[row, : len(piece)] = piece, 1
         tokens = np.concatenate([np.full((batch_size, 1), BYTES), targets[:, :-1]], axis=1)
-        yield {
+        yield language_model.own_rows({
             'tokens': tokens.astype(np.int32),
             'targets': targets,
             'weights': weights,
             'segments': np.ones_like(targets),
             'positions': np.broadcast_to(np.arange(length, dtype=np.int32), targets.shape),
-        }
+        })  # fmt: skip
 
 
 def second_model(

@@ -77,4 +77,5 @@ class Config:
             raise ValueError(f'--draft: {self.drafter} has no draft model; {drafters} have')
 
 
+MESH = 'one'
 SCALES = {'text': Config()}

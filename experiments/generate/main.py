@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from rich.console import Console
 
 from decoding import calibrate, sample, stop
@@ -25,14 +26,14 @@ _CALIBRATED_ROWS = 256  # of the cache, while passes are timed
 _RANKS = 8  # of candidates whose acceptance is assumed
 
 
-def main(config: Config, out: epath.Path) -> dict[str, float]:
+def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
     """Prints prompt and continuation as it comes, then its speed; returns both figures."""
     sampler = Sampler(jnp.float32(config.temperature), config.top_k, config.top_p)
     sample.check(sampler)
     if not config.prompt:
         raise ValueError('--prompt: empty; give some text to continue')
-    loaded = decoding_models.load(config.bundle)
-    drafter = make_drafter(config, loaded, sampler, out)
+    loaded = decoding_models.load(config.bundle, mesh)
+    drafter = make_drafter(config, loaded, sampler, out, mesh)
     prompt = loaded.encode(config.prompt.encode())
     written = loaded.token_bytes()
     stops = None
@@ -50,10 +51,12 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         clock.tick(len(tokens))
         painter.round(tokens)
 
-    metrics = generate(
-        loaded.model, [prompt], key=jax.random.key(config.seed), max_new_tokens=config.max_tokens,
-        sampler=sampler, drafter=drafter, stops=stops, stream=stream,
-    ).metrics  # fmt: skip
+    with jax.set_mesh(mesh):
+        metrics = generate(
+            loaded.model, [prompt], key=jax.random.key(config.seed),
+            max_new_tokens=config.max_tokens, sampler=sampler, drafter=drafter, stops=stops,
+            stream=stream,
+        ).metrics  # fmt: skip
     painter.end()
     console.print(f'\n{describe(metrics.tokens, metrics.rounds, clock.tokens_per_s)}')
     result = {
@@ -66,7 +69,9 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     return result
 
 
-def make_drafter(config: Config, loaded: Loaded, sampler: Sampler, out: epath.Path) -> Drafter:
+def make_drafter(
+    config: Config, loaded: Loaded, sampler: Sampler, out: epath.Path, mesh: Mesh
+) -> Drafter:
     """Returns the drafter that the config asks for; `out` keeps what passes cost.
 
     Raises:
@@ -75,7 +80,7 @@ def make_drafter(config: Config, loaded: Loaded, sampler: Sampler, out: epath.Pa
     """
     if config.drafter == 'none':
         return plain()
-    draft = None if config.draft is None else ready(decoding_models.load(config.draft).model)
+    draft = None if config.draft is None else ready(decoding_models.load(config.draft, mesh).model)
     parts = Parts(loaded.model, draft, config.exit_layers, None, config.longest)
     nodes = _best_nodes(loaded, out) if config.nodes == 'auto' else config.nodes
     drafter = drafters.of_budget(config.drafter, parts, nodes)

@@ -103,6 +103,7 @@ class Config:
 
 
 RESUMES = True
+MESH = 'auto'
 SCALES = {
     'demo': Config(),
     'tiny': Config(

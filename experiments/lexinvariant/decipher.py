@@ -17,6 +17,7 @@ import optax
 from experiments.language_model import Fitted
 from experiments.lexinvariant import domains, models
 from experiments.lexinvariant.config import Config
+from lm import processes
 from lm.metrics import ProgressLine
 from lm.params import Params
 
@@ -60,7 +61,7 @@ def read(config: Config, fitted: Fitted, text: models.Text, label: str) -> Readi
     for start in range(0, len(cipher), _AT_ONCE):
         rows = cipher[start : start + _AT_ONCE]
         h = states(fitted.params, rows, jax.random.fold_in(jax.random.key(2), start))
-        parts.append(np.asarray(answer(probe, h)))
+        parts.append(processes.whole(answer(probe, h)))
     return Reading(unknown, cipher, np.concatenate(parts))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from rich.console import Console
 
 from experiments import language_model, report, resume
@@ -23,14 +24,12 @@ from experiments.lexinvariant import (
 )
 from experiments.lexinvariant.config import Config
 from experiments.lexinvariant.models import CHARACTERS, Name, Text
-from lm import mesh as mesh_lib
 from lm.metrics import ProgressLine
 
 
-def main(config: Config, out: epath.Path) -> dict[str, float]:
+def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
     """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
     begin = time.monotonic()
-    mesh = mesh_lib.make(devices=jax.devices()[:1])
     language_model.check(config.model, config.train, mesh, 'train')
     found = domains.open_domains(config)
     for domain, corpus in found.items():
@@ -51,7 +50,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     pieces_NL = texts[CHARACTERS, 'prose'].test_NL
     distinct = round(np.mean([len(np.unique(piece_L)) for piece_L in pieces_NL]))
     metrics = results.positions(config, curves, distinct)
-    rows = _ciphers(config, fitted, texts[CHARACTERS, 'prose'], out)
+    rows = _ciphers(config, fitted, texts[CHARACTERS, 'prose'], out, mesh)
     metrics |= results.ciphers(config, rows)
     mixed = []
     for name in sorted(names, key=lambda name: name.probability):
@@ -65,7 +64,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     return {**metrics, report.key('seconds', 'this_process'): time.monotonic() - begin}
 
 
-def _curve(fitted: Fitted, text: Text, config: Config, mesh) -> dict[str, list[float]]:
+def _curve(fitted: Fitted, text: Text, config: Config, mesh: Mesh) -> dict[str, list[float]]:
     nats_L = models.nats_by_position(fitted, text, config.train.batch_size, mesh)
     counts_L = counting.nats(text.test_NL, fitted.config.vocab_size)
     return {
@@ -75,15 +74,16 @@ def _curve(fitted: Fitted, text: Text, config: Config, mesh) -> dict[str, list[f
 
 
 def _ciphers(
-    config: Config, fitted: dict[Name, Fitted], text: Text, out: epath.Path
+    config: Config, fitted: dict[Name, Fitted], text: Text, out: epath.Path, mesh: Mesh
 ) -> list[dict[str, Any]]:
     """Returns a row per model and context, the classical attack last; draws one text."""
 
     def read() -> list[dict[str, Any]]:
-        readings = {
-            kind: decipher.read(config, fitted[Name(CHARACTERS, 'prose', p)], text, kind)
-            for p, kind in results.KINDS.items()
-        }
+        with jax.set_mesh(mesh):
+            readings = {
+                kind: decipher.read(config, fitted[Name(CHARACTERS, 'prose', p)], text, kind)
+                for p, kind in results.KINDS.items()
+            }
         drawing.draw(out / 'deciphering.png', readings, row=0)
         rows = []
         for kind, reading in readings.items():
@@ -119,7 +119,7 @@ def _classical(config: Config, reading: decipher.Reading, text: Text) -> list[di
 
 
 def _regularised(
-    config: Config, fitted: Fitted, texts: dict[tuple[str, str], Text], mesh
+    config: Config, fitted: Fitted, texts: dict[tuple[str, str], Text], mesh: Mesh
 ) -> dict[str, float]:
     """Returns bits per byte of both domains, and accuracies of the tasks."""
     rested = models.at_rest(fitted)
@@ -128,6 +128,7 @@ def _regularised(
         text = texts[CHARACTERS, domain]
         nats_L = models.nats_by_position(rested, text, config.train.batch_size, mesh)
         found[domain] = float(nats_L.mean() / np.log(2))
-    for name, task in tasks.make(config).items():
-        found[name] = tasks.accuracy(rested, task)
+    with jax.set_mesh(mesh):
+        for name, task in tasks.make(config).items():
+            found[name] = tasks.accuracy(rested, task)
     return found

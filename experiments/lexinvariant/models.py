@@ -15,7 +15,7 @@ from experiments.corpora import Corpus
 from experiments.language_model import Fitted
 from experiments.lexinvariant import domains as domains_lib
 from experiments.lexinvariant.config import Config
-from lm import bundle, lexinvariant, losses, tables, train, transformer, zigzag
+from lm import bundle, lexinvariant, losses, processes, tables, train, transformer, zigzag
 from lm.config import Config as ModelConfig
 from lm.config import Lexinvariant
 from lm.data import Documents
@@ -148,9 +148,10 @@ def nats_by_position(fitted: Fitted, text: Text, batch_size: int, mesh: Mesh) ->
                 'weights': weight_BL.astype(np.float32),
             }
             key = jax.random.fold_in(jax.random.key(1), start)
-            nats_L = total(fitted.params, train.put(batch, mesh), key)
+            nats_L = total(fitted.params, train.put(language_model.own_rows(batch), mesh), key)
             # positions lie as `train.put` laid them
-            sum_L += zigzag.undo(np.asarray(nats_L, np.float64), mesh.shape['sequence'], axis=0)
+            nats_L = zigzag.undo(processes.whole(nats_L), mesh.shape['sequence'], axis=0)
+            sum_L += nats_L.astype(np.float64)
     return sum_L / n
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from experiments.language_model import Fitted
 from experiments.lexinvariant import models
 from experiments.lexinvariant.config import Config
-from lm import lexinvariant, tables
+from lm import lexinvariant, processes, tables
 
 _POOL = np.array([*range(ord('0'), ord('9') + 1), *range(ord('A'), ord('Z') + 1),
                   *range(ord('a'), ord('z') + 1)])  # fmt: skip
@@ -89,5 +89,6 @@ def accuracy(fitted: Fitted, task: Task) -> float:
     for start in range(0, len(task.tokens_QL), _AT_ONCE):
         rows = jnp.asarray(task.tokens_QL[start : start + _AT_ONCE], jnp.int32)
         found = best(fitted.params, rows, jax.random.fold_in(jax.random.key(7), start))
-        right += float((found == rows[:, task.answers.start : task.answers.stop]).mean(1).sum())
+        asked = np.asarray(rows)[:, task.answers.start : task.answers.stop]
+        right += float((processes.whole(found) == asked).mean(1).sum())
     return right / len(task.tokens_QL)

@@ -30,7 +30,6 @@ class Config:
       data: glob of text files, or a folder of shards that `tokenize` wrote; the interpreter's
         standard library if not given.
       tfds: name of a TFDS dataset with a text feature, instead of `data`.
-      mesh: devices, as in `data=4,model=2`; all on the data axis if not given.
       tokenizer: `bytes`, `bpe` (trained on the corpus), or the folder of a saved tokenizer or
         bundle; if not given, that of the shards, or bytes.
       vocab_size: of a BPE that is trained here.
@@ -41,7 +40,6 @@ class Config:
 
     data: str | None = None
     tfds: str | None = None
-    mesh: str | None = None
     tokenizer: str | None = None
     vocab_size: int = 8192
     valid_bytes: int = 200_000
@@ -57,6 +55,7 @@ class Config:
 
 
 RESUMES = True
+MESH = 'auto'
 SCALES = {
     'demo': Config(),
     'tiny': Config(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from etils import epath
+from jax.sharding import Mesh
 from rich.console import Console
 
 import tokenization
@@ -10,15 +11,13 @@ from experiments import corpora, language_model, report, resume
 from experiments.pretrain.config import Config
 from experiments.shard_text import ShardText
 from lm import bundle, losses, params
-from lm import mesh as mesh_lib
 from tokenization.bpe import BPETokenizer
 from tokenization.byte import ByteTokenizer
 from tokenization.tokenizer import Tokenizer
 
 
-def main(config: Config, out: epath.Path) -> dict[str, float]:
+def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
     """Trains, evaluates and saves; resumes what `out` holds."""
-    mesh = mesh_lib.make(config.mesh)
     language_model.check(config.model, config.train, mesh, 'train')
     corpus = corpora.open_corpus(config.data, config.tfds)
     resume.claim_corpus(out, corpus)

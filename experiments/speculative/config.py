@@ -169,6 +169,7 @@ _WHOLE_GRID: dict[str, Any] = {
 _SLOWER = OptimizerConfig(learning_rate=1e-3)
 
 RESUMES = True
+MESH = 'one'
 SCALES = {
     'demo': Config(),
     'tiny': Config(

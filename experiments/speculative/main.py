@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax.sharding import Mesh
 from rich.console import Console
 
 from decoding.drafter import Drafter
@@ -18,7 +19,6 @@ from experiments.speculative.config import Config
 from experiments.speculative.drafters import Parts
 from experiments.speculative.measure import Cell
 from experiments.speculative.models import Models
-from lm import mesh as mesh_lib
 from lm import params
 from lm.metrics import ProgressLine
 
@@ -26,10 +26,9 @@ _DRAWN = ('lookup', 'dynamic', 'recursive')  # whose trees are worth a drawing, 
 _ROUNDS = 8  # of which the one is drawn that accepted most
 
 
-def main(config: Config, out: epath.Path) -> dict[str, float]:
+def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
     """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
     begin = time.monotonic()
-    mesh = mesh_lib.make(devices=jax.devices()[:1])
     corpus = corpora.open_corpus(config.data, config.tfds)
     resume.claim_corpus(out, corpus)
     questions = prompts.read_questions(config.spec_bench) if config.spec_bench else None
@@ -45,14 +44,15 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     # before any of it is measured: a drafter that cannot be made ends the run
     made = {cell: _drafter(config, known, cell) for cell in grid}
     target, rows = ready(known.target.model), []
-    with ProgressLine('measuring', len(grid)) as progress:
+    with ProgressLine('measuring', len(grid)) as progress, jax.set_mesh(mesh):
         for i, cell in enumerate(grid):
             measured = functools.partial(measure.measure, config, cell, target, made[cell], texts)
             rows += resume.part_once(out / 'cells' / f'{cell.name}.json', measured)
             progress.update(i + 1, cell.name)
     _show(config, known, rows, out)
     results.plot(out, config, rows)
-    _draw(config, known, made, next(iter(texts.values()))[0], out)
+    with jax.set_mesh(mesh):
+        _draw(config, known, made, next(iter(texts.values()))[0], out)
     Console().print(f'plots, bundles and result.json: {out}')
     seconds = {report.key('seconds', 'this_process'): time.monotonic() - begin}
     return {**results.flat(rows, main_ratio), **seconds}
@@ -97,7 +97,9 @@ def _show(config: Config, known: Models, rows: list[dict[str, Any]], out: epath.
     console = Console(width=160)
     for note in notes:
         console.print(f'  {note}', markup=False, highlight=False)
-    (out / 'table.md').write_text('\n'.join([*lines, *(f'- {note}' for note in notes)]) + '\n')
+    report.write_text_atomic(
+        out / 'table.md', '\n'.join([*lines, *(f'- {note}' for note in notes)]) + '\n'
+    )
 
 
 def _draw(

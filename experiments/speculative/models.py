@@ -17,7 +17,7 @@ from experiments.decoding_models import Loaded
 from experiments.pretrain import main as pretrain
 from experiments.pretrain.config import Config as PretrainConfig
 from experiments.speculative.config import Config
-from lm import bundle, data, losses, params, train
+from lm import bundle, losses, params, train
 from lm.data import Documents
 from lm.params import Params
 from tokenization.tokenizer import Tokenizer
@@ -50,7 +50,7 @@ def prepare(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Mode
         paths = [epath.Path(path) for path in (config.target_bundle, *config.draft_bundles)]
     else:
         paths = _trained(config, corpus, out, mesh)
-    target, *drafts = (decoding_models.load(path) for path in paths)
+    target, *drafts = (decoding_models.load(path, mesh) for path in paths)
     for path, draft in zip(paths[1:], drafts, strict=True):
         if draft.model.tokenizer != target.model.tokenizer:
             raise ValueError(f'{path}: another tokenizer than that of {paths[0]}')
@@ -119,10 +119,8 @@ def _adapter(
         )
     run = config.adapter_train
     language_model.check(model.config, run, mesh, 'adapter_train')
-    batches = data.training_batches(
-        _encoded(target.tokenizer, documents, out), None, batch_size=run.batch_size,
-        length=run.length, bos=vocab_size, seed=run.seed,
-    )  # fmt: skip
+    documents_of_ids = _encoded(target.tokenizer, documents, out)
+    batches = language_model.training(run, documents_of_ids, vocab_size)
 
     def loss(adapter: Params, batch: dict[str, jax.Array], key: jax.Array):
         del key

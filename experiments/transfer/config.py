@@ -52,7 +52,6 @@ class Config:
       bundle: a model to start from, instead of one that is trained here.
       ranks: glob that finds `r50k_base.tiktoken` (GPT-2) and `cl100k_base.tiktoken`; of one that
         it does not find, the first 5,000 tokens stand for it.
-      mesh: e.g. `data=4,model=2`; all devices on `data` if not given.
       targets: tokenizers that the model is moved to.
       oracle: those of them that a model is trained from scratch with, for comparison.
       vocab_size: of the model's own BPE, if it is trained here.
@@ -77,7 +76,6 @@ class Config:
     data: str | None = None
     bundle: str | None = None
     ranks: str | None = None
-    mesh: str | None = None
     targets: tuple[Target, ...] = TARGETS
     oracle: tuple[Target, ...] = ('bytes',)
     vocab_size: int = 8192
@@ -127,6 +125,7 @@ class Config:
 
 
 RESUMES = True
+MESH = 'auto'
 SCALES = {
     'demo': Config(),
     'tiny': Config(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from experiments import language_model
 from experiments.transfer.config import Config
 from experiments.transfer.hyper import Trained
 from lm import losses, train, transformer
@@ -106,7 +107,8 @@ class _Reader:
         id_U = np.array([place.get(unit, unit[0]) for unit in merged.units])
         slot_U = np.pad(slots, (0, self._capacity - len(slots)))
         rows = [id_U[document] for document in merged.documents]
-        batch = train.put(_packed(rows, size, length, self._source.bos), self._mesh)
+        packed = _packed(rows, size, length, self._source.bos)
+        batch = train.put(language_model.own_rows(packed), self._mesh)
         return float(self._loss(self._source.params, self._cache.tables, slot_U, len(units), batch))
 
 

@@ -17,7 +17,6 @@ from experiments.transfer.measure import Moved
 from experiments.transfer.results import HYPERNETWORK, ORACLE
 from experiments.transfer.source import open_source
 from lm import bundle
-from lm import mesh as mesh_lib
 from lm.config import Config as ModelConfig
 from tokenization import transfer
 from tokenization.tokenizer import Tokenizer
@@ -27,9 +26,8 @@ from tokenization.transfer import Method, Source
 TRAINED_ON = (HYPERNETWORK, 'mean_of_pieces')
 
 
-def main(config: Config, out: epath.Path) -> dict[str, float]:
+def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
     """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
-    mesh = mesh_lib.make(config.mesh)
     if config.bundle is None:
         _check(config, config.model, mesh)  # before anything is trained
     corpus = corpora.open_corpus(config.data)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from experiments import language_model
 from experiments.language_model import Fitted
 from experiments.transfer.config import Config
-from lm import data, losses, params, train
+from lm import losses, params, train
 from lm.data import Documents
 from lm.params import Params
 from tokenization import heuristics, transfer
@@ -99,10 +99,9 @@ def train_on(
         distance = distance_of_rows(weights['tables'], tables)
         return value + config.auxiliary * distance, {**sums, 'auxiliary': distance}
 
-    batches = data.training_batches(
-        documents, None, batch_size=run.batch_size // jax.process_count(), length=run.length,
-        bos=v, seed=run.seed, shard_index=jax.process_index(), shard_count=jax.process_count(),
-    ).map(functools.partial(_with_bos, v, moved.bos))  # fmt: skip
+    batches = language_model.training(run, documents, v).map(
+        functools.partial(_with_bos, v, moved.bos)
+    )
     state = train.run(
         run, lambda key: jax.tree.map(jnp.copy, start), loss, batches, folder, mesh, label,
         frozen=(start['tables'],),

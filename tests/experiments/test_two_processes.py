@@ -1,0 +1,116 @@
+"""Two real processes train together: to the end, with one killed in the middle, and started again.
+
+python -m experiments.run pretrain --scale tiny ...     in each, which the environment tells apart
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+import tokenization
+from experiments import corpora, language_model
+from experiments.language_model import Fitted
+from lm import bundle, losses, mesh, metrics, processes, provenance
+
+STEPS = 100
+MINUTE = 60
+
+
+def start(folder, out, port, *more):
+    """Starts two processes of one run; their errors go to files."""
+    command = [
+        sys.executable, '-m', 'experiments.run', 'pretrain', '--scale', 'tiny',
+        '--data', str(folder / 'text' / '*.txt'), '--out', str(out), '--train.steps', str(STEPS),
+        '--train.log-every', '1', '--train.checkpoint-every', '20',
+    ]  # fmt: skip
+    shared = {**os.environ, processes.ADDRESS: f'localhost:{port}', processes.COUNT: '2'}
+    started = []
+    for i, extra in enumerate(more or ([], [])):
+        with (out.parent / f'{out.name}.{i}').open('w') as errors:
+            started.append(subprocess.Popen(
+                [*command, *extra], cwd=provenance.ROOT, env={**shared, processes.INDEX: str(i)},
+                stdout=subprocess.DEVNULL, stderr=errors,
+            ))  # fmt: skip
+    return started
+
+
+def error_of(out, index):
+    return (out.parent / f'{out.name}.{index}').read_text().strip().splitlines()[-1]
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp('two')
+    (made / 'text').mkdir()
+    for i in range(40):
+        (made / 'text' / f'{i}.txt').write_text(f'the {i} cats sat on {i * i} mats. ' * 30)
+    return made
+
+
+def finish(started):
+    try:
+        return [process.wait(timeout=5 * MINUTE) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def results(out):
+    """What must not depend on kills: the parameters, to the bit, and how good they are."""
+    described = json.loads((out / 'bundle' / 'config.json').read_text())
+    return described['digest'], json.loads((out / 'result.json').read_text())['bits_per_byte/model']
+
+
+def test_a_killed_run_of_two_processes_goes_on_as_if_nothing_had_happened(folder, port):
+    whole, killed = folder / 'whole', folder / 'killed'
+    assert finish(start(folder, whole, port)) == [0, 0]
+    assert json.loads((whole / 'config.json').read_text())['process_count'] == 2
+    assert sorted(p.name for p in (whole / 'bundle' / 'params').glob('ocdbt.process_*')) == [
+        'ocdbt.process_0', 'ocdbt.process_1',
+    ]  # fmt: skip
+
+    first, second = start(folder, killed, port)
+    deadline = time.monotonic() + 5 * MINUTE
+    while len(metrics.read_jsonl(killed / 'metrics.jsonl')) < 30:
+        assert time.monotonic() < deadline and first.poll() is None and second.poll() is None
+        time.sleep(0.02)
+    second.kill()
+    began = time.monotonic()
+    assert first.wait(timeout=2 * MINUTE) not in (0, None)
+    assert time.monotonic() - began < MINUTE
+    second.wait()
+    assert error_of(killed, 0).startswith('error: process') and 'start all' in error_of(killed, 0)
+    assert not (killed / 'result.json').exists()
+
+    assert finish(start(folder, killed, port)) == [0, 0]
+    assert results(killed) == results(whole)
+
+    # and one process reads what two have written
+    loaded = bundle.load(whole / 'bundle', mesh.make(devices=jax.devices()[:1]))
+    text = corpora.first_bytes(corpora.open_corpus(str(folder / 'text' / '*.txt')).valid, 2_000)
+    ids = tokenization.load(loaded.tokenizer_path).encode_batch(text)
+    here = mesh.make(devices=jax.devices()[:1])
+    fitted = Fitted(loaded.config, loaded.params, 0.0)
+    nats = language_model.nats(fitted, language_model.evaluation(ids, 256, 2, 16), here)
+    bits = losses.bits_per_byte(nats, sum(map(len, text)))
+    assert bits == pytest.approx(results(whole)[1], abs=1e-5)
+
+
+def test_processes_that_were_started_differently_are_named(folder, port):
+    out = folder / 'different'
+    codes = finish(start(folder, out, port, ['--train.seed', '1'], ['--train.seed', '2']))
+    assert 0 not in codes
+    assert 'process 1: other arguments than process 0' in error_of(out, 0)
