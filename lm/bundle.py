@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import atomic, provenance
+from lm import atomic, checksums, provenance, restore
 from lm import config as config_lib
 from lm import mesh as mesh_lib
 from lm import params as params_lib
@@ -82,6 +82,7 @@ def save(
             'format': FORMAT,
             'model': config_lib.to_dict(config),
             'digest': digest(config, params),
+            'checksums': checksums.of(params),
             'bos': bos,
             'metrics': dict(metrics or {}),
             'commit': provenance.commit()[0],
@@ -104,6 +105,45 @@ def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
       ValueError: the format is unknown; leaves are missing, left over or of another shape; or a
         byte of them has changed.
     """
+    folder, config, described = _described(path)
+    bos, metrics = described.get('bos'), described.get('metrics', {})
+    if not (bos is None or (type(bos) is int and 0 <= bos < config.vocab_size)):
+        raise ValueError(
+            f'{folder / "config.json"}: bos: {bos!r}; expected null or an id below '
+            f'{config.vocab_size}'
+        )
+    params = _read(path, folder, params_lib.abstract(config, mesh or mesh_lib.make()), ())
+    if 'digest' in described and described['digest'] != digest(config, params):
+        raise ValueError(f'{path}: params/ is not what was saved: damaged; copy the bundle again')
+    return Bundle(config, params, folder / 'tokenizer', bos, metrics)
+
+
+def load_part(path: epath.PathLike, part: str, mesh: Mesh | None = None) -> tuple[Config, Params]:
+    """Returns a bundle's config and one part of its parameters, and reads no other part.
+
+    Args:
+      path: the bundle.
+      part: `body` or `tables`.
+      mesh: over which the part is sharded; all devices if not given.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`; or the model has no such part.
+    """
+    folder, config, described = _described(path)
+    abstract = params_lib.abstract(config, mesh or mesh_lib.make())
+    if not abstract.get(part):
+        raise ValueError(
+            f'{path}: no part {part!r}; there are: {", ".join(filter(abstract.get, abstract))}'
+        )
+    others = tuple(name for name in abstract if name != part)
+    params = _read(path, folder, {part: abstract[part]}, others)
+    if 'checksums' in described and checksums.differing(params, described['checksums']):
+        raise ValueError(f'{path}: params/ is not what was saved: damaged; copy the bundle again')
+    return config, params[part]
+
+
+def _described(path: epath.PathLike) -> tuple[epath.Path, Config, dict[str, Any]]:
+    """Returns the folder of a bundle, its model's config, and what else config.json says."""
     folder = atomic.absolute(path)
     if not folder.exists() and folder.with_name(f'{folder.name}.old').exists():
         folder = folder.with_name(f'{folder.name}.old')  # killed while it was replaced
@@ -118,37 +158,27 @@ def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
     if version != FORMAT:
         raise ValueError(f'{file}: format {version!r}; this version reads format {FORMAT}')
     try:
-        config = config_lib.from_dict(model)
+        return folder, config_lib.from_dict(model), described
     except ValueError as error:
         raise ValueError(f'{file}: {error}') from None
-    bos, metrics = described.get('bos'), described.get('metrics', {})
-    if not (bos is None or (type(bos) is int and 0 <= bos < config.vocab_size)):
-        raise ValueError(f'{file}: bos: {bos!r}; expected null or an id below {config.vocab_size}')
-    abstract = params_lib.abstract(config, mesh or mesh_lib.make())
-    with ocp.StandardCheckpointer() as checkpointer:
-        _check_leaves(path, checkpointer, folder / 'params', abstract)
-        try:
-            params = checkpointer.restore(folder / 'params', abstract)
-        except Exception as error:
-            raise ValueError(f'{path}: params cannot be read; copy them again: {error}') from error
-    if 'digest' in described and described['digest'] != digest(config, params):
-        raise ValueError(f'{path}: params/ is not what was saved: damaged; copy the bundle again')
-    return Bundle(config, params, folder / 'tokenizer', bos, metrics)
 
 
-def _check_leaves(path, checkpointer, folder: epath.Path, abstract: Params) -> None:
-    """Compares what is saved with what the config asks for, and names every difference."""
+def _read(path, folder: epath.Path, like: Params, others: tuple[str, ...]) -> Params:
+    """Returns the leaves of `like`; there may be those of `others`, too, which stay unread."""
     try:
-        saved = checkpointer.metadata(folder).item_metadata.tree
+        have = restore.kinds(folder / 'params')
     except Exception:
         raise ValueError(f'{path}: params/ is missing or damaged; copy the bundle again') from None
-    have, want = (
-        {
-            _name(p): f'{x.dtype}{list(x.shape)}'
-            for p, x in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (saved, abstract)
-    )
+    _check_leaves(path, {n: k for n, k in have.items() if n.split('/')[0] not in others}, like)
+    try:
+        return restore.leaves(folder / 'params', like)
+    except Exception as error:
+        raise ValueError(f'{path}: params cannot be read; copy them again: {error}') from error
+
+
+def _check_leaves(path: epath.PathLike, have: Mapping[str, str], like: Params) -> None:
+    """Compares what is saved with what the config asks for, and names every difference."""
+    want = checksums.kinds(like)
     problems = [f'{name} is missing' for name in sorted(set(want) - set(have))]
     problems += [f'{name} is not part of this model' for name in sorted(set(have) - set(want))]
     problems += [
@@ -160,16 +190,12 @@ def _check_leaves(path, checkpointer, folder: epath.Path, abstract: Params) -> N
         raise ValueError(f'{path}: params do not fit config.json: ' + '; '.join(problems))
 
 
-def _name(path: Any) -> str:
-    return '/'.join(str(entry.key) for entry in path)
-
-
 def digest(config: Config, params: Params) -> str:
     """Returns a hex SHA-256 of the config and of every parameter's bytes."""
     result = hashlib.sha256(json.dumps(config_lib.to_dict(config), sort_keys=True).encode())
     for path, leaf in sorted(
-        jax.tree_util.tree_leaves_with_path(params), key=lambda entry: _name(entry[0])
+        jax.tree_util.tree_leaves_with_path(params), key=lambda entry: checksums.name(entry[0])
     ):
-        result.update(f'{_name(path)} {leaf.shape} {leaf.dtype}'.encode())
+        result.update(f'{checksums.name(path)} {leaf.shape} {leaf.dtype}'.encode())
         result.update(np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8).data)
     return result.hexdigest()

@@ -30,6 +30,8 @@ def start() -> None:
     hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
     on_pod = len(hosts) > 1 and not any(' ' in host for host in hosts)
     if on_pod or 'JAX_COORDINATOR_ADDRESS' in os.environ:
+        # JAX would take SIGTERM for itself; `lm.preemption` handles it, on any number of hosts
+        jax.config.update('jax_enable_preemption_service', False)
         jax.distributed.initialize()
 
 
