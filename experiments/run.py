@@ -40,6 +40,7 @@ from etils import epath
 
 import experiments
 from experiments import report
+from lm import preemption
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -63,9 +64,17 @@ class Command(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs a command line; returns the exit code: 0, 1 (failed), 2 (usage) or 130 (interrupted)."""
+    """Runs a command line; returns the exit code.
+
+    0 is done, or stopped by SIGTERM with all on disk that the same command needs to go on; 1
+    failed, 2 misused, 130 interrupted.
+    """
     try:
-        return _dispatch(arguments)
+        with preemption.ends_cleanly():
+            return _dispatch(arguments)
+    except preemption.Preempted as stop:
+        print(stop, file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         print('interrupted; run the same command again to resume', file=sys.stderr)
         return 130

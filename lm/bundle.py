@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import atomic, json_fields, processes, provenance
+from lm import atomic, checksums, json_fields, processes, provenance, restore
 from lm import config as config_lib
 from lm import mesh as mesh_lib
 from lm import params as params_lib
@@ -90,6 +90,7 @@ def save(
             'format': FORMAT,
             'model': config_lib.to_dict(config),
             'digest': hashed,
+            'checksums': checksums.of(params),
             'bos': bos,
             'metrics': {n: x for n, x in (metrics or {}).items() if math.isfinite(x)},
             'commit': provenance.commit()[0],
@@ -113,6 +114,47 @@ def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
       ValueError: the format is unknown; leaves are missing, left over or of another shape; or a
         byte of them has changed.
     """
+    folder, config, described = _described(path)
+    bos, metrics = described.get('bos'), described.get('metrics', {})
+    if not (bos is None or (type(bos) is int and 0 <= bos < config.vocab_size)):
+        raise ValueError(
+            f'{folder / "config.json"}: bos: {bos!r}; expected null or an id below '
+            f'{config.vocab_size}'
+        )
+    if not isinstance(metrics, dict):
+        raise ValueError(f'{folder / "config.json"}: metrics: expected an object')
+    params = _read(path, folder, params_lib.abstract(config, mesh or mesh_lib.make()), ())
+    if 'digest' in described and described['digest'] != digest(config, params):
+        raise ValueError(f'{path}: params/ is not what was saved: damaged; copy the bundle again')
+    return Bundle(config, params, folder / 'tokenizer', bos, metrics)
+
+
+def load_part(path: epath.PathLike, part: str, mesh: Mesh | None = None) -> tuple[Config, Params]:
+    """Returns a bundle's config and one part of its parameters, and reads no other part.
+
+    Args:
+      path: the bundle.
+      part: `body` or `tables`.
+      mesh: over which the part is sharded; all devices if not given.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`; or the model has no such part.
+    """
+    folder, config, described = _described(path)
+    abstract = params_lib.abstract(config, mesh or mesh_lib.make())
+    if not abstract.get(part):
+        raise ValueError(
+            f'{path}: no part {part!r}; there are: {", ".join(filter(abstract.get, abstract))}'
+        )
+    others = tuple(name for name in abstract if name != part)
+    params = _read(path, folder, {part: abstract[part]}, others)
+    if 'checksums' in described and checksums.differing(params, described['checksums']):
+        raise ValueError(f'{path}: params/ is not what was saved: damaged; copy the bundle again')
+    return config, params[part]
+
+
+def _described(path: epath.PathLike) -> tuple[epath.Path, Config, dict[str, Any]]:
+    """Returns the folder of a bundle, its model's config, and what else config.json says."""
     folder = atomic.absolute(path)
     if not folder.exists() and folder.with_name(f'{folder.name}.old').exists():
         folder = folder.with_name(f'{folder.name}.old')  # killed while it was replaced
@@ -127,25 +169,9 @@ def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
     if version != FORMAT:
         raise ValueError(f'{file}: format {version!r}; this version reads format {FORMAT}')
     try:
-        config = config_lib.from_dict(model)
+        return folder, config_lib.from_dict(model), described
     except ValueError as error:
         raise ValueError(f'{file}: {error}') from None
-    bos, metrics = described.get('bos'), described.get('metrics', {})
-    if not (bos is None or (type(bos) is int and 0 <= bos < config.vocab_size)):
-        raise ValueError(f'{file}: bos: {bos!r}; expected null or an id below {config.vocab_size}')
-    if not isinstance(metrics, dict):
-        raise ValueError(f'{file}: metrics: expected an object')
-    abstract = params_lib.abstract(config, mesh or mesh_lib.make())
-    _check_size(path, folder / 'params', abstract)
-    with ocp.StandardCheckpointer() as checkpointer:
-        _check_leaves(path, checkpointer, folder / 'params', abstract)
-        try:
-            params = checkpointer.restore(folder / 'params', abstract)
-        except Exception as error:
-            raise ValueError(f'{path}: params cannot be read; copy them again: {error}') from error
-    if 'digest' in described and described['digest'] != digest(config, params):
-        raise ValueError(f'{path}: params/ is not what was saved: damaged; copy the bundle again')
-    return Bundle(config, params, folder / 'tokenizer', bos, metrics)
 
 
 def _check_size(path: epath.PathLike, folder: epath.Path, abstract: Params) -> None:
@@ -164,19 +190,23 @@ def _check_size(path: epath.PathLike, folder: epath.Path, abstract: Params) -> N
         )
 
 
-def _check_leaves(path, checkpointer, folder: epath.Path, abstract: Params) -> None:
-    """Compares what is saved with what the config asks for, and names every difference."""
+def _read(path, folder: epath.Path, like: Params, others: tuple[str, ...]) -> Params:
+    """Returns the leaves of `like`; there may be those of `others`, too, which stay unread."""
+    _check_size(path, folder / 'params', like)
     try:
-        saved = checkpointer.metadata(folder).item_metadata.tree
+        saved = dict(restore.metadata(folder / 'params'))
     except Exception:
         raise ValueError(f'{path}: params/ is missing or damaged; copy the bundle again') from None
-    have, want = (
-        {
-            _name(p): f'{x.dtype}{list(x.shape)}'
-            for p, x in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        for tree in (saved, abstract)
-    )
+    _check_leaves(path, {name: x for name, x in saved.items() if name not in others}, like)
+    try:
+        return restore.leaves(folder / 'params', like)
+    except Exception as error:
+        raise ValueError(f'{path}: params cannot be read; copy them again: {error}') from error
+
+
+def _check_leaves(path: epath.PathLike, saved: Params, like: Params) -> None:
+    """Compares what is saved with what the config asks for, and names every difference."""
+    have, want = checksums.kinds(saved), checksums.kinds(like)
     problems = [f'{name} is missing' for name in sorted(set(want) - set(have))]
     problems += [f'{name} is not part of this model' for name in sorted(set(have) - set(want))]
     problems += [
@@ -186,7 +216,7 @@ def _check_leaves(path, checkpointer, folder: epath.Path, abstract: Params) -> N
     ]
     # a piece is unpacked whole, whatever part of it the array needs
     problems += [
-        f'{_name(p)} is stored in pieces of {x.storage.chunk_shape}'
+        f'{checksums.name(p)} is stored in pieces of {x.storage.chunk_shape}'
         for p, x in jax.tree_util.tree_leaves_with_path(saved)
         if any(piece > size for piece, size in zip(x.storage.chunk_shape, x.shape))
     ]
@@ -194,16 +224,12 @@ def _check_leaves(path, checkpointer, folder: epath.Path, abstract: Params) -> N
         raise ValueError(f'{path}: params do not fit config.json: ' + '; '.join(problems))
 
 
-def _name(path: Any) -> str:
-    return '/'.join(str(entry.key) for entry in path)
-
-
 def digest(config: Config, params: Params) -> str:
     """Returns a hex SHA-256 of the config and of every parameter's bytes."""
     result = hashlib.sha256(json.dumps(config_lib.to_dict(config), sort_keys=True).encode())
     for path, leaf in sorted(
-        jax.tree_util.tree_leaves_with_path(params), key=lambda entry: _name(entry[0])
+        jax.tree_util.tree_leaves_with_path(params), key=lambda entry: checksums.name(entry[0])
     ):
-        result.update(f'{_name(path)} {leaf.shape} {leaf.dtype}'.encode())
+        result.update(f'{checksums.name(path)} {leaf.shape} {leaf.dtype}'.encode())
         result.update(np.ascontiguousarray(processes.whole(leaf)).reshape(-1).view(np.uint8).data)
     return result.hexdigest()

@@ -16,11 +16,11 @@ import numpy as np
 from etils import epath
 
 from lm import array_files, atomic
-from lm.packing import PackedBatches, Packing, Window
+from lm.packing import Document, PackedBatches, Packing, Window
 
 Encode = Callable[[bytes], np.ndarray]
 
-# Training rows are shuffled within windows of about this many tokens (9 bytes of memory
+# Training rows are shuffled within windows of about this many tokens (17 bytes of memory
 # each), so that the rows of a long document do not fill one batch after another.
 _WINDOW_TOKENS = 1 << 21
 # Batches made ahead on a thread.
@@ -51,7 +51,8 @@ def training_batches(
     """Returns shuffled batches for one process, as a dataset of `Batch`.
 
     A batch holds int32 `tokens`, `targets`, `segments`, `positions` and float32 `weights` (1
-    at each real target, 0 at padding), all [B, L]. Documents are shuffled anew in each epoch,
+    at each real target, 0 at padding), all [B, L], and for the host `documents`, the index of
+    the document that each target is from. Documents are shuffled anew in each epoch,
     then rows within windows. The shards of an epoch are disjoint and together hold every
     document. The iterator's `get_state()` can be kept as JSON; an iterator of an equal
     pipeline continues from it exactly.
@@ -151,7 +152,7 @@ def allow_workers() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Encoded:
-    """The random-access source of ids under a pipeline."""
+    """The random-access source of documents of ids under a pipeline."""
 
     documents: Documents
     encode: Encode | None
@@ -160,10 +161,10 @@ class _Encoded:
     def __len__(self) -> int:
         return len(self.documents)
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> Document:
         document = self.documents[index]
         ids = document if self.encode is None else self.encode(document)
-        return checked_ids(index, ids, self.bos)
+        return Document(int(index), checked_ids(index, ids, self.bos))
 
 
 class EncodedDocuments:

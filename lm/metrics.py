@@ -2,8 +2,10 @@
 
 import json
 import time
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,32 +30,45 @@ class Writer:
     """Appends records to `folder/metrics.jsonl` and to TensorBoard files beside it.
 
     Started at `step`, it first drops what an earlier, killed run wrote for later steps, so that
-    the file reads as if nothing had happened.
+    the file reads as if nothing had happened. Of several processes, the first one writes.
     """
 
     def __init__(self, folder: epath.PathLike, step: int):
         from tensorboardX import SummaryWriter  # slow to import
 
-        self._path = epath.Path(folder) / 'metrics.jsonl'
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_jsonl(self._path) if r['step'] <= step]
-        temporary = self._path.with_name(self._path.name + '.tmp')
+        self._file = self._board = None
+        if jax.process_index() > 0:
+            return
+        path = epath.Path(folder) / 'metrics.jsonl'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in read_jsonl(path) if r['step'] <= step]
+        temporary = path.with_name(path.name + '.tmp')
         temporary.write_text(''.join(json.dumps(record) + '\n' for record in kept))
-        temporary.replace(self._path)
-        self._file = self._path.open('a')
+        temporary.replace(path)
+        self._file = path.open('ab')
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Records `values` of one step, in one write: a kill tears the last line at most."""
-        self._file.write(json.dumps({'step': step, **values}) + '\n')
+    def write(self, step: int, values: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """Records one step.
+
+        Args:
+          step: its number.
+          values: what is the same in every run; goes into both files. A line of `metrics.jsonl`
+            is one write: a kill tears the last line at most, and `read_jsonl` drops it.
+          timings: what the machine's speed changes; goes to TensorBoard alone.
+        """
+        if self._file is None or self._board is None:
+            return
+        self._file.write(json.dumps({'step': step, **values}).encode() + b'\n')
         self._file.flush()
-        for name, value in values.items():
+        for name, value in {**values, **timings}.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
-        self._board.close()
+        for file in (self._file, self._board):
+            if file is not None:
+                file.close()
 
 
 class ProgressLine:

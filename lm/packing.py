@@ -7,7 +7,8 @@ bos = 9, L = 4, the documents [1 2 3] and [4 5] become
     tokens     9 1 2 9    4 . . .        segments   1 1 1 2    1 0 0 0
     targets    1 2 3 4    5 . . .        positions  0 1 2 0    0 0 0 0
 
-Segments number the pieces within a row; 0 is padding.
+Segments number the pieces within a row; 0 is padding. `documents` says of each target which
+document of the corpus it is from, and -1 at padding; it stays on the host.
 """
 
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 
+# The entry of a batch that no device gets: int64 [B, L], for people who look for a document.
+DOCUMENTS = 'documents'
 # Target of a padding position inside the packer; batches show 0 there, with weight 0.
 _PADDING = -1
 
@@ -25,6 +28,13 @@ class Shared(NamedTuple):
     """An array of a batch that has no rows: all processes give the same, and none a part of it."""
 
     array: np.ndarray
+
+
+class Document(NamedTuple):
+    """The ids of a document, and its number: its index in the corpus."""
+
+    number: int
+    ids: np.ndarray
 
 
 class Window(NamedTuple):
@@ -45,7 +55,7 @@ class Packing(NamedTuple):
 
 
 class PackedBatches(grain.IterDataset):
-    """Batches of a dataset of id vectors.
+    """Batches of a dataset of `Document`s.
 
     grain's own `ConcatThenSplitIterDataset` is not used: its state tells tuples from lists,
     so it does not survive JSON, in which grain itself saves states.
@@ -74,6 +84,7 @@ class _PackedIterator(grain.DatasetIterator):
 
     def _forget(self) -> None:
         self._document = np.zeros(0, np.int32)  # the document being packed,
+        self._number = -1  # its number,
         self._offset = 0  # how many of its ids are packed,
         self._before: Any = None  # and the parent's state before it was read.
 
@@ -124,20 +135,21 @@ class _PackedIterator(grain.DatasetIterator):
             batches.append(batch)
             read += more
         length = self._packing.length
-        empty = [np.zeros((0, length), dtype) for dtype in (np.int32, np.int32, bool)]
-        tokens, targets, starts = (np.concatenate(parts) for parts in zip(empty, *batches))
+        empty = [np.zeros((0, length), dtype) for dtype in (np.int32, np.int32, bool, np.int64)]
+        tokens, targets, starts, numbers = (np.concatenate(x) for x in zip(empty, *batches))
         order = np.arange(len(tokens))
         if window is not None:
             np.random.default_rng((window.seed, self._point['window'])).shuffle(order)
-        return _Rows(tokens, targets, starts, order)
+        return _Rows(tokens, targets, starts, numbers, order)
 
     def _pack_batch(self) -> tuple[tuple[np.ndarray, ...] | None, int]:
-        """Returns tokens, targets and starts of the next rows, and the documents begun."""
+        """Returns the arrays of the next rows, as in `_Rows`, and how many documents begin."""
         size, length, bos, _ = self._packing
         tokens = np.zeros(size * length, np.int32)
         targets = np.full(size * length, _PADDING, np.int32)
         starts = np.zeros(size * length, bool)
         starts[::length] = True
+        documents = np.full(size * length, -1, np.int64)
         filled = read = 0
         while filled < size * length:
             if self._offset == len(self._document):
@@ -152,15 +164,16 @@ class _PackedIterator(grain.DatasetIterator):
             tokens[filled] = self._document[first - 1] if first else bos
             tokens[filled + 1 : end] = self._document[first : stop - 1]
             starts[filled] = True
+            documents[filled:end] = self._number
             filled = end
         if not filled:
             return None, read
-        return tuple(a.reshape(size, length) for a in (tokens, targets, starts)), read
+        return tuple(a.reshape(size, length) for a in (tokens, targets, starts, documents)), read
 
     def _next_document(self) -> bool:
         self._before = self._parent.get_state()
         try:
-            self._document, self._offset = next(self._parent), 0
+            (self._number, self._document), self._offset = next(self._parent), 0
         except StopIteration:
             self._forget()
             return False
@@ -173,6 +186,7 @@ class _Rows(NamedTuple):
     tokens_RL: np.ndarray
     targets_RL: np.ndarray
     starts_RL: np.ndarray
+    documents_RL: np.ndarray
     order: np.ndarray
 
 
@@ -188,4 +202,5 @@ def _finish(rows: _Rows, order: np.ndarray) -> Batch:
         'segments': np.cumsum(starts_BL, axis=1, dtype=np.int32) * real_BL,
         'positions': (columns_L - begins_BL) * real_BL,
         'weights': real_BL.astype(np.float32),
+        DOCUMENTS: rows.documents_RL[order],
     }

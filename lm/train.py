@@ -1,6 +1,7 @@
 """One jitted training step, and the loop that drives it through kills and resumes."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,15 +14,19 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lm import divergence, preemption
 from lm import mesh as mesh_lib
+from lm import metrics as metrics_lib
 from lm import optimizer as optimizer_lib
 from lm import processes, zigzag
 from lm.checkpoint import Checkpoints
+from lm.divergence import Failure
 from lm.metrics import ProgressLine, Writer
 from lm.optimizer import OptimizerConfig
-from lm.packing import Shared
+from lm.packing import DOCUMENTS, Shared
 
 # (params, batch, key) -> mean loss in nats, and sums over the batch for metrics: at least `nats`
 # and `tokens`. What is `frozen` in a run follows the key.
@@ -40,6 +45,8 @@ class TrainConfig:
       z_loss: weight of the squared log normaliser (PaLM, section 5).
       log_every: steps between metrics.
       checkpoint_every: steps between checkpoints; the last step always has one.
+      explodes_at: the run stops at a loss above this many times its first one (see
+        `lm.divergence`). Ten times the loss of guessing is reached by no run that learns.
       seed: of the initial parameters, of the order of the data and of the loss's randomness.
     """
 
@@ -50,6 +57,7 @@ class TrainConfig:
     z_loss: float = 1e-4
     log_every: int = 20
     checkpoint_every: int = 500
+    explodes_at: float = 10.0
     seed: int = 0
 
     def __post_init__(self):
@@ -58,6 +66,8 @@ class TrainConfig:
                 raise ValueError(f'TrainConfig.{name}: {getattr(self, name)}; expected at least 1')
         if self.length < 2:
             raise ValueError(f'TrainConfig.length: {self.length}; expected at least 2')
+        if not self.explodes_at > 1:
+            raise ValueError(f'TrainConfig.explodes_at: {self.explodes_at}; expected more than 1')
 
 
 @flax.struct.dataclass
@@ -137,38 +147,57 @@ def run(
       frozen: arrays that the loss reads, nothing changes and no checkpoint holds.
 
     Raises:
-      ValueError: the folder's checkpoint is of another model.
-      FloatingPointError: the loss is no longer finite.
+      ValueError: the folder's checkpoints are of another model.
+      OSError: no checkpoint in the folder is whole, or one cannot be written.
+      FloatingPointError: the loss is no longer finite, or explodes; names the step, its documents
+        and the folder with the state before it.
+      Preempted: SIGTERM came; the state after the step under way is saved.
     """
     optimizer = optimizer_lib.make(config.optimizer, config.steps)
     state = init_state(init(jax.random.key(config.seed)), optimizer, mesh)
-    checkpoints = Checkpoints(epath.Path(folder) / 'checkpoints')
-    iterator = iter(batches)
-    start = checkpoints.latest_step() or 0
-    if start:
+    checkpoints, iterator, start = Checkpoints(epath.Path(folder) / 'checkpoints'), iter(batches), 0
+    if checkpoints.steps():
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         del state  # two states at once might not fit
-        state = checkpoints.restore(start, like, iterator)
-    step_fn = _compiled(config, loss, optimizer, state)
-    writer = Writer(folder, start) if processes.is_first() else None
-    try:
-        with ProgressLine(label, config.steps, start) as progress, jax.set_mesh(mesh):
-            log = _Log(config, writer, progress)
+        start, state = checkpoints.restore(like, iterator)
+    step_fn = _compiled(config, loss, optimizer, state, mesh)
+    guard = divergence.start(_first_loss(folder), mesh)
+    with preemption.noticed() as notice, ProgressLine(label, config.steps, start) as progress:
+        writer = Writer(folder, start) if processes.is_first() else None
+        log = _Log(config, writer, progress)
+        try:
             for step in range(start + 1, config.steps + 1):
-                batch = put(next(iterator), mesh)
-                state, metrics = step_fn(state, batch, *frozen)
-                log.add(step, metrics)
-                if step % config.checkpoint_every == 0 or step == config.steps:
+                batch = next(iterator)
+                with jax.set_mesh(mesh):
+                    state, guard, metrics = step_fn(state, guard, put(batch, mesh), *frozen)
+                log.add(step, metrics, batch)
+                stop = notice.agreed() or step == config.steps
+                if stop or step % config.checkpoint_every == 0:
                     log.finish()
                     checkpoints.save(step, state, iterator)
-    finally:
-        if writer is not None:
-            writer.close()
-        checkpoints.close()
+                if stop:
+                    break
+        except _Failed as found:
+            raise FloatingPointError(divergence.keep(found.failure, state, folder)) from None
+        finally:
+            if writer is not None:
+                writer.close()
+            checkpoints.close()
     return state
 
 
-def _compiled(config: TrainConfig, loss: LossFn, optimizer, state: TrainState) -> Callable:
+def _first_loss(folder: epath.PathLike) -> float:
+    """Returns the loss of a run's first step, NaN before there is one; the same on all hosts."""
+    records = metrics_lib.read_jsonl(epath.Path(folder) / 'metrics.jsonl')
+    first = records[0].get('loss', math.nan) if records else math.nan
+    if jax.process_count() > 1:
+        first = multihost_utils.broadcast_one_to_all(np.float32(first))
+    return float(first)
+
+
+def _compiled(
+    config: TrainConfig, loss: LossFn, optimizer, state: TrainState, mesh: Mesh
+) -> Callable:
     """Returns the jitted step, which uses up the state and tells the learning rate, too."""
     rate = optimizer_lib.schedule(config.optimizer, config.steps)
 
@@ -178,7 +207,18 @@ def _compiled(config: TrainConfig, loss: LossFn, optimizer, state: TrainState) -
 
     # the state stays where it is: otherwise some leaves move, and the second step recompiles
     where = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        divergence.guarded(step, config.explodes_at),
+        donate_argnums=0,
+        out_shardings=(where, everywhere, None),
+    )
+
+
+class _Failed(Exception):
+    def __init__(self, failure: Failure):
+        super().__init__(f'step {failure.step}')
+        self.failure = failure
 
 
 class _Log:
@@ -186,33 +226,31 @@ class _Log:
 
     def __init__(self, config: TrainConfig, writer: Writer | None, progress: ProgressLine):
         self._config, self._writer, self._progress = config, writer, progress
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
         self._since, self._tokens = time.monotonic(), 0.0
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: dict[str, jax.Array], batch: dict[str, Any]) -> None:
+        """Takes a step's metrics, and raises `_Failed` if the step before it failed."""
         self.finish()
-        self._pending = (step, metrics)
+        self._pending = (step, metrics, batch)
 
     def finish(self) -> None:
+        """Waits for the last step taken, and raises `_Failed` if it failed."""
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, batch), self._pending = self._pending, None
         values = {name: float(value) for name, value in metrics.items()}
-        if not np.isfinite(values['loss'] + values['gradient_norm']):
-            raise FloatingPointError(
-                f'step {step}: the loss is {values["loss"]} and the norm of its gradient '
-                f'{values["gradient_norm"]}; lower the learning rate, or start '
-                'again from an earlier checkpoint'
-            )
+        if values.pop('failed'):
+            raise _Failed(Failure(step, values, batch))
         tokens = values.pop('tokens')
         self._tokens += tokens
         values['nats_per_token'] = values.pop('nats') / max(tokens, 1.0)
         self._progress.update(step, f'loss {values["loss"]:.3f}')
         if step % self._config.log_every == 0 or step in (1, self._config.steps):
             now = time.monotonic()
-            values['tokens_per_second'] = self._tokens / max(now - self._since, 1e-9)
             if self._writer is not None:
-                self._writer.write(step, values)
+                speed = self._tokens / max(now - self._since, 1e-9)
+                self._writer.write(step, values, {'tokens_per_second': speed})
             self._since, self._tokens = now, 0.0
 
 
@@ -220,7 +258,8 @@ def put(batch: Mapping[str, np.ndarray | Shared], mesh: Mesh) -> dict[str, jax.A
     """Returns a host batch as arrays split over the mesh; each process gives its own rows.
 
     Rows are divided over `data`. Where there are devices along `sequence`, each row is in zigzag
-    order (`lm.zigzag`) and divided over them. What is `Shared` is whole on each device.
+    order (`lm.zigzag`) and divided over them. What is `Shared` is whole on each device; `documents`
+    is for the host, and left out.
 
     Raises:
       ValueError: the rows do not divide into two chunks per device of `sequence`.
@@ -237,6 +276,7 @@ def put(batch: Mapping[str, np.ndarray | Shared], mesh: Mesh) -> dict[str, jax.A
     return {
         name: place(whole, x.array) if isinstance(x, Shared) else rows(x)
         for name, x in batch.items()
+        if name != DOCUMENTS
     }
 
 

@@ -1,12 +1,15 @@
 """Training learns, and a run that is killed continues as if it had not been."""
 
 import functools
+import json
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
-from lm import data, losses, mesh, metrics, params, presets, train
+from lm import data, divergence, losses, mesh, metrics, params, presets, restore, train
 from lm.optimizer import OptimizerConfig
 
 CONFIG = presets.tiny(257)
@@ -27,13 +30,14 @@ def loss(weights, batch, key):
     return losses.next_token_loss(weights, CONFIG, batch)
 
 
-def run(folder, dataset, steps=12, name='adamw'):
+def run(folder, dataset, steps=12, name='adamw', objective=loss, frozen=()):
     config = train.TrainConfig(
         steps=steps, batch_size=4, length=16, log_every=2, checkpoint_every=5,
         optimizer=OptimizerConfig(name, warmup_steps=2, learning_rate=1e-2),
     )  # fmt: skip
     init = functools.partial(params.init, CONFIG)
-    return train.run(config, init, loss, dataset, folder, mesh.make(devices=jax.devices()[:1]))
+    one = mesh.make(devices=jax.devices()[:1])
+    return train.run(config, init, objective, dataset, folder, one, frozen=frozen)
 
 
 def kill_after(monkeypatch, batches_read):
@@ -47,10 +51,6 @@ def kill_after(monkeypatch, batches_read):
         return put(batch, mesh)
 
     monkeypatch.setattr(train, 'put', dying)
-
-
-def without_speed(records):
-    return [{k: v for k, v in r.items() if k != 'tokens_per_second'} for r in records]
 
 
 @pytest.fixture(scope='module')
@@ -71,8 +71,8 @@ def test_a_killed_run_ends_where_the_undisturbed_one_does(undisturbed, tmp_path,
         run(tmp_path, batches())
     state = run(tmp_path, batches())
     jax.tree.map(np.testing.assert_array_equal, state, undisturbed[1])
-    expected = without_speed(metrics.read_jsonl(undisturbed[0] / 'metrics.jsonl'))
-    assert without_speed(metrics.read_jsonl(tmp_path / 'metrics.jsonl')) == expected
+    expected = (undisturbed[0] / 'metrics.jsonl').read_bytes()
+    assert (tmp_path / 'metrics.jsonl').read_bytes() == expected
 
 
 def test_a_finished_run_is_not_run_again(undisturbed, monkeypatch):
@@ -106,13 +106,41 @@ def test_evaluation_sums_each_target_once(undisturbed):
     assert sums['tokens'] == sum(map(len, DOCUMENTS))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    def broken(weights, batch, key):
-        value, sums = loss(weights, batch, key)
-        return value * np.nan, sums
+def stopped_at(folder, step, factor):
+    """Runs until the loss of `step` is spoiled; returns the error's line and what was kept."""
 
-    with pytest.raises(FloatingPointError, match='step 1'):
-        train.run(
-            train.TrainConfig(steps=3), functools.partial(params.init, CONFIG), broken, batches(),
-            tmp_path, mesh.make(devices=jax.devices()[:1]),
-        )  # fmt: skip
+    def spoiled(weights, batch, key, key_data, factor):
+        # the loss knows its step only by its key
+        value, sums = loss(weights, batch, key)
+        here = (jax.random.key_data(key) == key_data).all()
+        return jax.lax.cond(here, lambda x: x * factor, lambda x: x, value), sums
+
+    key_data = jax.random.key_data(jax.random.fold_in(jax.random.key(0), step - 1))
+    with pytest.raises(FloatingPointError) as error:
+        run(folder, batches(), objective=spoiled, frozen=(key_data, np.float32(factor)))
+    return str(error.value), folder / 'stopped' / f'step_{step}'
+
+
+@pytest.mark.parametrize('factor', [np.nan, np.inf, 100.0])
+def test_a_loss_that_is_lost_stops_the_run_and_leaves_the_state_before(
+    undisturbed, tmp_path, factor
+):
+    error, kept = stopped_at(tmp_path, 11, factor)
+    eleventh = [batch for _, batch in zip(range(11), batches())][-1]
+    documents = np.unique(eleventh['documents'][eleventh['weights'] > 0]).tolist()
+    assert error.startswith('step 11: ') and str(kept) in error
+    assert f'(documents {", ".join(map(str, documents))})' in error
+    why = json.loads((kept / 'why_process_0.json').read_text())
+    assert (why['step'], why['documents']) == (11, documents)
+    for name, array in np.load(kept / 'batch_process_0.npz').items():
+        np.testing.assert_array_equal(array, eleventh[name])
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, undisturbed[1])
+    before = epath.Path(undisturbed[0]) / 'checkpoints' / '10' / 'state'
+    state, expected = (restore.leaves(epath.Path(x), like) for x in (kept / 'state', before))
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_a_batch_of_unknown_documents_stops_the_run_too():
+    values = {'loss': float('nan'), 'gradient_norm': 1.0}
+    failure = divergence.Failure(3, values, {'tokens': np.zeros((2, 4), np.int32)})
+    assert 'does not tell the documents' in divergence.describe(failure, 'somewhere')

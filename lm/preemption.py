@@ -1,0 +1,147 @@
+"""SIGTERM: a machine that is about to be taken away asks its programs to end.
+
+A command runs inside `ends_cleanly`, where the signal raises `Preempted` at the next bytecode: all
+its parts appear on disk whole or not at all, so it may end anywhere. Training runs inside
+`noticed`, where the signal is noted, and acted on between two steps, after a save.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+# Seconds from the signal to a hard end where the interpreter does not answer, in a compilation,
+# say. Machines leave 30 between SIGTERM and SIGKILL.
+PATIENCE = 15.0
+
+
+class Preempted(SystemExit):
+    """SIGTERM came and everything worth keeping is on disk. Ends the process with code 0."""
+
+    def __init__(self, message: str = 'stopped by SIGTERM'):
+        super().__init__(0)
+        self._message = message
+
+    def __str__(self) -> str:
+        return f'{self._message}; run the same command again to resume'
+
+
+class Notice:
+    """Whether SIGTERM came, and to which process."""
+
+    def __init__(self):
+        self.given = False
+        self._asked = None
+
+    def agreed(self) -> bool:
+        """Returns whether to stop after this step; all processes call it once per step.
+
+        One process decides by itself. Several must stop after the same step: each tells the
+        others in a collective that nothing waits for, and acts on what it learns a step later.
+        """
+        import jax  # commands that train nothing do not need it
+
+        if jax.process_count() == 1:
+            return self.given
+        before, self._asked = self._asked, _any(self.given)
+        stop = before is not None and bool(before)
+        self.given |= stop
+        return stop
+
+
+def _any(flag: bool):
+    """Returns, on all devices and without waiting, whether the flag of any process is set."""
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    everything = jax.make_mesh(
+        (jax.device_count(),), ('all',), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+    split, whole = (NamedSharding(everything, PartitionSpec(axes)) for axes in ('all', None))
+    flags = np.full(jax.local_device_count(), flag)
+    mine = jax.make_array_from_process_local_data(split, flags)
+    return jax.jit(jax.numpy.any, out_shardings=whole)(mine)
+
+
+@contextlib.contextmanager
+def noticed() -> Iterator[Notice]:
+    """Notes SIGTERM inside the block, instead of acting on it; raises `Preempted` at its end."""
+    notice = Notice()
+
+    def note(number, frame):
+        notice.given = True
+
+    with _handler(note), _waking(-1):
+        yield notice
+    if notice.given:
+        raise Preempted
+
+
+@contextlib.contextmanager
+def ends_cleanly(patience: float = PATIENCE) -> Iterator[None]:
+    """Raises `Preempted` from inside the block when SIGTERM comes.
+
+    Where the interpreter has not left the block `patience` seconds later, the process ends with
+    code 0 and no more ado.
+    """
+
+    def stop(number, frame):
+        raise Preempted
+
+    if not _may_handle():
+        yield
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    left = threading.Event()
+    watch = threading.Thread(target=_watch, args=(read, left, patience), daemon=True)
+    watch.start()
+    try:
+        with _handler(stop), _waking(write):
+            yield
+    finally:
+        left.set()
+        os.write(write, b'\0')  # wakes the watch
+        watch.join()
+        os.close(write)
+        os.close(read)
+
+
+def _watch(read: int, left: threading.Event, patience: float) -> None:
+    """Ends the process `patience` seconds after SIGTERM, unless the block is left by then."""
+    while not left.is_set():
+        if signal.SIGTERM in os.read(read, 64) and not left.wait(patience):
+            print(Preempted(), file=sys.stderr, flush=True)
+            os._exit(0)
+
+
+@contextlib.contextmanager
+def _handler(handler) -> Iterator[None]:
+    if not _may_handle():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+@contextlib.contextmanager
+def _waking(descriptor: int) -> Iterator[None]:
+    """Writes the number of each signal to a descriptor, even while no bytecode runs."""
+    if not _may_handle():
+        yield
+        return
+    before = signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+
+
+def _may_handle() -> bool:
+    return threading.current_thread() is threading.main_thread()
