@@ -17,11 +17,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lm import divergence, preemption
+from lm import divergence, preemption, processes, zigzag
 from lm import mesh as mesh_lib
 from lm import metrics as metrics_lib
 from lm import optimizer as optimizer_lib
-from lm import processes, zigzag
 from lm.checkpoint import Checkpoints
 from lm.divergence import Failure
 from lm.metrics import ProgressLine, Writer

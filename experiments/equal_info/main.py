@@ -1,6 +1,5 @@
 """Trains one M2 per representation of the same text and compares bits per byte."""
 
-import functools
 import time
 from collections.abc import Sequence
 
