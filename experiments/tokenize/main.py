@@ -22,7 +22,7 @@ from experiments.tokenize import beam, plan
 from experiments.tokenize.config import Config
 from experiments.tokenize.plan import Task
 from lm.metrics import ProgressLine
-from lm.shards import Index, Shard
+from lm.shard_index import Index, Shard
 from tokenization.byte import ByteTokenizer
 from tokenization.tokenizer import Tokenizer
 
