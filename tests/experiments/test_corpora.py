@@ -161,8 +161,11 @@ TFDS = """
 
     import numpy as np
     import tensorflow_datasets as tfds
+    from etils import epath
 
     from experiments import corpora
+    from experiments.tokenize import plan
+    from tokenization.byte import ByteTokenizer
 
     class TinyText(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version('1.0.0')
@@ -203,6 +206,15 @@ TFDS = """
     assert corpus.train.starts(2) == [0, 19, 38]
     assert 38 * 14 < corpus.train.size < 38 * 200, corpus.train.size
     assert corpus.train.identity() != corpus.valid.identity()
+
+    out = epath.Path(sys.argv[1]) / 'shards'
+    planned = plan.make(corpus, ByteTokenizer(), 1 << 17, out)
+    plan.begin(planned, ByteTokenizer(), 1 << 17)
+    for task in planned.tasks:
+        plan.write(pickle.loads(pickle.dumps(task)))
+    assert not plan.finish(planned)[1]
+    again = corpora.open_corpus(str(out))
+    assert [list(split) for split in again[1:]] == [list(split) for split in corpus[1:]]
 
     corpus = corpora.tfds_source('tiny_titles:1.0.0', data_dir=sys.argv[1])
     assert [len(split) for split in corpus[1:]] == [36, 2, 2]
