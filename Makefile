@@ -2,6 +2,7 @@
 # make demo    trains and compares the tokenizers on the bundled corpus, about ten minutes
 # make test    the tests; make test-slow the long ones
 # make test-tpu  kernels and steps through the TPU compiler; needs no TPU
+# make test-beam   the shards of `tokenize` through Apache Beam, in .venv-beam
 # make lint    format, lint, types and contracts; make format repairs what can be repaired
 #
 # Settings, on the command line or in the environment:
@@ -28,7 +29,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: setup demo test test-slow test-tpu lint format torch gpu tpu clean
+.PHONY: setup demo test test-slow test-tpu test-beam beam lint format torch gpu tpu clean
 
 setup: $(VENV)/.package $(VENV)/.test
 
@@ -63,6 +64,23 @@ $(VENV)/.tpu: $(VENV)/.test
 test-tpu: $(VENV)/.tpu
 	$(BIN)/python -m pytest -m tpu
 
+# Apache Beam refuses the versions of four packages that everything else is tested with, so that it
+# has an environment of its own, with the versions of those that it takes.
+BEAM := .venv-beam
+REFUSED := pillow|protobuf|pyarrow|python-dateutil
+
+$(BEAM)/.beam: pyproject.toml constraints.txt
+	@echo 'Installing into $(BEAM), a minute or two'
+	$(PYTHON) -m venv $(BEAM)
+	grep -vE '^($(REFUSED))==' constraints.txt > $(BEAM)/constraints.txt
+	$(BEAM)/bin/python -m pip install --quiet --constraint $(BEAM)/constraints.txt --editable '.[beam,test]'
+	@touch $@
+
+beam: $(BEAM)/.beam
+
+test-beam: $(BEAM)/.beam
+	$(BEAM)/bin/python -m pytest tests/experiments/test_tokenize.py -k beam
+
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -86,4 +104,4 @@ tpu: $(VENV)/.package
 	$(INSTALL) --editable '.[tpu]'
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(BEAM) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -4,19 +4,19 @@ A corpus is three random-access sequences of documents, each document a byte str
 here decodes text: NUL bytes and bytes that are not UTF-8 pass through as they are.
 """
 
-import dataclasses
 import glob
 import hashlib
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
 from experiments import shard_text
-from experiments.file_documents import FileDocuments, Span, contiguous, line_after, size_of
+from experiments.file_documents import FileDocuments, Span, line_after, size_of
+from experiments.tfds_documents import TfdsDocuments
 
 # Shares of the test and the valid split; the rest is for training.
 _TEST, _VALID = 0.05, 0.05
@@ -34,64 +34,6 @@ class Corpus(NamedTuple):
     train: Sequence[bytes]
     valid: Sequence[bytes]
     test: Sequence[bytes]
-
-
-@dataclasses.dataclass
-class TfdsDocuments(Sequence[bytes]):
-    """One text feature of a prepared TFDS dataset; reopens its files after unpickling.
-
-    Attributes:
-      builder_dir, split: where the dataset lies, and which part of it.
-      feature: the text among its features.
-      first, last: the documents that are meant; None is the end.
-    """
-
-    builder_dir: str
-    split: str
-    feature: str
-    first: int = 0
-    last: int | None = None
-    _source: Any = dataclasses.field(default=None, repr=False, compare=False)
-
-    def _builder(self) -> Any:
-        import tensorflow_datasets as tfds  # takes seconds to import
-
-        return tfds.builder_from_directory(self.builder_dir)
-
-    def _open(self) -> Any:
-        if self._source is None:
-            self._source = self._builder().as_data_source(split=self.split)
-        return self._source
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_source': None}
-
-    def __len__(self) -> int:
-        return (len(self._open()) if self.last is None else self.last) - self.first
-
-    def __getitem__(self, index: Any) -> Any:
-        """Returns the bytes of one document, or `TfdsDocuments` for a slice of step 1."""
-        if isinstance(index, slice):
-            start, stop = contiguous(index, len(self))
-            return dataclasses.replace(self, first=self.first + start, last=self.first + stop)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f'document {index} of {len(self)}')
-        return self._open()[self.first + index % len(self)][self.feature]
-
-    @property
-    def size(self) -> int:
-        """Bytes of all documents, about: as many as the dataset's own records say."""
-        split = self._builder().info.splits[self.split.partition('[')[0]]
-        return split.num_bytes * len(self) // max(split.num_examples, 1)
-
-    def starts(self, parts: int) -> list[int]:
-        """Returns where each of `parts` stretches of as many documents starts, and the end."""
-        return [i * len(self) // parts for i in range(parts + 1)]
-
-    def identity(self) -> bytes:
-        """Returns what tells these documents from others without reading them."""
-        name = f'{self._builder().info.full_name}/{self.split}/{self.feature}'
-        return f'{name} {len(self)}'.encode()
 
 
 def open_corpus(data: str | None = None, tfds: str | None = None) -> Corpus:

@@ -3,22 +3,21 @@
 import dataclasses
 import functools
 import hashlib
-import pathlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 import tokenization
 from experiments.file_documents import contiguous
-from lm import shards
+from lm import shard_index
 from lm.shards import ShardedDocuments
 from tokenization.tokenizer import Tokenizer
 
 SPLITS = ('train', 'valid', 'test')
 TOKENIZER = 'tokenizer'  # the folder beside the shards, and its digest's name in the index
-_FOLDERS = frozenset({shards.INDEX, 'plan.json'})
+PLAN = 'plan.json'  # what `tokenize` writes first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,7 @@ class ShardText(Sequence[bytes]):
     def made_by(self, tokenizer: Tokenizer) -> bool:
         """Returns whether these are all of the split's ids, and this tokenizer made them."""
         whole = self.first == 0 and self.last is None
-        return whole and shards.read_index(self.folder).origin[TOKENIZER] == digest(tokenizer)
+        return whole and shard_index.read_index(self.folder).origin[TOKENIZER] == digest(tokenizer)
 
     def __len__(self) -> int:
         return (len(self.ids) if self.last is None else self.last) - self.first
@@ -76,32 +75,56 @@ class ShardText(Sequence[bytes]):
 
     def identity(self) -> bytes:
         """Returns what tells these documents from others without reading them."""
-        found = shards.read_index(self.folder).splits[self.split]
+        found = shard_index.read_index(self.folder).splits[self.split]
         return ' '.join(shard.sha256 for shard in found).encode()
 
 
 def is_shards(folder: epath.PathLike) -> bool:
     """Returns whether `tokenize` made this folder, or began to."""
     path = epath.Path(folder)
-    return any((path / name).exists() for name in _FOLDERS)
+    return any((path / name).exists() for name in (PLAN, shard_index.INDEX))
 
 
 def open_splits(folder: epath.PathLike) -> tuple[ShardText, ...]:
-    """Returns the splits of a folder of shards; raises as `ShardedDocuments` and `load` do."""
+    """Returns the splits of a folder of shards; every file is there, and the tokenizer is whole.
+
+    Raises:
+      FileNotFoundError, ValueError: as `ShardedDocuments`, `tokenization.load` and
+        `check_tokenizer` do.
+    """
     splits = tuple(ShardText(str(folder), name) for name in SPLITS)
     for split in splits:
-        split.ids  # noqa: B018 (a missing file is an error now)
-    splits[0].tokenizer  # noqa: B018
+        split.ids  # noqa: B018 (reads the index)
+    check_tokenizer(folder, shard_index.read_index(folder).origin.get(TOKENIZER))
+    splits[0].tokenizer  # noqa: B018 (reads it)
     return splits
+
+
+def check_tokenizer(folder: epath.PathLike, expected: str | None) -> None:
+    """Raises ValueError unless the tokenizer beside the shards has the expected digest."""
+    path = epath.Path(folder) / TOKENIZER
+    if _digest_of_files(path) != expected:
+        raise ValueError(f'{path}: not the tokenizer that made these shards; copy it again')
 
 
 def digest(tokenizer: Tokenizer) -> str:
     """Returns a hex SHA-256 of everything that a tokenizer saves."""
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(pathlib.Path(folder) / TOKENIZER)
-        files = [path for path in pathlib.Path(folder).rglob('*') if path.is_file()]
-        seen = hashlib.sha256()
-        for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix()):
-            seen.update(path.relative_to(folder).as_posix().encode() + b'\0')
-            seen.update(hashlib.sha256(path.read_bytes()).digest())
+        tokenizer.save(epath.Path(folder) / TOKENIZER)
+        return _digest_of_files(epath.Path(folder) / TOKENIZER)
+
+
+def _digest_of_files(folder: epath.Path) -> str:
+    names = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    seen = hashlib.sha256()
+    for name in sorted(names):
+        seen.update(name.encode() + b'\0' + hashlib.sha256(names[name].read_bytes()).digest())
     return seen.hexdigest()
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path

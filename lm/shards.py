@@ -10,63 +10,24 @@ grouped nor compressed, so that a file follows from its ids alone, and one read 
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 from etils import epath
 
-from lm import atomic
+from lm import atomic, shard_index
 from lm.data import checked_ids, id_dtype
+from lm.shard_index import Shard
 
-FORMAT = 1
-INDEX = 'index.json'
 _WRITE = 'group_size:1,uncompressed'
 _READ = 'readahead_buffer_size:0,max_parallelism:0'
 _READ_BUFFER = 1 << 15
 # Files of a split that a process keeps open; systems often allow 1024 in all.
 _OPEN_FILES = 256
-
-
-class Shard(NamedTuple):
-    """What one file holds.
-
-    Attributes:
-      documents: records.
-      tokens: ids of all documents.
-      bytes: of the text that they stand for.
-      file_bytes: size of the file.
-      sha256: of the file, in hex.
-    """
-
-    documents: int
-    tokens: int
-    bytes: int
-    file_bytes: int
-    sha256: str
-
-
-class Index(NamedTuple):
-    """What a folder of shards holds.
-
-    Attributes:
-      vocab_size: all ids are smaller.
-      origin: digests of what the shards were made from, by name.
-      splits: the shards of each split, in their order.
-    """
-
-    vocab_size: int
-    origin: dict[str, str]
-    splits: dict[str, tuple[Shard, ...]]
-
-
-def file_name(split: str, index: int, count: int) -> str:
-    """Returns the name of shard number `index` of `count`."""
-    return f'{split}-{index:05d}-of-{count:05d}.array_record'
 
 
 def write_shard(
@@ -103,69 +64,6 @@ def _named(path: epath.PathLike) -> Iterator[None]:
         raise OSError(f'{path}: {atomic.cannot_write(error)}') from error
 
 
-def write_json(path: epath.PathLike, value: Mapping[str, Any]) -> None:
-    """Writes JSON with sorted keys into a file that appears when it is whole."""
-    with atomic.new_file(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, sort_keys=True) + '\n')
-
-
-def write_index(folder: epath.PathLike, index: Index) -> None:
-    """Writes `index.json`, which makes a folder with all its shards one that can be read."""
-    splits = {name: [shard._asdict() for shard in found] for name, found in index.splits.items()}
-    described = {'format': FORMAT, 'dtype': id_dtype(index.vocab_size).name, **index._asdict()}
-    write_json(epath.Path(folder) / INDEX, {**described, 'splits': splits})
-
-
-def read_index(folder: epath.PathLike) -> Index:
-    """Returns what a folder of shards holds.
-
-    Raises:
-      FileNotFoundError: `folder` holds no shards, or not yet all of them.
-      ValueError: the index is damaged, or of a format that this version does not know.
-    """
-    file = epath.Path(folder) / INDEX
-    if not file.exists():
-        raise FileNotFoundError(
-            f'{folder}: no shards here ({INDEX} is missing; it is written when all of them are)'
-        )
-    try:
-        described = json.loads(file.read_bytes())
-        version = described['format']
-        if version != FORMAT:
-            raise ValueError(f'format {version!r}; this version reads format {FORMAT}')
-        vocab_size, origin = described['vocab_size'], described['origin']
-        splits = {
-            str(name): tuple(shard_from(fields) for fields in found)
-            for name, found in described['splits'].items()
-        }
-        if not (type(vocab_size) is int and 1 <= vocab_size < 2**31):
-            raise ValueError(f'vocab_size {vocab_size!r}; expected 1 to 2**31 - 1')
-        if described['dtype'] != id_dtype(vocab_size).name:
-            raise ValueError(f'dtype {described["dtype"]!r} for {vocab_size} ids')
-        if not all(isinstance(value, str) for value in dict(origin).values()):
-            raise ValueError('origin: expected names and digests')
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = f'{error} is missing' if isinstance(error, KeyError) else error
-        raise ValueError(f'{file}: damaged, or not an index of shards: {reason}') from None
-    return Index(vocab_size, dict(origin), splits)
-
-
-def shard_from(fields: Mapping[str, Any]) -> Shard:
-    """Returns a shard from its JSON; raises ValueError, KeyError or TypeError for other than that.
-
-    No count can be larger than the file that it counts.
-    """
-    shard = Shard(**{name: fields[name] for name in Shard._fields})
-    counts = shard[:4]
-    if not all(type(n) is int and 0 <= n < 2**53 for n in counts) or type(shard.sha256) is not str:
-        raise ValueError(f'expected whole numbers and a digest, got {tuple(shard)!r:.200}')
-    if max(shard.documents, shard.tokens) > shard.file_bytes:
-        raise ValueError(
-            f'{shard.documents} documents, {shard.tokens} ids in {shard.file_bytes} bytes'
-        )
-    return shard
-
-
 class ShardedDocuments:
     """Documents of one split: vectors of ids, opened on first use in each process."""
 
@@ -178,13 +76,13 @@ class ShardedDocuments:
         """
         if '://' in os.fspath(folder):
             raise ValueError(f'{folder}: shards are read from a local folder: copy or mount it')
-        index = read_index(folder)
+        index = shard_index.read_index(folder)
         if split not in index.splits:
             raise FileNotFoundError(f'{folder}: no split {split!r}, only {sorted(index.splits)}')
-        self._folder, self._shards = pathlib.Path(folder), index.splits[split]
+        self._shards, self._dtype = index.splits[split], id_dtype(index.vocab_size)
         count = len(self._shards)
-        self._files = [self._folder / file_name(split, i, count) for i in range(count)]
-        self._dtype, self._name = id_dtype(index.vocab_size), f'{self._folder}, {split}'
+        names = [shard_index.file_name(split, i, count) for i in range(count)]
+        self._files = [pathlib.Path(folder) / name for name in names]
         self._ends = np.cumsum([shard.documents for shard in self._shards], dtype=np.int64)
         for file, shard in zip(self._files, self._shards):
             _check_file(file, shard)
@@ -229,7 +127,7 @@ class ShardedDocuments:
         )
         count = self._shards[shard].documents
         if not reader.ok() or reader.num_records() != count:
-            raise ValueError(f'{reader.num_records()} documents, {INDEX} says {count}')
+            raise ValueError(f'{reader.num_records()} documents, {shard_index.INDEX} says {count}')
         return reader
 
     def __getstate__(self) -> dict[str, Any]:
@@ -244,7 +142,7 @@ def _check_file(file: pathlib.Path, shard: Shard) -> None:
             f'{file}: this shard is missing; copy it again, or run tokenize again'
         ) from None
     if size != shard.file_bytes:
-        raise _damaged(file, f'{size} bytes, {INDEX} says {shard.file_bytes}')
+        raise _damaged(file, f'{size} bytes, {shard_index.INDEX} says {shard.file_bytes}')
 
 
 def _damaged(file: pathlib.Path, reason: str) -> ValueError:

@@ -22,7 +22,7 @@ from experiments.tokenize import beam, plan
 from experiments.tokenize.config import Config
 from experiments.tokenize.plan import Task
 from lm.metrics import ProgressLine
-from lm.shards import Index, Shard
+from lm.shard_index import Index, Shard
 from tokenization.byte import ByteTokenizer
 from tokenization.tokenizer import Tokenizer
 
@@ -68,9 +68,9 @@ def open_tokenizer(name: str) -> Tokenizer:
 def peak_megabytes() -> float:
     """Returns the most memory that this process has held so far."""
     status = pathlib.Path('/proc/self/status')
-    if status.exists():  # the figure below counts what the process was forked from, too
-        lines = dict(line.split(':', 1) for line in status.read_text().splitlines())
-        return int(lines['VmHWM'].split()[0]) * 1024 / 1e6
+    for line in status.read_text().splitlines() if status.exists() else []:
+        if line.startswith('VmHWM:'):  # the figure below counts what it was forked from, too
+            return int(line.split()[1]) * 1024 / 1e6
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 

@@ -3,7 +3,7 @@
 OUT/plan.json     what the shards are made from; another text or tokenizer is refused
 OUT/tokenizer/    a copy of the tokenizer
 OUT/parts/*.json  what a finished shard holds, written after the shard
-OUT/index.json    all of them, written when none is missing (`lm.shards`)
+OUT/index.json    all of them, written when none is missing (`lm.shard_index`)
 """
 
 import dataclasses
@@ -22,12 +22,11 @@ from etils import epath
 import tokenization
 from experiments import shard_text
 from experiments.corpora import Corpus
-from lm import shards
+from lm import shard_index, shards
 from lm.data import id_dtype
-from lm.shards import Index, Shard
+from lm.shard_index import Index, Shard
 from tokenization.tokenizer import Tokenizer
 
-PLAN = 'plan.json'
 _SAMPLE = 64  # documents of a split that are looked at before the work
 _AT_ONCE, _BYTES_AT_ONCE = 128, 1 << 22  # documents encoded together, and bytes of their text
 
@@ -41,9 +40,13 @@ class Text(Protocol):
 
     def __getitem__(self, index: Any, /) -> Any: ...
 
-    def starts(self, parts: int) -> list[int]: ...
+    def starts(self, parts: int) -> list[int]:
+        """Returns where each of `parts` stretches of about equal size starts, and the end."""
+        ...
 
-    def identity(self) -> bytes: ...
+    def identity(self) -> bytes:
+        """Returns what tells these documents from others without reading them."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Task:
     @property
     def path(self) -> epath.Path:
         """The shard."""
-        return epath.Path(self.out) / shards.file_name(self.split, self.index, self.count)
+        return epath.Path(self.out) / shard_index.file_name(self.split, self.index, self.count)
 
     @property
     def part(self) -> epath.Path:
@@ -129,10 +132,10 @@ def begin(plan: Plan, tokenizer: Tokenizer, shard_bytes: int) -> None:
 
     Raises:
       FileExistsError: the folder holds something else.
-      ValueError: it holds shards of another text, tokenizer or size.
+      ValueError: it holds shards of another text, tokenizer or size, or is damaged.
     """
-    file = plan.out / PLAN
-    described = {'format': shards.FORMAT, 'shard_bytes': shard_bytes, **plan.origin}
+    file = plan.out / shard_text.PLAN
+    described = {'format': shard_index.FORMAT, 'shard_bytes': shard_bytes, **plan.origin}
     if file.exists():
         try:
             before = dict(json.loads(file.read_bytes()))
@@ -148,7 +151,8 @@ def begin(plan: Plan, tokenizer: Tokenizer, shard_bytes: int) -> None:
         raise FileExistsError(f'{plan.out}: exists and holds no shards; give another --out')
     (plan.out / 'parts').mkdir(parents=True, exist_ok=True)
     _save_once(tokenizer, plan.out / shard_text.TOKENIZER)
-    shards.write_json(file, described)
+    shard_text.check_tokenizer(plan.out, plan.origin[shard_text.TOKENIZER])
+    shard_index.write_json(file, described)
 
 
 def _only_begun(out: epath.Path) -> bool:
@@ -176,7 +180,7 @@ def _save_once(tokenizer: Tokenizer, folder: epath.Path) -> None:
 def part_of(task: Task) -> Shard | None:
     """Returns what a shard holds, or None if it is still to be written."""
     try:
-        shard = shards.shard_from(json.loads(task.part.read_bytes()))
+        shard = shard_index.shard_from(json.loads(task.part.read_bytes()))
         return shard if task.path.stat().length == shard.file_bytes else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -190,7 +194,7 @@ def write(task: Task) -> Shard:
     """
     tokenizer = tokenization.load(epath.Path(task.out) / shard_text.TOKENIZER)
     shard = shards.write_shard(task.path, _encoded(tokenizer, task), tokenizer.vocab_size)
-    shards.write_json(task.part, shard._asdict())
+    shard_index.write_json(task.part, shard._asdict())
     return shard
 
 
@@ -228,7 +232,7 @@ def finish(plan: Plan) -> tuple[Index, list[Task]]:
             splits[task.split] += (part,)
     index = Index(plan.vocab_size, plan.origin, splits)
     if not missing:
-        shards.write_index(plan.out, index)
+        shard_index.write_index(plan.out, index)
         for partial in [*plan.out.glob('.*.tmp'), *plan.out.glob('parts/.*.tmp')]:
             partial.rmtree() if partial.is_dir() else partial.unlink(missing_ok=True)  # of a kill
     return index, missing

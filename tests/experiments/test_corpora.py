@@ -1,7 +1,9 @@
 """Corpora lose no byte of their files, and split the same way on every machine."""
 
+import itertools
 import os
 import pickle
+import random
 import subprocess
 import sys
 import textwrap
@@ -78,8 +80,46 @@ def test_one_big_file_is_divided_by_position(tmp_path, line):
     assert shares == pytest.approx([0.9, 0.05, 0.05], abs=0.02)
     if line.endswith(b'\n'):
         assert all(document.endswith(b'\n') for document in contents(corpus))
-    assert corpus.train[:2][1] == corpus.train[1]
+    everything, count = list(corpus.train), len(corpus.train)
+    for start, stop in ((0, count), (1, 3), (2, 2), (3, count + 9), (-2, None)):
+        part = corpus.train[start:stop]
+        assert list(part) == everything[start:stop]
+        assert list(part[1:2]) == everything[start:stop][1:2]
     assert pickle.loads(pickle.dumps(corpus)) == corpus
+
+
+@pytest.mark.parametrize('size', [1, 7, 8, 9, 15, 16, 17, 31, 32, 100])
+def test_documents_join_to_their_file_wherever_lines_end(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(file_documents, 'MAX_DOCUMENT', 12)
+    monkeypatch.setattr(file_documents, '_LOOK_BACK', 4)
+    monkeypatch.setattr(file_documents, '_STEP', 8)
+    for seed in range(20):
+        text = bytes(random.Random(seed).choices(b'a\n', (3, 1), k=size))
+        (tmp_path / 'a').write_bytes(text)
+        span = file_documents.Span(str(tmp_path / 'a'), 0, size)
+        documents = list(file_documents.FileDocuments((span,)))
+        assert b''.join(documents) == text
+        assert all(0 < len(document) <= 12 for document in documents)
+        for before, after in itertools.pairwise(documents):
+            # at a line break, or where there is none within reach
+            assert before.endswith(b'\n') or b'\n' not in before[-4:], (before, after)
+
+
+def test_parts_of_a_corpus_have_about_as_many_bytes(tmp_path):
+    sizes = [1, 700_000, 30, 30, 64, 200_000, 5]
+    spans = []
+    for i, size in enumerate(sizes):
+        (tmp_path / str(i)).write_bytes(b'x' * size)
+        spans.append(file_documents.Span(str(tmp_path / str(i)), 0, size))
+    documents = file_documents.FileDocuments(tuple(spans))
+    assert documents.size == sum(sizes)
+    starts = documents.starts(5)
+    assert starts[0] == 0 and starts[-1] == len(documents)
+    parts = [documents[a:b] for a, b in itertools.pairwise(starts)]
+    assert [d for part in parts for d in part] == list(documents)
+    assert all(abs(sum(map(len, p)) - sum(sizes) / 5) <= 1 << 16 for p in parts)
+    assert len(parts[0].spans) < len(spans)  # a part says only what it needs
+    assert documents.starts(1) == [0, len(documents)]
 
 
 def test_what_cannot_be_a_corpus_is_named(tmp_path):
@@ -121,8 +161,11 @@ TFDS = """
 
     import numpy as np
     import tensorflow_datasets as tfds
+    from etils import epath
 
     from experiments import corpora
+    from experiments.tokenize import plan
+    from tokenization.byte import ByteTokenizer
 
     class TinyText(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version('1.0.0')
@@ -158,6 +201,20 @@ TFDS = """
     assert sorted(corpus.test) == rows('test', range(40))
     again = pickle.loads(pickle.dumps(corpus))
     assert again.train[3] == corpus.train[3] == corpus.train[-35] == corpus.train[2:4][1]
+    part = pickle.loads(pickle.dumps(corpus.train[5:9]))
+    assert list(part) == list(corpus.train)[5:9] and list(part[1:3]) == list(corpus.train)[6:8]
+    assert corpus.train.starts(2) == [0, 19, 38]
+    assert 38 * 14 < corpus.train.size < 38 * 200, corpus.train.size
+    assert corpus.train.identity() != corpus.valid.identity()
+
+    out = epath.Path(sys.argv[1]) / 'shards'
+    planned = plan.make(corpus, ByteTokenizer(), 1 << 17, out)
+    plan.begin(planned, ByteTokenizer(), 1 << 17)
+    for task in planned.tasks:
+        plan.write(pickle.loads(pickle.dumps(task)))
+    assert not plan.finish(planned)[1]
+    again = corpora.open_corpus(str(out))
+    assert [list(split) for split in again[1:]] == [list(split) for split in corpus[1:]]
 
     corpus = corpora.tfds_source('tiny_titles:1.0.0', data_dir=sys.argv[1])
     assert [len(split) for split in corpus[1:]] == [36, 2, 2]

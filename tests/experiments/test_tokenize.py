@@ -21,7 +21,8 @@ from experiments.tokenize import main as tokenize
 from experiments.tokenize import plan
 from experiments.tokenize.config import Config
 from lm import provenance
-from lm.shards import ShardedDocuments, read_index
+from lm.shard_index import read_index
+from lm.shards import ShardedDocuments
 from tokenization.bpe import BPETokenizer
 from tokenization.byte import ByteTokenizer
 
@@ -131,7 +132,7 @@ def test_sigkill_loses_no_finished_shard_and_leaves_no_worker(source, tmp_path):
     text.mkdir()
     for i in range(3):
         long = (source / 'text' / 'long.txt').read_bytes()
-        (text / f'{i}.txt').write_bytes(long * 5)
+        (text / f'{i}.txt').write_bytes(long * 3)
     flags = ['--workers', '2']
     out = tmp_path / 'killed'
     command = [
@@ -203,6 +204,15 @@ def test_unfinished_shards_cannot_be_read(source, tmp_path, capsys):
     assert 'of other hosts are missing, train-00001-of-00006' in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match=r'index\.json is missing; it is written when all'):
         corpora.open_corpus(str(tmp_path / 'shards'))
+
+
+def test_a_damaged_tokenizer_is_noticed(source, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / 'shards')
+    file = tmp_path / 'shards' / 'tokenizer' / 'tessera.json'
+    file.write_text(file.read_text().replace('300', '299'))
+    with pytest.raises(ValueError, match='tokenizer: not the tokenizer that made these shards'):
+        corpora.open_corpus(str(tmp_path / 'shards'))
+    assert 'not the tokenizer that made' in refused(capsys, call(source, tmp_path / 'shards'))
 
 
 def test_changed_text_of_the_same_size_is_noticed(source, tmp_path, capsys):

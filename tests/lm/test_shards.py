@@ -10,7 +10,7 @@ import grain
 import numpy as np
 import pytest
 
-from lm import data, shards
+from lm import data, shard_index, shards
 
 
 def write(folder, documents, vocab_size, count=3):
@@ -19,13 +19,13 @@ def write(folder, documents, vocab_size, count=3):
     edges = [i * len(documents) // count for i in range(count + 1)]
     found = tuple(
         shards.write_shard(
-            folder / shards.file_name('train', i, count),
+            folder / shard_index.file_name('train', i, count),
             ((ids, 3 * len(ids)) for ids in documents[start:stop]),
             vocab_size,
         )
         for i, (start, stop) in enumerate(itertools.pairwise(edges))
     )
-    shards.write_index(folder, shards.Index(vocab_size, {'text': 'ab'}, {'train': found}))
+    shard_index.write_index(folder, shard_index.Index(vocab_size, {'text': 'ab'}, {'train': found}))
     return shards.ShardedDocuments(folder, 'train')
 
 
@@ -89,7 +89,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         shards.ShardedDocuments(tmp_path, 'test')
     with pytest.raises(ValueError, match='local folder'):
         shards.ShardedDocuments('gs://bucket/shards', 'train')
-    file = tmp_path / shards.file_name('train', 1, 3)
+    file = tmp_path / shard_index.file_name('train', 1, 3)
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r'train-00001-of-00003\.array_record: damaged shard: '):
@@ -107,7 +107,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
     documents = some_documents(300)
     write(tmp_path, documents, 300, 1)
-    file = tmp_path / shards.file_name('train', 0, 1)
+    file = tmp_path / shard_index.file_name('train', 0, 1)
     whole, rng, noticed = file.read_bytes(), random.Random(0), 0
     for _ in range(150):
         # the records, and the index of the records at the end; between them lies padding
@@ -125,7 +125,7 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
 
 def test_a_damaged_index_is_named(tmp_path):
     write(tmp_path, some_documents(300), 300)
-    file, rng = tmp_path / shards.INDEX, random.Random(0)
+    file, rng = tmp_path / shard_index.INDEX, random.Random(0)
     whole = file.read_bytes()
     for _ in range(300):
         at = rng.randrange(len(whole))
