@@ -84,4 +84,5 @@ def child(tree: DraftTree, node_B: jax.Array, rank: jax.Array | int) -> tuple[ja
 
 def at(values_BT: jax.Array, node_B: jax.Array) -> jax.Array:
     """Returns each row's value at its node: `[B, T, ...]` -> `[B, ...]`."""
-    return values_BT[jnp.arange(node_B.shape[0]), node_B]
+    # row by row: a batch that lies over devices is not gathered for it
+    return jax.vmap(lambda values_T, node: values_T[node])(values_BT, node_B)

@@ -80,7 +80,7 @@ def load(path: epath.PathLike, mesh: Mesh) -> Loaded:
     config = dataclasses.replace(loaded.config, vocab_size=symbols)
     tables = {name: table_VD[:symbols] for name, table_VD in loaded.params['tables'].items()}
     params = {**loaded.params, 'tables': tables}
-    params = jax.device_put(params, params_lib.shardings(config, mesh))  # fewer rows may divide
+    params = jax.device_put(params, params_lib.decoding_shardings(config, mesh))
     digest = tokenizer_digest(loaded.tokenizer_path)
     return Loaded(Model(config, params, digest, loaded.bos), tokenizer)
 

@@ -52,15 +52,15 @@ def chunking(vocab_size: int, chunk: int) -> tuple[int, int]:
 
 
 def interleaved(table_VD: jax.Array, n: int, chunk: int) -> jax.Array:
-    """Returns the table as chunks `[n, C, D]`, zero rows appended."""
+    """Returns the table as `[C, n, D]`, zero rows appended: chunk i is `[:, i]`. No copy."""
     v, d = table_VD.shape
     padded = jnp.pad(table_VD, ((0, n * chunk - v), (0, 0))) if n * chunk != v else table_VD
-    return mesh.constrain(padded.reshape(chunk, n, d).swapaxes(0, 1), (None, 'vocab', None))
+    return mesh.constrain(padded.reshape(chunk, n, d), ('vocab', None, None))
 
 
-def joined(rows_nCD: jax.Array, vocab_size: int) -> jax.Array:
-    """Returns the table of which `interleaved` made chunks."""
-    table_VD = rows_nCD.swapaxes(0, 1).reshape(-1, rows_nCD.shape[-1])[:vocab_size]
+def joined(rows_CnD: jax.Array, vocab_size: int) -> jax.Array:
+    """Returns the table that `interleaved` took apart."""
+    table_VD = rows_CnD.reshape(-1, rows_CnD.shape[-1])[:vocab_size]
     return mesh.constrain(table_VD, ('vocab', 'embed'))
 
 
@@ -72,12 +72,12 @@ def _chunk_logits(h_TD, rows_CD, ids_C, vocab_size, softcap):
 def _forward(h_TD, table_VD, targets_T, softcap, chunk):
     v = table_VD.shape[0]
     n, chunk = chunking(v, chunk)
+    rows_CnD = interleaved(table_VD, n, chunk)
 
-    def step(carry, inputs):
+    def step(carry, index):
         highest, total, target = carry
-        index, rows_CD = inputs
         ids_C = index + n * jnp.arange(chunk)
-        logits = _chunk_logits(h_TD, rows_CD, ids_C, v, softcap)
+        logits = _chunk_logits(h_TD, rows_CnD[:, index], ids_C, v, softcap)
         new_highest = jnp.maximum(highest, logits.max(-1))
         total = total * jnp.exp(highest - new_highest)
         total += jnp.exp(logits - new_highest[..., None]).sum(-1)
@@ -87,8 +87,7 @@ def _forward(h_TD, table_VD, targets_T, softcap, chunk):
 
     zero = jnp.zeros(h_TD.shape[:-1], jnp.float32)
     start = (jnp.full_like(zero, -jnp.inf), zero, zero)
-    rows_nCD = interleaved(table_VD, n, chunk)
-    (highest, total, target), _ = jax.lax.scan(step, start, (jnp.arange(n), rows_nCD))
+    (highest, total, target), _ = jax.lax.scan(step, start, jnp.arange(n))
     log_normalizer = highest + jnp.log(total)
     losses = TokenLosses(log_normalizer - target, log_normalizer)
     return losses, (h_TD, table_VD, targets_T, log_normalizer)
@@ -98,12 +97,14 @@ def _backward(softcap, chunk, saved, cotangent: TokenLosses):
     h_TD, table_VD, targets_T, log_normalizer = saved
     v = table_VD.shape[0]
     n, chunk = chunking(v, chunk)
+    rows_CnD = interleaved(table_VD, n, chunk)
     # d nats/d logit = p - [target], d log_normalizer/d logit = p
     p_weight = cotangent.nats + cotangent.log_normalizer
     by_row = 'tc,td->cd' if h_TD.ndim == 2 else 'blc,bld->cd'
 
-    def step(dh_TD, inputs):
-        index, rows_CD = inputs
+    def step(carry, index):
+        dh_TD, d_rows_CnD = carry
+        rows_CD = rows_CnD[:, index]
         ids_C = index + n * jnp.arange(chunk)
         logits = _chunk_logits(h_TD, rows_CD, ids_C, v, softcap)
         d_logits = jnp.exp(logits - log_normalizer[..., None]) * p_weight[..., None]
@@ -115,12 +116,12 @@ def _backward(softcap, chunk, saved, cotangent: TokenLosses):
         dh_TD += layers.einsum('...c,cd->...d', d_logits, rows_CD, jnp.float32)
         d_rows_CD = layers.einsum(by_row, d_logits, h_TD, jnp.float32)
         d_rows_CD = mesh.constrain(d_rows_CD.astype(table_VD.dtype), ('vocab', 'embed'))
-        return dh_TD, d_rows_CD
+        return (dh_TD, d_rows_CnD.at[:, index].set(d_rows_CD)), None
 
-    start = jnp.zeros(h_TD.shape, jnp.float32)
-    rows_nCD = interleaved(table_VD, n, chunk)
-    dh_TD, d_rows = jax.lax.scan(step, start, (jnp.arange(n), rows_nCD))
-    return dh_TD.astype(h_TD.dtype), joined(d_rows, v), None
+    empty = mesh.constrain(jnp.zeros_like(rows_CnD), ('vocab', None, 'embed'))
+    start = (jnp.zeros(h_TD.shape, jnp.float32), empty)
+    (dh_TD, d_rows_CnD), _ = jax.lax.scan(step, start, jnp.arange(n))
+    return dh_TD.astype(h_TD.dtype), joined(d_rows_CnD, v), None
 
 
 chunked_cross_entropy.defvjp(_forward, _backward)

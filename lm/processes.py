@@ -27,7 +27,7 @@ ADDRESS, COUNT, INDEX = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PRO
 # Set to the number of processes by what starts them; JAX finds out the rest.
 _LAUNCHERS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
 # A process that is silent for so long counts as lost. Threads of JAX's own keep in touch.
-_HEARTBEAT_SECONDS = 20
+_HEARTBEAT_SECONDS = 30
 _SHUTDOWN_SECONDS = 40
 _SHARED_SECONDS = 30.0  # in which a new file is seen by other hosts, which may cache folders
 # What an error of JAX speaks of when the reason is another process.
@@ -91,7 +91,8 @@ def joined() -> Iterator[None]:
             shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
         yield
-        jax.distributed.shutdown()  # once all are here: nobody is left waiting for one that ended
+        wait('the end')  # for as long as it takes; the shutdown waits for seconds only
+        jax.distributed.shutdown()
     except BaseException as error:
         # Before JAX's own: it would wait for processes that wait for this one.
         atexit.register(_leave, keeper, _exit_code(error))

@@ -57,15 +57,15 @@ def cross_entropy(
     return _forward(config, h_BLD, learned_VD, key_B, segments_BL, targets_BL, chunk)[0]
 
 
-def _chunk(config: Config, learned_nCD, key_B, row_BV, index, n: int, size: int) -> _Chunk:
+def _chunk(config: Config, learned_CnD, key_B, row_BV, index, n: int, size: int) -> _Chunk:
     ids_C = index + n * jnp.arange(size)  # as `cross_entropy.interleaved` has them
     known_C = jnp.minimum(ids_C, config.vocab_size - 1)  # there may be more than V
     drawn_BCD = lexinvariant.rows(config, key_B, row_BV, known_C)
-    if learned_nCD is None:
+    if learned_CnD is None:
         return _Chunk(ids_C, drawn_BCD, None)
     ids_BC = jnp.broadcast_to(known_C, drawn_BCD.shape[:2])
     choice_B1C = lexinvariant.is_drawn(config, key_B[:, None], ids_BC)[:, None]
-    return _Chunk(ids_C, drawn_BCD, _Learned(learned_nCD[index], choice_B1C))
+    return _Chunk(ids_C, drawn_BCD, _Learned(learned_CnD[:, index], choice_B1C))
 
 
 def _logits(config: Config, h_BLD: jax.Array, rows: _Chunk) -> jax.Array:
@@ -83,7 +83,7 @@ def _chunked(learned_VD: jax.Array | None, n: int, chunk: int) -> jax.Array | No
 
 def _forward(config, h_BLD, learned_VD, key_B, segments_BL, targets_BL, chunk):
     n, chunk = chunking(config.vocab_size, chunk)
-    learned_nCD = _chunked(learned_VD, n, chunk)
+    learned_CnD = _chunked(learned_VD, n, chunk)
 
     def one_segment(segment, carry):
         keys_B = lexinvariant.of_segment(key_B, segment)
@@ -92,7 +92,7 @@ def _forward(config, h_BLD, learned_VD, key_B, segments_BL, targets_BL, chunk):
 
         def step(carry, index):
             highest, total, target = carry
-            rows = _chunk(config, learned_nCD, keys_B, row_BV, index, n, chunk)
+            rows = _chunk(config, learned_CnD, keys_B, row_BV, index, n, chunk)
             logits = _logits(config, h_BLD, rows)
             new_highest = jnp.maximum(highest, logits.max(-1))
             new_total = total * jnp.exp(highest - new_highest)
@@ -119,7 +119,7 @@ def _forward(config, h_BLD, learned_VD, key_B, segments_BL, targets_BL, chunk):
 def _backward(config, chunk, saved, cotangent: TokenLosses):
     h_BLD, learned_VD, key_B, segments_BL, targets_BL, normalizer_BL = saved
     n, chunk = chunking(config.vocab_size, chunk)
-    learned_nCD = _chunked(learned_VD, n, chunk)
+    learned_CnD = _chunked(learned_VD, n, chunk)
     # d nats/d logit = p - [target], d log_normalizer/d logit = p
     p_weight = cotangent.nats + cotangent.log_normalizer
 
@@ -128,8 +128,9 @@ def _backward(config, chunk, saved, cotangent: TokenLosses):
         row_BV = lexinvariant.order(config, keys_B)
         here_BL1 = (segments_BL == segment)[..., None]
 
-        def step(dh_BLD, index):
-            rows = _chunk(config, learned_nCD, keys_B, row_BV, index, n, chunk)
+        def step(carry, index):
+            dh_BLD, d_learned_CnD = carry
+            rows = _chunk(config, learned_CnD, keys_B, row_BV, index, n, chunk)
             logits = _logits(config, h_BLD, rows)
             d_logits = jnp.exp(logits - normalizer_BL[..., None]) * p_weight[..., None]
             is_target = targets_BL[..., None] == rows.ids_C
@@ -138,22 +139,24 @@ def _backward(config, chunk, saved, cotangent: TokenLosses):
                 finite = jnp.where(jnp.isfinite(logits), logits, 0.0)
                 d_logits *= 1 - (finite / config.logit_softcap) ** 2
             d_logits = jnp.where(here_BL1, d_logits, 0).astype(h_BLD.dtype)
-            dh, d_learned_CD = _through(h_BLD, rows, d_logits)
-            return dh_BLD + dh, d_learned_CD
+            dh, d_rows_CD = _through(h_BLD, rows, d_logits)
+            if d_rows_CD is not None:
+                d_learned_CnD = d_learned_CnD.at[:, index].add(d_rows_CD)
+            return (dh_BLD + dh, d_learned_CnD), None
 
-        dh_BLD, d_learned = carry
-        dh_BLD, more = jax.lax.scan(step, dh_BLD, jnp.arange(n))
-        return dh_BLD, None if more is None else d_learned + more
+        return jax.lax.scan(step, carry, jnp.arange(n))[0]
 
     start = jnp.zeros(h_BLD.shape, jnp.float32)
-    d_learned = None
+    d_learned_CnD = None
     if learned_VD is not None:
-        d_learned = jnp.zeros((n, chunk, h_BLD.shape[-1]), jnp.float32)
+        d_learned_CnD = jnp.zeros((chunk, n, h_BLD.shape[-1]), jnp.float32)
+        d_learned_CnD = mesh.constrain(d_learned_CnD, ('vocab', None, 'embed'))
     last = segments_BL.max() + 1
-    dh_BLD, d_learned = jax.lax.fori_loop(1, last, one_segment, (start, d_learned))
+    dh_BLD, d_learned_CnD = jax.lax.fori_loop(1, last, one_segment, (start, d_learned_CnD))
+    d_learned_VD = None
     if learned_VD is not None:
-        d_learned = joined(d_learned, config.vocab_size).astype(learned_VD.dtype)
-    return dh_BLD.astype(h_BLD.dtype), d_learned, None, None, None
+        d_learned_VD = joined(d_learned_CnD, config.vocab_size).astype(learned_VD.dtype)
+    return dh_BLD.astype(h_BLD.dtype), d_learned_VD, None, None, None
 
 
 def _through(

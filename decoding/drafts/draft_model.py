@@ -132,7 +132,7 @@ def extend(
 
 def pick(values_BM: jax.Array, index_BK: jax.Array) -> jax.Array:
     """Returns each row's values at its indices: `[B, M, ...]` -> `[B, K, ...]`."""
-    return values_BM[jnp.arange(index_BK.shape[0])[:, None], index_BK]
+    return jax.vmap(lambda values_M, index_K: values_M[index_K])(values_BM, index_BK)
 
 
 def _body(model: Model, token_BL, positions_BL, cache: Cache, **tree) -> tuple[jax.Array, Cache]:

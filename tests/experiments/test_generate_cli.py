@@ -12,7 +12,7 @@ from rich.console import Console
 from decoding import generate as generate_lib
 from experiments import decoding_models, run
 from experiments.generate.stream import Painter
-from lm import bundle, params, presets
+from lm import bundle, mesh, params, presets
 from tokenization.bpe import BPETokenizer
 from tokenization.byte import ByteTokenizer
 
@@ -111,11 +111,12 @@ def test_bad_input_is_one_line_before_anything_compiles(models, named, capsys, m
 
 
 def test_a_bundle_is_loaded_without_the_padding_of_its_tables(models):
-    loaded = decoding_models.load(models / 'target')
+    one = mesh.make(devices=jax.devices()[:1])
+    loaded = decoding_models.load(models / 'target', one)
     assert loaded.model.config.vocab_size == 257 == len(loaded.token_bytes())
     assert loaded.model.params['tables']['output_VD'].shape[0] == 257
     assert loaded.encode(b'a') == [256, 97]
-    assert loaded.model.tokenizer == decoding_models.load(models / 'draft').model.tokenizer
+    assert loaded.model.tokenizer == decoding_models.load(models / 'draft', one).model.tokenizer
 
 
 def test_characters_are_printed_whole_and_control_bytes_never():

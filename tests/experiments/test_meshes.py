@@ -52,7 +52,8 @@ def trained(text, init, placed, loss, data, frozen=()):
     sgd = optax.sgd(0.1, momentum=0.9)
     weights = jax.jit(init, out_shardings=placed(here))(jax.random.key(0))
     state = train.init_state(weights, sgd, here)
-    step = jax.jit(functools.partial(train.train_step, loss, sgd, 0))
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(functools.partial(train.train_step, loss, sgd, 0), out_shardings=(where, None))
     values = []
     with jax.set_mesh(here):
         for i, batch in enumerate(data):
@@ -109,12 +110,12 @@ def test_training_a_hypernetwork():
         vocab_size=63, d_model=16, tied=True, n_layers=1, head_dim=8, pieces=3, chunk=32,
         residual=True,
     )  # fmt: skip
-    source = jax.device_get(params.init(model, jax.random.key(1)))
+    source = params.init(model, jax.random.key(1))
     pieces = np.full((64, 3), -1, np.int32)
     pieces[:-1] = np.random.default_rng(1).integers(0, 63 + 256, (63, 3))
     pieces[::2, 1:] = -1
 
-    def loss(weights, batch, key):
+    def loss(weights, batch, key, source):
         return hypernetwork_losses.transfer_loss(weights, shape, model, 63, 0.5, source, batch)
 
     def data():
@@ -124,6 +125,7 @@ def test_training_a_hypernetwork():
         trained(
             text, functools.partial(hypernetwork.init, shape, source['tables']),
             lambda m: params.placed(hypernetwork.leaves(shape), m), loss, data(),
+            frozen=(jax.device_put(source, params.shardings(model, grid(text))),),
         )
         for text in (ONE, MANY)
     ]  # fmt: skip
@@ -134,14 +136,15 @@ def test_decoding_with_a_drafter():
     config = dataclasses.replace(TINY, n_layers=2, tied=False)
     small = dataclasses.replace(config, n_layers=1)
 
+    known = [(c, jax.device_get(params.init(c, jax.random.key(0)))) for c in (config, small)]
+
     def texts(text, drafted):
         here = grid(text)
         with jax.set_mesh(here):
             target, draft = (
-                Model(c, jax.jit(functools.partial(params.init, c),
-                                 out_shardings=params.shardings(c, here))(jax.random.key(0)))
-                for c in (config, small)
-            )  # fmt: skip
+                Model(c, jax.device_put(weights, params.decoding_shardings(c, here)))
+                for c, weights in known
+            )
             drafter = chain(draft, 2) if drafted == 'chain' else early_exit(target, 1, 2)
             prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
             return generate(
