@@ -19,7 +19,9 @@ TOLERANCE = 1e-5
 def main(config: Config, out: epath.Path) -> dict[str, float]:
     """Measures and plans what `out` does not hold yet; returns all metrics."""
     wanted = [(name, ways) for name in config.slices for ways in config.model_ways]
-    trained, planned, make = [], [], fake.compiler(config)
+    make = fake.compiler(config)
+    trained: list[dict[str, Any]] = []
+    planned: list[dict[str, Any]] = []
     with ProgressLine('growth', len(config.meshes) + len(wanted)) as progress:
         for text in config.meshes:
             progress.update(len(trained), text)
