@@ -47,6 +47,8 @@ class Loader(NamedTuple):
       inputs: number of changed folders that are tried.
       sign: mends the checksums that the folder keeps of itself, so that changes go deeper.
       refuses: whether it ends in an error for anything; else what is damaged is made anew.
+      threads: whether other threads than Python's read: tracemalloc ends the process if they
+        allocate while it stops.
     """
 
     make: Callable[[Path], Any]
@@ -55,6 +57,7 @@ class Loader(NamedTuple):
     inputs: int
     sign: Callable[[Path], Any] = lambda folder: None
     refuses: bool = True
+    threads: bool = False
 
 
 def _edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -250,8 +253,6 @@ def loaders() -> dict[str, Loader]:
         for kind, make in KINDS.items()
     }
     return described | {
-        'bundle/config.json': Loader(_bundle, bundle.load, {'config.json': JSON}, 60),
-        'bundle/params': Loader(_bundle, bundle.load, {'params': FLIPPED}, 60),
         'huggingface/tessera.json': Loader(
             _saved_huggingface, _tokenizer, {'tessera.json': JSON, 'tokenizer.json': FLIPPED}, 20
         ),
@@ -298,4 +299,9 @@ def loaders() -> dict[str, Loader]:
             _questions, lambda f: prompts.read_questions(f / 'question.jsonl'),
             {'question.jsonl': LINES}, 60,
         ),
+        # last: what Orbax has begun when a restore fails may go on for a moment
+        'bundle/config.json': Loader(
+            _bundle, bundle.load, {'config.json': JSON}, 60, threads=True
+        ),
+        'bundle/params': Loader(_bundle, bundle.load, {'params': FLIPPED}, 60, threads=True),
     }  # fmt: skip

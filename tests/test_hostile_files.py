@@ -173,7 +173,6 @@ def set_header(path, **fields):
     stored.write(key, json.dumps(header)).result()
 
 
-@pytest.mark.usefixtures('little_memory')
 def test_a_bundle_whose_arrays_are_larger_than_any_memory(saved):
     rows = 2**36
     described = json.loads((saved / 'config.json').read_text())

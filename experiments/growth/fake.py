@@ -76,6 +76,7 @@ def row(config: Config, text: str, make: Callable[[str], Made]) -> dict[str, Any
     made = make(text)
     sides = [_start(config, make(config.meshes[0])), _start(config, made)]
     losses = np.array([[run() for run in sides] for _ in range(config.steps)])
+    differences = np.abs(losses[:, 1] / losses[:, 0] - 1)
     seconds: list[list[float]] = [[] for _ in sides]
     for _ in range(config.repeats):
         for run, taken in zip(sides, seconds):
@@ -87,7 +88,8 @@ def row(config: Config, text: str, make: Callable[[str], Made]) -> dict[str, Any
     return {
         'mesh': text,
         'devices': made.mesh.size,
-        'difference': float(np.abs(losses[:, 1] - losses[:, 0]).max()),
+        'first_difference': float(differences[0]),
+        'difference': float(differences.max()),
         'loss': float(losses[-1, 1]),
         'ms': own * 1e3,
         'ratio': own / first,
