@@ -7,16 +7,18 @@ at every step but the first, where one of four is skipped and two are half maske
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm.kernels import mosaic, triton, xla, xla_backward
 from lm.kernels.mask import UNLIMITED, Mask, blocks, key_rows
-from lm.kernels.merge import merge
 
 CHUNKS = 2  # of a device
+PAIRS = tuple(np.indices((CHUNKS, CHUNKS)).reshape(2, -1))  # of queries and of keys
+Tree = TypeVar('Tree')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +101,11 @@ def nothing(queries: Queries) -> Partial:
 
 
 def combine(one: Partial, other: Partial) -> Partial:
-    """Returns attention over the keys of both."""
-    return Partial(*merge(*(jnp.stack(pair) for pair in zip(one, other))))
+    """Returns attention over the keys of both (`lm.kernels.merge`, two at a time and in place)."""
+    lse = jnp.logaddexp(one.lse_BLH, other.lse_BLH)
+    some = jnp.where(lse > -jnp.inf, lse, 0.0)
+    here, there = (jnp.exp(x.lse_BLH - some)[..., None] * x.out_BLHC for x in (one, other))
+    return Partial(here + there, lse)
 
 
 def attend(
@@ -108,47 +113,55 @@ def attend(
 ) -> Partial:
     """Returns `so_far` with the keys of one block."""
 
-    def chunk(x: tuple[Queries, Partial]) -> Partial:
-        query, partial = x
+    def pair(so_far: Partial, place: Any):
+        query, partial = _chunk(queries, place[0]), _chunk(so_far, place[0])
+        key = _chunk(keys, place[1])
+        mask = _mask(settings, query, key, window)
+        partial = jax.lax.cond(
+            may_see(mask),
+            lambda: combine(partial, _forward(settings, query, key, mask)),
+            lambda: partial,
+        )
+        return _with_chunk(so_far, partial, place[0]), None
 
-        def add(partial: Partial, key: Keys):
-            mask = _mask(settings, query, key, window)
-            found = jax.lax.cond(
-                may_see(mask),
-                lambda: combine(partial, _forward(settings, query, key, mask)),
-                lambda: partial,
-            )
-            return found, None
-
-        return jax.lax.scan(add, partial, keys)[0]
-
-    return jax.lax.map(chunk, (queries, so_far))
+    return jax.lax.scan(pair, so_far, PAIRS)[0]
 
 
 def gradients(
-    settings: Settings, known: Known, keys: Keys, window: Any
+    settings: Settings, known: Known, keys: Keys, window: Any, dq_BLHC: jax.Array
 ) -> tuple[jax.Array, KeyGradients]:
-    """Returns what one block adds to the gradients of queries, f32 `[CHUNKS, ...]`, and its own."""
+    """Returns `dq_BLHC`, f32 `[CHUNKS, ...]`, with what one block adds to it, and the block's own.
+
+    The block's are those of these queries alone.
+    """
+
+    def pair(found: tuple[jax.Array, KeyGradients], place: Any):
+        query, key = _chunk(known, place[0]), _chunk(keys, place[1])
+        before = _chunk(found[0], place[0]), _chunk(found[1], place[1])
+        mask = _mask(settings, query.queries, key, window)
+
+        def more():
+            added = _backward(settings, query, key, mask)
+            return jax.tree.map(lambda x, y: x + y.astype(jnp.float32), before, added)
+
+        dq, of_keys = jax.lax.cond(may_see(mask), more, lambda: before)
+        return (
+            _with_chunk(found[0], dq, place[0]),
+            _with_chunk(found[1], of_keys, place[1]),
+        ), None
+
     zeros = (jnp.zeros(x.shape, jnp.float32) for x in (keys.k_BKSC, keys.v_BKSC))
+    return jax.lax.scan(pair, (dq_BLHC, KeyGradients(*zeros)), PAIRS)[0]
 
-    def chunk(found: KeyGradients, known: Known):
-        def add(dq: jax.Array, x: tuple[Keys, KeyGradients]):
-            key, found = x
-            mask = _mask(settings, known.queries, key, window)
-            before = (dq, found)
 
-            def more():
-                added = _backward(settings, known, key, mask)
-                return jax.tree.map(lambda x, y: x + y.astype(jnp.float32), before, added)
+def _chunk(tree: Tree, index: jax.Array) -> Tree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
-            return jax.lax.cond(may_see(mask), more, lambda: before)
 
-        dq = jnp.zeros(known.queries.q_BLHC.shape, jnp.float32)
-        dq, found = jax.lax.scan(add, dq, (keys, found))
-        return found, dq
-
-    found, dq = jax.lax.scan(chunk, KeyGradients(*zeros), known)
-    return dq, found
+def _with_chunk(tree: Tree, chunk: Tree, index: jax.Array) -> Tree:
+    """Returns the arrays with one chunk replaced, in place where they are not used again."""
+    put = jax.lax.dynamic_update_index_in_dim
+    return jax.tree.map(lambda x, y: put(x, y, index, 0), tree, chunk)
 
 
 def may_see(mask: Mask) -> jax.Array:
@@ -184,7 +197,7 @@ def _mask(settings: Settings, query: Queries, key: Keys, window: Any) -> Mask:
 
 def _forward(settings: Settings, query: Queries, key: Keys, mask: Mask) -> Partial:
     operands = (query.q_BLHC, key.k_BKSC, key.v_BKSC, mask)
-    shared = {'scale': settings.scale, 'softcap': settings.softcap}
+    shared: dict[str, Any] = {'scale': settings.scale, 'softcap': settings.softcap}
     if settings.implementation == 'xla':
         out_BLHC, lse_BLH = xla.attention(*operands, **shared)
     else:
@@ -201,7 +214,7 @@ def _backward(
         known.queries.q_BLHC, key.k_BKSC, key.v_BKSC, jnp.zeros_like(known.d_out_BLHC),
         known.lse_BLH, known.d_out_BLHC, -known.delta_BLH, mask,
     )  # fmt: skip
-    shared = {'scale': settings.scale, 'softcap': settings.softcap}
+    shared: dict[str, Any] = {'scale': settings.scale, 'softcap': settings.softcap}
     if settings.implementation == 'xla':
         dq, dk, dv = xla_backward.backward(*operands, **shared)
     else:

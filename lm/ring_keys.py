@@ -9,6 +9,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from lm.ring_blocks import (
     KeyGradients,
@@ -41,19 +42,20 @@ def backward(
     settings: Settings, axis: str, known: Known, keys: Keys, window: Any
 ) -> tuple[jax.Array, KeyGradients]:
     """Returns the gradients of a device's queries and of its keys and values, f32."""
-    add = functools.partial(jax.tree.map, jax.numpy.add)
+    look = functools.partial(gradients, settings, known)
+    add = functools.partial(jax.tree.map, jnp.add)
 
     def step(carry: tuple[Keys, KeyGradients, jax.Array], _):
         keys, found, dq = carry
         # what earlier devices found for this block is under way while this one looks
         arriving, found = send(keys, axis), send(found, axis)
-        dq_here, found_here = gradients(settings, known, keys, window)
-        return (arriving, add(found, found_here), dq + dq_here), None
+        dq, found_here = look(keys, window, dq)
+        return (arriving, add(found, found_here), dq), None
 
     arriving = send(keys, axis)
-    dq, found = gradients(settings, known, keys, window)
+    dq, found = look(keys, window, jnp.zeros(known.queries.q_BLHC.shape, jnp.float32))
     between = jax.lax.axis_size(axis) - 2
     (keys, found, dq), _ = jax.lax.scan(step, (arriving, found, dq), None, length=between)
     found = send(found, axis)
-    dq_here, found_here = gradients(settings, known, keys, window)
-    return dq + dq_here, send(add(found, found_here), axis)
+    dq, found_here = look(keys, window, dq)
+    return dq, send(add(found, found_here), axis)

@@ -1,8 +1,8 @@
 """TokenRing (Wang et al. 2024, arXiv 2412.20501): queries go round one way, results come back.
 
 Keys and values stay. At each step a device sends the queries that it has to the next one, attends
-from them to its own keys, and sends what it found at the step before back to whose queries they
-were: as many places back as those have come. Neither waits for the other, so that links that carry
+from them to its own keys, and sends what it found at the step before back to whose queries those
+were: as many places back as they had come. Neither waits for the other, so that links that carry
 both directions at once are used both ways. Backward, queries travel with the cotangents of their
 results, and gradients of queries come back.
 
@@ -31,30 +31,27 @@ from lm.ring_hops import send
 
 def forward(settings: Settings, axis: str, queries: Queries, keys: Keys, window: Any) -> Partial:
     """Returns attention of a device's queries over all keys; within a `shard_map` over `axis`."""
-    devices, dtype = jax.lax.axis_size(axis), queries.q_BLHC.dtype
+    dtype = queries.q_BLHC.dtype
     total = attend(settings, queries, keys, window, nothing(queries))
-    found: Partial | None = None
-    for step in range(1, devices):
+    for step in range(1, jax.lax.axis_size(axis)):
         queries = send(queries, axis)
-        if found is not None:
-            total = combine(total, send(found, axis, 1 - step))
         found = attend(settings, queries, keys, window, nothing(queries))
-        found = found._replace(out_BLHC=found.out_BLHC.astype(dtype))
-    return combine(total, send(found, axis, 1 - devices))
+        # on its way back while the next step attends: that needs nothing of it
+        found = send(found._replace(out_BLHC=found.out_BLHC.astype(dtype)), axis, -step)
+        total = combine(total, found)
+    return total
 
 
 def backward(
     settings: Settings, axis: str, known: Known, keys: Keys, window: Any
 ) -> tuple[jax.Array, KeyGradients]:
     """Returns the gradients of a device's queries and of its keys and values, f32."""
-    devices, dtype = jax.lax.axis_size(axis), known.queries.q_BLHC.dtype
-    dq, found = gradients(settings, known, keys, window)
-    dq_away: jax.Array | None = None
-    for step in range(1, devices):
+    dtype = known.queries.q_BLHC.dtype
+    zeros = jnp.zeros(known.queries.q_BLHC.shape, jnp.float32)
+    dq, found = gradients(settings, known, keys, window, zeros)
+    for step in range(1, jax.lax.axis_size(axis)):
         known = send(known, axis)
-        if dq_away is not None:
-            dq += send(dq_away, axis, 1 - step)
-        dq_away, found_here = gradients(settings, known, keys, window)
-        dq_away = dq_away.astype(dtype)
+        dq_there, found_here = gradients(settings, known, keys, window, zeros)
+        dq += send(dq_there.astype(dtype), axis, -step)
         found = jax.tree.map(jnp.add, found, found_here)
-    return dq + send(dq_away, axis, 1 - devices), found
+    return dq, found

@@ -96,9 +96,8 @@ def blocks(
     )
 
     def run_block(carry, inputs):
-        x_BLD, kv = carry
+        (x_BLD, kv), (layer, block_params, frequencies, window) = carry, inputs
         x_BLD = mesh.constrain(x_BLD, ACTIVATIONS)
-        layer, block_params, frequencies, window = inputs
         layer_mask = _mask_of_layer(mask, cache, layer, None if config.window is None else window)
 
         def attend(q_BLHC, k_BLKC, v_BLKC):

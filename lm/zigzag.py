@@ -10,11 +10,7 @@ and a late one (the order of Llama 3's training, Meta 2024, section 3.3.2). For 
 Positions and segments are data and move with their tokens, so that models need not know.
 """
 
-from typing import TypeVar
-
 import numpy as np
-
-Array = TypeVar('Array', bound=np.ndarray)
 
 
 def order(length: int, devices: int) -> np.ndarray:
@@ -37,7 +33,7 @@ def check(length: int, devices: int) -> None:
         )
 
 
-def apply(x_BL: Array, devices: int, axis: int = 1) -> Array:
+def apply(x_BL: np.ndarray, devices: int, axis: int = 1) -> np.ndarray:
     """Returns `x_BL` with its positions in zigzag order; as it is on one device.
 
     Raises:
@@ -48,7 +44,7 @@ def apply(x_BL: Array, devices: int, axis: int = 1) -> Array:
     return np.take(x_BL, order(x_BL.shape[axis], devices), axis)
 
 
-def undo(x_BL: Array, devices: int, axis: int = 1) -> Array:
+def undo(x_BL: np.ndarray, devices: int, axis: int = 1) -> np.ndarray:
     """Returns what `apply` reordered, or what was computed from it, in the order of the text."""
     if devices == 1:
         return x_BL

@@ -4,6 +4,7 @@
     python -m experiments.run plan --step decode --mesh data=2,model=8 --topology v6e:4x4
     python -m experiments.run plan --abstract --topology v5p:8x8x8 --batch 1024 --length 8192
     python -m experiments.run plan --sweep --preset gemma2_9b --step decode
+    python -m experiments.run plan --abstract --mesh data=1,sequence=16 --batch 1 --length 65536
 
 Compiles the project's own step ahead of time for the slice, with the compiler that comes with
 libtpu (`make tpu`), and says whether it fits, what bounds it, what it sends and where each leaf

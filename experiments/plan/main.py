@@ -7,7 +7,7 @@ from typing import Any
 from etils import epath
 
 from experiments import report
-from experiments.plan import chips, compile, costs, steps, sweep, tables
+from experiments.plan import chips, compile, costs, ring_tables, steps, sweep, tables
 from experiments.plan.compile import Compiled, Refused
 from experiments.plan.config import Config
 from experiments.plan.sweep import Choice
@@ -81,6 +81,9 @@ def plan(config: Config) -> dict[str, float]:
     fits, metrics = tables.memory(memory, result, topology)
     tokens = sweep.tokens(config)
     metrics |= tables.roofline(counted, tokens, result, topology, sizes._asdict())
+    if counted.ring:
+        metrics |= ring_tables.passes(counted, topology)
+        metrics |= ring_tables.by_devices(config, body, sizes, topology)
     if isinstance(result, Compiled):
         metrics |= tables.collectives(result)
     tables.shardings(step)

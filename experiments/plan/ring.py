@@ -76,10 +76,13 @@ def passes(
         backward = forward[0] + steps * block * _F32, 0.0
     else:
         queries, lse = heads * head_dim * tokens * itemsize, heads * tokens * _F32
-        distance = sum(min(step, steps - step) for step in range(1, steps))
-        forward = hops * queries, distance * (queries + lse)
-        # with the cotangents of the results, LSE and delta
-        backward = hops * 2 * (queries + lse), distance * queries
+        # links that results take: back, or on where that is the shorter way home
+        back = sum(step for step in range(1, steps) if 2 * step <= steps)
+        on = sum(steps - step for step in range(1, steps) if 2 * step > steps)
+        results = queries + lse
+        forward = hops * queries + on * results, back * results
+        # queries go with the cotangents of their results, LSE and delta
+        backward = hops * 2 * results + on * queries, back * queries
     return (
         Pass('forward', steps, flops / steps, *forward),
         Pass('backward', steps, 2.5 * flops / steps, *backward),

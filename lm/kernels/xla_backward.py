@@ -52,12 +52,13 @@ def backward(
     q, d_out = by_head(q_BLHC), by_head(d_out_BLHC.astype(dtype))
     lse, delta = (jnp.moveaxis(by_head(x), 1, 3)[..., None] for x in (lse_BLH, delta_BLH))
     s_BKGLS = scale * product('blkgc,bksc->bkgls', q, k_BKSC)
-    bent = None if softcap is None else jnp.tanh(s_BKGLS / softcap)
-    s_BKGLS = s_BKGLS if bent is None else softcap * bent
+    if softcap is not None:
+        bent = jnp.tanh(s_BKGLS / softcap)
+        s_BKGLS = softcap * bent
     seen = visible(mask)[:, :, None] & (lse > -jnp.inf)
     p = jnp.exp(jnp.where(seen, s_BKGLS - jnp.where(lse > -jnp.inf, lse, 0.0), -jnp.inf))
     ds = p * (product('blkgc,bksc->bkgls', d_out, v_BKSC) - jnp.where(lse > -jnp.inf, delta, 0.0))
-    ds = scale * (ds if bent is None else ds * (1 - bent * bent))
+    ds = scale * (ds if softcap is None else ds * (1 - bent * bent))
     dq_BLKGC = product('bkgls,bksc->blkgc', ds.astype(dtype), k_BKSC)
     dk_BKSC = product('bkgls,blkgc->bksc', ds.astype(dtype), q)
     dv_BKSC = product('bkgls,blkgc->bksc', p.astype(dtype), d_out)

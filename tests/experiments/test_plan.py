@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from experiments import run
-from experiments.plan import chips, compile, costs, hlo, steps, sweep, tables
+from experiments.plan import chips, compile, costs, hlo, ring, steps, sweep, tables
 from experiments.plan.collectives import Program
 from experiments.plan.config import Config
 from lm import mesh as mesh_lib
@@ -47,6 +47,33 @@ def test_devices_share_the_work(step, shape):
     assert [axis for axis, sent in cut.network_bytes.items() if sent > 0] == [
         axis for axis, size in zip(('data', 'model'), shape, strict=True) if size > 1
     ]
+
+
+def test_sequences_share_the_work_and_the_matrices():
+    """As `data` does, but for what attention sends: one row is enough for eight devices."""
+    model = presets.llama3_8b()
+    one = costs.count(model, 1, 8192, 'train', mesh_lib.abstract(1))
+    cut = costs.count(model, 1, 8192, 'train', mesh_lib.abstract(1, sequence=8))
+    assert cut.device_flops == pytest.approx(one.device_flops / 8, rel=1e-9)
+    by_rows = costs.count(model, 8, 8192, 'train', mesh_lib.abstract(8))
+    # gathers are the same; the vectors of the input table are those of 1/8 as many tokens
+    tokens = 8192 * model.d_model * 7 / 8 * 6
+    matrices = by_rows.network_bytes['data'] - tokens
+    assert cut.network_bytes['sequence'] == pytest.approx(matrices + tokens / 8, rel=1e-9)
+    mesh = mesh_lib.abstract(1, sequence=8)
+    step = steps.make(Config(batch=1, length=8192, mesh='data=1'), model, mesh)
+    assert costs.bytes_per_device(step.parts['params']) < 4 * params.count(model) / 7.9
+
+
+def test_what_rings_send():
+    """2 heads of 4 channels in bf16, 10 tokens a device: 160 bytes of queries, 320 of f32."""
+    sizes = {'tokens': 10.0, 'heads': 2, 'head_dim': 4, 'itemsize': 2, 'flops': 1.0}
+    forward, backward = ring.passes('keys', 4, kv_heads=1, **sizes)
+    assert forward[3:] == (3 * 160, 0) and backward[3:] == (3 * 160 + 4 * 320, 0)
+    forward, backward = ring.passes('queries', 4, kv_heads=1, **sizes)
+    # results of 160 and an LSE of 80 come from 1 and 2 places on; those from 3 on go 1 further
+    assert forward[3:] == (3 * 160 + 240, 3 * 240)
+    assert backward[3:] == (3 * 2 * 240 + 160, 3 * 160)
 
 
 def test_whole_copies_have_their_gradients_summed():
@@ -142,6 +169,8 @@ def test_the_largest_slices_are_known():
         (['--batch', '6', '--mesh', 'data=4,model=2'], 2, '--batch 6: expected a multiple of the'),
         (['--batch', '6'], 2, '--batch 6: expected a multiple of the data=8 devices'),
         (['--mesh', 'data=3,model=2'], 2, 'data=3 x model=2, but 8 devices'),
+        (['--mesh', 'sequence=2', '--step', 'decode'], 2, 'expected sequence=1'),
+        (['--mesh', 'sequence=8', '--length', '40'], 2, '40 tokens over sequence=8 devices'),
         (['--length', '4096'], 2, '--length 4096: tiny is made for 128 positions'),
         (['--sweep', '--mesh', 'data=8'], 2, '--sweep tries every mesh'),
         (['--topology', 'v5e:32x32'], 2, 'the largest v5e slice is v5e:16x16, 256 devices'),
@@ -240,6 +269,16 @@ def test_tables_without_compiling(step, tmp_path, capsys):
     leaves = {'train': ['optimizer.mu', 'optimizer.nu', 'batch.targets'],
               'decode': ['cache.k_NBKSC', 'batch.tokens']}  # fmt: skip
     assert all(leaf in printed for leaf in leaves[step])
+
+
+def test_tables_of_cut_sequences(tmp_path, capsys):
+    arguments = ['plan', '--scale', 'tiny', '--abstract', '--mesh', 'data=2,sequence=4']
+    assert run.main([*arguments, '--ring', 'queries', '--out', str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert 'Ring attention' in printed and 'By devices along sequence' in printed
+    metrics = json.loads((tmp_path / 'result.json').read_text())
+    held = [metrics[f'bytes_per_device/growth/sequence={n}'] for n in (1, 2, 4)]
+    assert held == sorted(held, reverse=True) and held[2] < 0.5 * held[0]
 
 
 def test_a_sweep_at_tiny_scale(tmp_path, capsys):

@@ -14,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.lexinvariant import models
+from experiments.plan import collectives
+from experiments.plan import ring as plan_ring
 from lm import attention as attention_lib
 from lm import (
     cache,
@@ -221,6 +223,23 @@ def test_only_blocks_are_sent_and_queries_and_results_go_both_ways(case):
     }
     # -1, -2 and -3 of 4: results of queries that have gone 1, 2 and 3 places
     assert hops == ({1} if case.ring == 'keys' else set(range(1, devices)))
+
+
+def test_the_planner_counts_what_is_sent(case):
+    case, devices, text, _, _ = case
+    sizes = mesh_lib.parse(case.mesh, 8)
+    rows, heads, kv_heads = 4 // sizes.data, 4 // sizes.model, max(case.kv_heads // sizes.model, 1)
+    passes = plan_ring.passes(
+        case.ring, devices, rows * 32 / devices, heads, kv_heads, 16, 4, flops=1.0
+    )
+    program = collectives.read(text, **sizes._asdict())
+    sent = [one for one in program.collectives if one.kind == 'collective-permute']
+    assert {one.axis for one in sent} == {'sequence'} and not program.remarks
+    # of two devices, the backward pass finds the block there that came in the forward pass
+    if case.ring == 'keys' and devices > 2:  # positions and segments come on top
+        masks = 2 * (devices - 1) * rows * 32 / devices * 4 * (1 + case.segments)
+        counted = sum(one.network_bytes for one in passes)
+        assert sum(one.network_bytes for one in sent) == counted + masks
 
 
 def small(**changes) -> Config:
