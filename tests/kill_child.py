@@ -23,7 +23,7 @@ from typing import Any
 from orbax.checkpoint._src.path import atomicity
 
 from experiments import corpora, run
-from lm import checkpoint, packing, train
+from lm import bundle, checkpoint, packing, train
 from lm.data import EncodedDocuments
 
 # Where each phase begins.
@@ -36,7 +36,8 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
     'save': [(checkpoint.Checkpoints, 'save')],
     # writes the step's last file and renames its folder; then older steps are deleted
     'commit': [(atomicity.AtomicRenameTemporaryPath, 'finalize')],
-    'evaluation': [(train, 'evaluate')],
+    # the model is saved after it
+    'evaluation': [(train, 'evaluate'), (bundle, 'save'), (bundle, 'digest')],
 }  # fmt: skip
 
 

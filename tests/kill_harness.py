@@ -33,8 +33,12 @@ STEPS, EVERY = 120, 12
 # Phases of one run's signals. Those of evaluation come when training is done.
 KILLS = ('loading', 'step', 'save', 'commit', 'step', 'save', 'commit', 'evaluation')
 TERMS = ('step', 'evaluation')
-# What ends a phase; the end of the process has no name.
+# What ends a phase: batches are packed in all of them. The end of the process has no name.
 _LONG = ('step', 'save', 'commit', 'evaluation', None)
+# A phase's entries among which one is drawn, and the longest delay after it, in seconds; None: as
+# long as the phase lasts. Loading goes on to what is compiled and restored before the first step.
+ENTRIES = {'loading': 2, 'step': EVERY, 'save': 1, 'commit': 1, 'evaluation': 3}
+LONGEST = {'loading': 1.0, 'step': None, 'save': None, 'commit': None, 'evaluation': 0.1}
 NEVER = {'signal': 0, 'phase': '', 'entry': 0, 'delay': 0.0}
 
 
@@ -115,7 +119,6 @@ class Run:
 
     def seconds(self, phase: str) -> float:
         """Returns how long a phase lasts: the median time from an entry to the next other event."""
-        # batches are packed in every phase
         times = [r for r in self.records() if 'time' in r and r.get('phase') in (phase, *_LONG)]
         spans = [
             after['time'] - begin['time']
@@ -167,11 +170,11 @@ def disturbed(root: pathlib.Path, whole: Run, name: str, seed: int) -> Tally:
     random_.shuffle(moments)
     moments.sort(key=lambda moment: moment[0] == 'evaluation')  # the others need training
     for phase, number in moments:
-        entry = {'loading': random_.choice([1, 2]), 'step': random_.randint(1, EVERY)}.get(phase, 1)
-        span = 1.5 * whole.seconds(phase)  # a little past the phase's end, too
+        # a little past the phase's end, too
+        longest = LONGEST[phase] or 1.5 * whole.seconds(phase)
         moment = {
-            'signal': int(number), 'phase': phase, 'entry': entry,
-            'delay': random_.random() * span,
+            'signal': int(number), 'phase': phase, 'entry': random_.randint(1, ENTRIES[phase]),
+            'delay': random_.random() * longest,
         }  # fmt: skip
         before = len(run.records())
         done = run.start(moment)
@@ -202,8 +205,9 @@ def _count(tally, run: Run, records, moment, done) -> None:
         tally.term_steps_lost.append(lost)
         tally.term_seconds.append(time.time() - sent[0])
         said = 'run the same command again to resume' in done.stderr
-        if done.returncode or not (said or run.out.joinpath('result.json').exists()):
-            tally.term_codes.append(done.returncode or -1)
+        finished = any('exit' in r for r in records)  # before the signal came
+        if not finished and (done.returncode or not said):
+            tally.term_codes.append(done.returncode)
 
 
 def differing(run: Run, whole: Run) -> dict[str, int]:
