@@ -1,6 +1,7 @@
 # make setup   creates .venv and installs everything that the other targets need
 # make demo    trains and compares the tokenizers on the bundled corpus, about ten minutes
 # make test    the tests; make test-slow the long ones
+# make soak    kills a small run 40 times and compares; prints the table of docs/reliability.md
 # make test-tpu  kernels and steps through the TPU compiler; needs no TPU
 # make test-beam   the shards of `tokenize` through Apache Beam, in .venv-beam
 # make lint    format, lint, types and contracts; make format repairs what can be repaired
@@ -29,7 +30,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: setup demo test test-slow test-tpu test-beam beam lint format torch gpu tpu clean
+.PHONY: setup demo test test-slow soak test-tpu test-beam beam lint format torch gpu tpu clean
 
 setup: $(VENV)/.package $(VENV)/.test
 
@@ -55,6 +56,10 @@ test: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
+
+# Eight kills are one run; CI makes one, this five. About ten minutes.
+soak: $(VENV)/.test
+	$(BIN)/python -m tests.kill_harness --kills 40
 
 # The TPU compiler is a library of its own; nothing is run on what it compiles.
 $(VENV)/.tpu: $(VENV)/.test

@@ -29,7 +29,7 @@ class Guard:
     """What the check carries from step to step.
 
     Attributes:
-      first_loss: f32, the run's first loss; NaN before there is one.
+      first_loss: f32, the run's first loss; infinite before there is one.
       failed: bool, whether a step has failed; the state no longer changes.
     """
 
@@ -52,7 +52,7 @@ class Failure(NamedTuple):
 
 
 def start(first_loss: float, mesh: Mesh) -> Guard:
-    """Returns the guard of a run whose first loss was `first_loss`; NaN if it has none yet."""
+    """Returns the guard of a run whose first loss was `first_loss`; infinite if it has none yet."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     values = Guard(jnp.float32(first_loss), jnp.bool_(False))
     return jax.device_put(values, everywhere)
@@ -75,7 +75,7 @@ def guarded(step: Callable, explodes_at: float) -> Callable:
     def checked(state: Any, guard: Guard, batch: Any, *rest: Any):
         after, metrics = step(state, batch, *rest)
         loss = metrics['loss'].astype(jnp.float32)
-        first = jnp.where(jnp.isnan(guard.first_loss), loss, guard.first_loss)
+        first = jnp.where(jnp.isinf(guard.first_loss), loss, guard.first_loss)
         whole = jnp.isfinite(loss) & jnp.isfinite(metrics['gradient_norm'])
         failed = guard.failed | ~whole | (loss > explodes_at * jnp.maximum(first, 1.0))
         kept = jax.tree.map(lambda old, new: jnp.where(failed, old, new), state, after)

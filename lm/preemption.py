@@ -10,7 +10,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # Seconds from the signal to a hard end where the interpreter does not answer, in a compilation,
 # say. Machines leave 30 between SIGTERM and SIGKILL.
@@ -33,7 +34,8 @@ class Notice:
 
     def __init__(self):
         self.given = False
-        self._asked = None
+        self._ask: Callable[[bool], Any] | None = None
+        self._asked: Any = False
 
     def agreed(self) -> bool:
         """Returns whether to stop after this step; all processes call it once per step.
@@ -45,25 +47,28 @@ class Notice:
 
         if jax.process_count() == 1:
             return self.given
-        before, self._asked = self._asked, _any(self.given)
-        stop = before is not None and bool(before)
+        self._ask = self._ask or _anywhere()
+        before, self._asked = self._asked, self._ask(self.given)
+        stop = bool(before)
         self.given |= stop
         return stop
 
 
-def _any(flag: bool):
-    """Returns, on all devices and without waiting, whether the flag of any process is set."""
+def _anywhere() -> Callable[[bool], Any]:
+    """Returns a function of a flag: whether any process has it set, known to all, in a while."""
     import jax
     import numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-    everything = jax.make_mesh(
-        (jax.device_count(),), ('all',), axis_types=(jax.sharding.AxisType.Auto,)
-    )
-    split, whole = (NamedSharding(everything, PartitionSpec(axes)) for axes in ('all', None))
-    flags = np.full(jax.local_device_count(), flag)
-    mine = jax.make_array_from_process_local_data(split, flags)
-    return jax.jit(jax.numpy.any, out_shardings=whole)(mine)
+    devices = jax.make_mesh((jax.device_count(),), ('all',), axis_types=(AxisType.Auto,))
+    split, whole = (NamedSharding(devices, PartitionSpec(*axes)) for axes in (('all',), ()))
+    any_set = jax.jit(lambda flags: flags.any(), out_shardings=whole)
+
+    def ask(flag: bool):
+        flags = np.full(jax.local_device_count(), flag)
+        return any_set(jax.make_array_from_process_local_data(split, flags))
+
+    return ask
 
 
 @contextlib.contextmanager

@@ -186,9 +186,9 @@ def run(
 
 
 def _first_loss(folder: epath.PathLike) -> float:
-    """Returns the loss of a run's first step, NaN before there is one; the same on all hosts."""
+    """Returns the loss of a run's first step, infinite before it; the same on all hosts."""
     records = metrics_lib.read_jsonl(epath.Path(folder) / 'metrics.jsonl')
-    first = records[0].get('loss', math.nan) if records else math.nan
+    first = records[0].get('loss', math.inf) if records else math.inf
     if jax.process_count() > 1:
         first = multihost_utils.broadcast_one_to_all(np.float32(first))
     return float(first)

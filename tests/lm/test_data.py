@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lm import data, packing
 
 BOS = 300
-NAMES = ('tokens', 'targets', 'segments', 'positions', 'weights')
+NAMES = ('tokens', 'targets', 'segments', 'positions', 'weights', 'documents')
 
 
 def as_ids(document: bytes) -> np.ndarray:
@@ -66,6 +66,7 @@ def test_packs_the_example_of_the_docstring():
     assert {name: batch[name].dtype for name in NAMES} == {
         **dict.fromkeys(NAMES, np.int32),
         'weights': np.float32,
+        'documents': np.int64,
     }
 
 
@@ -126,6 +127,15 @@ def training(documents, **changes):
 
 def take(iterator, count: int) -> list[packing.Batch]:
     return [next(iterator) for _ in range(count)]
+
+
+@pytest.mark.parametrize('options', [{}, {'workers': 1}, {'shard_index': 1, 'shard_count': 3}])
+def test_each_target_says_its_document(options):
+    batches = iter(training(some_documents(31), num_epochs=2, **options))
+    for batch in batches:
+        here = np.where(batch['weights'] > 0, batch['targets'] // 40, -1)
+        np.testing.assert_array_equal(batch['documents'], here)
+    batches.close()
 
 
 def test_order_follows_from_the_seed_and_differs_by_epoch():
