@@ -45,13 +45,22 @@ def claim(out: epath.Path, config: Any) -> None:
                 f'{out}: holds a run of {before.get("processes", 1)} processes, and here are '
                 f'{count}; start as many, since each has a place of its own in the data'
             )
-        other = sorted(name for name in fields if before.get(name) != fields[name])
+        other = sorted(
+            name for name in fields if name in before and _differs(before[name], fields[name])
+        )
         if other:
             raise ValueError(
                 f'{out}: holds a run with another {", ".join(other)}; give another --out, or '
                 'remove the folder'
             )
     report.write_json_atomic(file, {**fields, 'processes': count} if count > 1 else fields)
+
+
+def _differs(before: Any, now: Any) -> bool:
+    """Returns whether a setting has changed; one that an older version did not have has not."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return any(name not in now or _differs(before[name], now[name]) for name in before)
+    return before != now
 
 
 def claim_corpus(out: epath.Path, corpus: Corpus) -> None:

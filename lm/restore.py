@@ -201,6 +201,8 @@ def _place(step: epath.Path, batches: grain.DatasetIterator, checked: bool) -> P
 def _leaves(step: epath.Path, like: Any) -> Any:
     try:
         return leaves(step / 'state', like)
+    except jax.errors.JaxRuntimeError:
+        raise  # the devices' own trouble, no room for the state, say
     except Exception as error:
         raise Damaged(f'state/ cannot be read ({_line(error)})') from error
 

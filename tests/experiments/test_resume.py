@@ -1,13 +1,18 @@
-"""A run that is killed with SIGKILL and started again ends as if nothing had happened."""
+"""A folder belongs to one config: what was run with another one is not mixed with it.
 
+That a killed run ends as if nothing had happened is tested in `tests/lm/test_preemption.py`.
+"""
+
+import dataclasses
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
-from lm import metrics, provenance
+from experiments import resume
+from experiments.pretrain import config
+from lm import provenance
 
 
 def command(out, steps):
@@ -18,13 +23,6 @@ def command(out, steps):
     ]  # fmt: skip
 
 
-def finish(out, steps=400):
-    done = subprocess.run(command(out, steps), cwd=provenance.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((out / 'result.json').read_text())['bits_per_byte/model']
-    return result, (out / 'metrics.jsonl').read_bytes()
-
-
 @pytest.fixture
 def texts(tmp_path):
     (tmp_path / 'text').mkdir()
@@ -33,23 +31,21 @@ def texts(tmp_path):
     return tmp_path
 
 
-def test_sigkill_changes_nothing(texts):
-    run = subprocess.Popen(
-        command(texts / 'killed', 400), cwd=provenance.ROOT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while len(metrics.read_jsonl(texts / 'killed' / 'metrics.jsonl')) < 120:
-        assert time.monotonic() < deadline and run.poll() is None
-        time.sleep(0.02)
-    run.kill()
-    run.wait()
-    assert not (texts / 'killed' / 'result.json').exists()
-    assert finish(texts / 'killed') == finish(texts / 'whole')
+def test_a_run_of_an_older_version_lacks_settings_and_goes_on(tmp_path):
+    now = config.SCALES['tiny']
+    resume.claim(tmp_path, now)
+    started = json.loads((tmp_path / 'started.json').read_text())
+    del started['train']['explodes_at'], started['mesh']
+    (tmp_path / 'started.json').write_text(json.dumps(started))
+    resume.claim(tmp_path, now)
+    longer = dataclasses.replace(now.train, length=now.train.length + 1)
+    with pytest.raises(ValueError, match='another train'):
+        resume.claim(tmp_path, dataclasses.replace(now, train=longer))
 
 
 def test_another_config_is_refused_before_anything_is_written(texts):
-    finish(texts / 'run', steps=2)
+    done = subprocess.run(command(texts / 'run', 2), cwd=provenance.ROOT)
+    assert done.returncode == 0
     before = (texts / 'run' / 'config.json').read_text()
     done = subprocess.run(
         command(texts / 'run', 3), cwd=provenance.ROOT, capture_output=True, text=True

@@ -82,6 +82,7 @@ NEEDED = (
 )  # fmt: skip
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # Orbax's threads
 @pytest.mark.parametrize('damage', [flip, pathlib.Path.unlink])
 def test_damage_to_any_file_of_a_step_is_seen(run, whole, tmp_path, capfd, damage):
     like = like_of(run[1])
