@@ -29,7 +29,7 @@ _ROPE_FIELDS = {
 # Of `Config`: how a model is computed, and not what; and what `_behaviour` has in another form.
 _NOT_COMPARED = {
     'dtype', 'param_dtype', 'remat', 'unroll', 'rope_theta', 'local_rope_theta', 'rope_scaling',
-    'attention_scale', 'window', 'window_pattern',
+    'attention_scale', 'window', 'window_pattern', 'mimetic_init',
 }  # fmt: skip
 
 
