@@ -84,11 +84,6 @@ def _bundle(folder: Path) -> None:
     _edit(folder / 'config.json', lambda fields: fields.pop('digest'))
 
 
-def _params_files(folder: Path) -> list[str]:
-    found = (file for file in (folder / 'params').rglob('*') if file.is_file())
-    return sorted(file.relative_to(folder).as_posix() for file in found)
-
-
 def _equal_info(folder: Path) -> None:
     strings = Strings.of([*BYTES, b'th', b'the', b'the '])
     EqualInfoTokenizer(strings, np.ones(len(strings), bool), 16, 'tunstall', 'x').save(folder)
@@ -124,11 +119,6 @@ def _ngram(folder: Path) -> None:
 
 def _string_table(folder: Path) -> None:
     StringTable(Strings.of([*BYTES, b'th', b'the', b''])).save(folder)
-
-
-def _use_ngram(folder: Path) -> None:
-    model = open_byte_model(folder)
-    assert model.precision == 16
 
 
 def _huggingface(name: str) -> Callable[[Path], Any]:
@@ -266,7 +256,7 @@ def loaders() -> dict[str, Loader]:
             _sign_strings,
         ),
         'ngram': Loader(
-            _ngram, _use_ngram, {'ngram.npz': NPZ, 'ngram.json': JSON}, 80, _sign_ngram
+            _ngram, open_byte_model, {'ngram.npz': NPZ, 'ngram.json': JSON}, 80, _sign_ngram
         ),
         'gpt2': Loader(
             _vocabulary, _use_folder,

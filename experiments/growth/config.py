@@ -10,9 +10,9 @@ puts in; its times say what cutting costs, not what devices gain. The second ask
 (`experiments/plan`) for slices of real chips: the TPU compiler (`make tpu`) compiles each step for
 the devices of the slice, on this CPU; `--abstract` only counts.
 
-On 2 CPU cores: about 10 minutes, nearly all of it the TPU compiler's; seconds with `--abstract`.
-Expected: losses equal to 1e-5, and memory between steps on each device falling as 1 / devices. A
-row that is done is kept in DIR: the same command goes on after it.
+On 2 CPU cores: about 10 minutes, most of it the TPU compiler's; a few minutes with `--abstract`.
+Expected: losses equal to 1e-5, relative, and memory between steps on each device falling as
+1 / devices. A row that is done is kept in DIR: the same command goes on after it.
 """
 
 import dataclasses
