@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from decoding import tree
+
 BLOCK = 256  # tokens whose mass `draw` adds up
 
 
@@ -156,6 +158,6 @@ def draw(logprob_BV: jax.Array, key_B: jax.Array, position_B: jax.Array) -> jax.
     noise = gumbel(at_position(key_B, position_B), (blocks + size,), logprob_BV.dtype)
     mass_BG = jax.nn.logsumexp(logprob_BGX, axis=2)
     block_B = jnp.argmax(mass_BG + noise[:, :blocks], axis=1)
-    logprob_BX = logprob_BGX[jnp.arange(b), block_B]
+    logprob_BX = tree.at(logprob_BGX, block_B)
     within_B = jnp.argmax(logprob_BX + noise[:, blocks:], axis=1)
     return (block_B * size + within_B).astype(jnp.int32)
