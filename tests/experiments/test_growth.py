@@ -6,8 +6,9 @@ import pytest
 
 from experiments.growth import fake, main, slices
 from experiments.growth.config import SCALES, Config
-from experiments.plan import chips, costs, steps, sweep
+from experiments.plan import chips, costs, steps
 from experiments.plan.config import Config as PlanConfig
+from lm import mesh as mesh_lib
 
 TINY = SCALES['tiny']
 
@@ -31,7 +32,7 @@ def test_slices_are_the_planners_figures(tmp_path, capsys):
     assert 'Roofline' in (tmp_path / 'plans' / 'v5e_4x4_model_2.txt').read_text()
     assert (row['mesh'], row['chips'], row['tokens']) == ('data=8,model=2', 16, 2 * 16 * 32)
     plan = PlanConfig('tiny', 'v5e:4x4', 'train', 32, 32, row['mesh'])
-    body, mesh = steps.model_config(plan), sweep.abstract_mesh(8, 2)
+    body, mesh = steps.model_config(plan), mesh_lib.abstract(8, 2)
     counted = costs.count(body, 32, 32, 'train', mesh)
     cells = slices.summary(row)
     assert cells['counted_sent'] == sum(counted.network_bytes.values())
