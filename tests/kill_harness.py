@@ -231,7 +231,7 @@ def differing(run: Run, whole: Run) -> dict[str, int]:
     digests = [
         json.loads((x.out / 'bundle/config.json').read_text())['digest'] for x in (run, whole)
     ]
-    counts['bundle'] = int(digests[0] != digests[1])
+    counts['bundles'] = int(digests[0] != digests[1])
     return counts
 
 
@@ -246,7 +246,7 @@ def table(tally: Tally) -> str:
         ('SIGKILLs', f'{sum(tally.kills.values())} ({phases})'),
         ('steps lost per kill', f'{np.mean(tally.steps_lost):.1f} on average, '
          f'{max(tally.steps_lost)} at most, of {STEPS}; a checkpoint every {EVERY}'),
-        *((f'{name} that differ' if name in ('batches', 'results') else f'bytes differing: {name}',
+        *((f'{name} that differ' if name in ('batches', 'results', 'bundles') else f'bytes differing: {name}',
            str(count)) for name, count in tally.differing.items()),
         ('files torn', str(len(tally.torn))),
         ('SIGTERMs', f'{tally.terms}; exit codes other than 0: {len(tally.term_codes)}'),
