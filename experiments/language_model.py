@@ -60,6 +60,13 @@ def check(model: Config, config: TrainConfig, mesh: Mesh, name: str) -> None:
         raise ValueError(
             f'{name}.length {config.length}: the model is made for {model.max_length} positions'
         )
+    check_rows(config, mesh, name)
+    if mesh.shape['sequence'] > 1:
+        zigzag.check(config.length, mesh.shape['sequence'], f'{name}.length')
+
+
+def check_rows(config: TrainConfig, mesh: Mesh, name: str) -> None:
+    """Raises ValueError unless the rows of the run called `name` divide over the devices."""
     if mesh.shape['data'] % jax.process_count():
         raise ValueError(
             f'data={mesh.shape["data"]}: expected a multiple of {jax.process_count()} processes'
@@ -69,8 +76,6 @@ def check(model: Config, config: TrainConfig, mesh: Mesh, name: str) -> None:
             f'{name}.batch_size {config.batch_size}: expected a multiple of the '
             f'data={mesh.shape["data"]} devices'
         )
-    if mesh.shape['sequence'] > 1:
-        zigzag.check(config.length, mesh.shape['sequence'])
 
 
 def fit(

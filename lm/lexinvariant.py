@@ -122,7 +122,7 @@ def embed(
         x_BLD = fixed_table(config, row_BL)
     if _law(config).partial:
         drawn_BL = is_drawn(config, key_BL, tokens_BL)
-        known_BLD = learned['input_VD'][tokens_BL].astype(config.dtype)
+        known_BLD = tables.laid_out(learned['input_VD'][tokens_BL].astype(config.dtype))
         x_BLD = jnp.where(drawn_BL[..., None], x_BLD, known_BLD)
     return tables.scaled(x_BLD, config)
 

@@ -45,15 +45,17 @@ def parse(text: str | None, devices: int) -> Sizes:
     where `data` is given. Sequences are cut only where `sequence` is given.
 
     Raises:
-      ValueError: an unknown axis, a size that is no number, or a product that is not the number
-        of devices.
+      ValueError: an unknown axis or one given twice, a size that is no number, or a product that
+        is not the number of devices.
     """
     sizes: dict[str, int] = {}
     for part in [] if text in (None, '', 'auto') else text.split(','):
         axis, _, size = part.partition('=')
-        if axis not in AXES or not size.isdigit() or int(size) < 1:
+        if axis not in AXES or not size.isdecimal() or int(size) < 1:
             known = ', '.join(f'{axis}=SIZE' for axis in AXES)
             raise ValueError(f'--mesh {text!r}: {part!r} is not one of {known}')
+        if axis in sizes:
+            raise ValueError(f'--mesh {text!r}: {axis} is given twice')
         sizes[axis] = int(size)
     left_out = 'model' if 'data' in sizes else 'data'
     rest = devices // math.prod(sizes.values())

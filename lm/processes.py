@@ -43,7 +43,8 @@ def named(environment: Mapping[str, str]) -> dict[str, Any] | None:
     a TPU slice's VMs, of a Slurm step, of Open MPI.
 
     Raises:
-      ValueError: some of the three variables are set and others not, or they are no such numbers.
+      ValueError: some of the three variables are set and others not, or they are no such address
+        and numbers.
     """
     given = {name: environment[name] for name in (ADDRESS, COUNT, INDEX) if environment.get(name)}
     # libtpu writes a warning into this variable on machines that are no TPU VM
@@ -59,11 +60,15 @@ def named(environment: Mapping[str, str]) -> dict[str, Any] | None:
             'or none for one process'
         )
     for name in (COUNT, INDEX):
-        if name in given and not given[name].isdigit():
+        if name in given and not given[name].isdecimal():
             raise ValueError(f'{name}={given[name]!r}: expected a number')
     count, index = (int(given[name]) if name in given else None for name in (COUNT, INDEX))
     if count is not None and index is not None and index >= count:
         raise ValueError(f'{INDEX}={index}: expected 0 to {COUNT} - 1, which is {count - 1}')
+    host, _, port = given.get(ADDRESS, 'host:1').rpartition(':')
+    # JAX would try for minutes to reach what is no address
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f'{ADDRESS}={given[ADDRESS]!r}: expected host:port of the first process')
     return {'coordinator_address': given.get(ADDRESS), 'num_processes': count, 'process_id': index}
 
 

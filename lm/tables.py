@@ -30,10 +30,18 @@ def embed(tables: Params, config: Config, tokens_BL: jax.Array) -> jax.Array:
         x_BLD = tables['input_BVD'][jnp.arange(tokens_BL.shape[0])[:, None], tokens_BL]
     else:
         x_BLD = tables['input_VD'][tokens_BL]
-    if mesh.in_use('sequence') > 1:
-        # as cut as the table's rows: exchanged over one axis of the mesh, and then over the other
-        x_BLD = mesh.constrain(x_BLD.astype(config.dtype), ('batch', None, 'embed'))
-    return scaled(x_BLD, config)
+    return scaled(laid_out(x_BLD.astype(config.dtype)), config)
+
+
+def laid_out(x_BLD: jax.Array) -> jax.Array:
+    """Returns rows of a table, one per token, on their way to where the tokens are.
+
+    As cut as the table's rows: exchanged over one axis of the mesh, and then over the other. Where
+    sequences are whole, the compiler needs no help.
+    """
+    if mesh.in_use('sequence') == 1:
+        return x_BLD
+    return mesh.constrain(x_BLD, ('batch', None, 'embed'))
 
 
 def scaled(x_BLD: jax.Array, config: Config) -> jax.Array:

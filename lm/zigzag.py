@@ -24,12 +24,15 @@ def order(length: int, devices: int) -> np.ndarray:
     return np.stack([chunks[0], chunks[1, ::-1]], axis=1).reshape(-1)
 
 
-def check(length: int, devices: int) -> None:
-    """Raises ValueError unless rows of this length divide into two chunks per device."""
+def check(length: int, devices: int, name: str = 'rows') -> None:
+    """Raises ValueError unless rows of this length divide into two chunks per device.
+
+    The error says that of `name`.
+    """
     if length % (2 * devices):
         raise ValueError(
-            f'rows of {length} tokens over sequence={devices} devices: expected a length that is a '
-            f'multiple of {2 * devices}, two chunks for each device'
+            f'{name} of {length} tokens over sequence={devices} devices: expected a length that is '
+            f'a multiple of {2 * devices}, two chunks for each device'
         )
 
 

@@ -21,6 +21,7 @@ from experiments.generate.config import Config
 from experiments.generate.stream import Painter
 from experiments.speculative import drafters
 from experiments.speculative.drafters import Parts
+from lm import ring
 
 _CALIBRATED_ROWS = 256  # of the cache, while passes are timed
 _RANKS = 8  # of candidates whose acceptance is assumed
@@ -32,6 +33,8 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
     sample.check(sampler)
     if not config.prompt:
         raise ValueError('--prompt: empty; give some text to continue')
+    with jax.set_mesh(mesh):
+        ring.refuse('decoding')  # before anything is loaded
     loaded = decoding_models.load(config.bundle, mesh)
     drafter = make_drafter(config, loaded, sampler, out, mesh)
     prompt = loaded.encode(config.prompt.encode())

@@ -19,7 +19,7 @@ from experiments.speculative.config import Config
 from experiments.speculative.drafters import Parts
 from experiments.speculative.measure import Cell
 from experiments.speculative.models import Models
-from lm import params
+from lm import params, ring
 from lm.metrics import ProgressLine
 
 _DRAWN = ('lookup', 'dynamic', 'recursive')  # whose trees are worth a drawing, the best last
@@ -29,6 +29,8 @@ _ROUNDS = 8  # of which the one is drawn that accepted most
 def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
     """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
     begin = time.monotonic()
+    with jax.set_mesh(mesh):
+        ring.refuse('decoding')  # before anything is trained
     corpus = corpora.open_corpus(config.data, config.tfds)
     resume.claim_corpus(out, corpus)
     questions = prompts.read_questions(config.spec_bench) if config.spec_bench else None

@@ -64,7 +64,8 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
 
 def _check(config: Config, model: ModelConfig, mesh: Mesh) -> None:
     """Raises ValueError unless every training fits the model and the devices."""
-    for name in ('train', 'identity', 'transfer', 'continued'):
+    language_model.check_rows(config.identity, mesh, 'identity')  # of ids, that are no text
+    for name in ('train', 'transfer', 'continued'):
         if name != 'train' or config.bundle is None or config.oracle:
             language_model.check(model, getattr(config, name), mesh, name)
 

@@ -158,6 +158,16 @@ def test_decoding_with_a_drafter():
             assert getattr(many.metrics, field) == getattr(one.metrics, field)
 
 
+def test_decoding_where_sequences_are_cut_is_refused_before_any_work(tmp_path):
+    cut = mesh.make('sequence=2', jax.devices('cpu')[:2])
+    for name, given in (('speculative', []), ('generate', ['--bundle', 'none', '--prompt', 'p'])):
+        config = importlib.import_module(f'experiments.{name}.config')
+        command = run.parse(name, config, given)
+        with pytest.raises(ValueError, match=r'decoding: not supported .* sequence=2'):
+            importlib.import_module(f'experiments.{name}.main').main(command.config, tmp_path, cut)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_flag_is_that_of_experiments_that_run_on_a_mesh(capsys):
     for name, default in (('pretrain', 'auto'), ('generate', 'one')):
         module = importlib.import_module(f'experiments.{name}.config')

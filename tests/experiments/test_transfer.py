@@ -226,5 +226,14 @@ def test_refuses_what_cannot_work(fields):
         dataclasses.replace(SETTINGS, **fields)
 
 
+def test_sequences_may_be_cut_and_source_ids_are_none(source):
+    cut = mesh_lib.make('data=2,sequence=2', jax.devices('cpu')[:4])
+    main._check(SETTINGS, source.config, cut)
+    for name, change in (('continued', {'length': 30}), ('identity', {'batch_size': 3})):
+        run = dataclasses.replace(getattr(SETTINGS, name), **change)
+        with pytest.raises(ValueError, match=f'{name}.{next(iter(change))}.*expected'):
+            main._check(dataclasses.replace(SETTINGS, **{name: run}), source.config, cut)
+
+
 def test_only_what_is_named_is_trained_on():
     assert set(main.TRAINED_ON) <= {'hypernetwork', *measure.methods(None, [])}

@@ -21,7 +21,10 @@ def test_sizes_left_out_fill_up(text, shape):
     assert mesh.parse(text, 8) == shape
 
 
-@pytest.mark.parametrize('text', ['data=3', 'data=4,model=4', 'rows=2', 'data=two', 'data=0', 'x'])
+@pytest.mark.parametrize(
+    'text',
+    ['data=3', 'data=4,model=4', 'rows=2', 'data=two', 'data=0', 'data=²', 'data=8,data=8', 'x'],
+)
 def test_bad_meshes_are_refused(text):
     with pytest.raises(ValueError, match='--mesh'):
         mesh.parse(text, 8)

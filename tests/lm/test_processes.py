@@ -23,10 +23,12 @@ def test_a_missing_one_is_named(missing):
 
 @pytest.mark.parametrize(
     ('name', 'value', 'message'),
-    [(COUNT, 'four', 'expected a number'), (INDEX, '-1', 'expected a number'),
-     (INDEX, '4', 'expected 0 to')],
+    [(COUNT, 'four', 'expected a number'), (COUNT, '²', 'expected a number'),
+     (INDEX, '-1', 'expected a number'), (INDEX, '4', 'expected 0 to'),
+     (ADDRESS, 'host', 'expected host:port'), (ADDRESS, ':1234', 'expected host:port'),
+     (ADDRESS, 'host:x', 'expected host:port'), (ADDRESS, 'host:99999', 'expected host:port')],
 )  # fmt: skip
-def test_a_bad_number_is_named(name, value, message):
+def test_a_bad_value_is_named(name, value, message):
     with pytest.raises(ValueError, match=f'{name}.*{message}'):
         processes.named({**WHOLE, name: value})
 

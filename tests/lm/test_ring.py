@@ -19,6 +19,7 @@ from experiments.plan import ring as plan_ring
 from lm import attention as attention_lib
 from lm import (
     cache,
+    lexinvariant,
     losses,
     optimizer,
     params,
@@ -30,7 +31,7 @@ from lm import (
     zigzag,
 )
 from lm import mesh as mesh_lib
-from lm.config import Config
+from lm.config import Config, Lexinvariant
 from lm.kernels import reference, sparse
 from lm.kernels.mask import Mask, visible
 from lm.packing import Shared
@@ -326,3 +327,19 @@ def test_what_needs_whole_sequences_is_refused():
             ring.attention(q, k, k, mask, settings, 'both')
     with pytest.raises(ValueError, match=r'Config.ring.*expected one of'):
         small(ring='both')
+
+
+def test_learned_rows_beside_drawn_ones_are_not_joined():
+    config = small(tied=True, lexinvariant=Lexinvariant('gaussian', 0.5))
+    grid = mesh_lib.make('data=2,sequence=2', jax.devices('cpu')[:4])
+    weights = params.abstract(config, grid)['tables']
+    tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32, sharding=mesh_lib.batch_sharding(grid))
+
+    def loss(learned, tokens):
+        keys = lexinvariant.sequence_keys(jax.random.key(0), 4)
+        return (lexinvariant.embed(learned, config, keys, tokens, tokens) ** 2).sum()
+
+    with jax.set_mesh(grid):
+        text = jax.jit(jax.grad(loss)).lower(weights, tokens).compile().as_text()
+    # rows of 64 for 4 x 16 tokens, of which a device has 2 x 8
+    assert not re.findall(r'f32\[(?:4,16|2,16|4,8),64\]', text)
