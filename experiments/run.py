@@ -149,7 +149,7 @@ def parse(name: str, module: ModuleType, arguments: Sequence[str]) -> Command:
         ('out', Annotated[str, _flag('folder for results')], f'out/{name}-{scale}'),
     ]
     if hasattr(module, 'MESH'):
-        devices = 'devices, as in data=4,model=2; auto: all on the data axis; one: the first'
+        devices = 'devices, as in data=2,sequence=2,model=2; auto: all on data; one: the first'
         fields.append(('mesh', Annotated[str, _flag(devices)], module.MESH))
     # One parser for the config's own fields and for the runner's: one --help shows all.
     chosen: Any = tyro.cli(

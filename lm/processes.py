@@ -63,6 +63,8 @@ def named(environment: Mapping[str, str]) -> dict[str, Any] | None:
         if name in given and not given[name].isdecimal():
             raise ValueError(f'{name}={given[name]!r}: expected a number')
     count, index = (int(given[name]) if name in given else None for name in (COUNT, INDEX))
+    if count == 0:
+        raise ValueError(f'{COUNT}=0: expected at least 1')
     if count is not None and index is not None and index >= count:
         raise ValueError(f'{INDEX}={index}: expected 0 to {COUNT} - 1, which is {count - 1}')
     host, _, port = given.get(ADDRESS, 'host:1').rpartition(':')
@@ -89,6 +91,8 @@ def joined() -> Iterator[None]:
         return
     keeper = _keeper()
     jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM for itself
+    count = arguments.get('num_processes')
+    print(f'waiting for {"the" if count is None else count} processes', file=sys.stderr)
     try:
         jax.distributed.initialize(
             **arguments,

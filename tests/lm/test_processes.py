@@ -24,7 +24,7 @@ def test_a_missing_one_is_named(missing):
 @pytest.mark.parametrize(
     ('name', 'value', 'message'),
     [(COUNT, 'four', 'expected a number'), (COUNT, '²', 'expected a number'),
-     (INDEX, '-1', 'expected a number'), (INDEX, '4', 'expected 0 to'),
+     (INDEX, '-1', 'expected a number'), (INDEX, '4', 'expected 0 to'), (COUNT, '0', 'at least 1'),
      (ADDRESS, 'host', 'expected host:port'), (ADDRESS, ':1234', 'expected host:port'),
      (ADDRESS, 'host:x', 'expected host:port'), (ADDRESS, 'host:99999', 'expected host:port')],
 )  # fmt: skip
