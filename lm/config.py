@@ -6,8 +6,7 @@ import types
 import typing
 from typing import Any, Literal
 
-# Fields that came later, and what older models have there.
-_LATER = {'lexinvariant': None, 'mimetic_init': False, 'ring': 'keys'}
+_LATER = {'lexinvariant': None, 'ring': 'keys'}  # and what older models have there
 DTYPES = ('float32', 'bfloat16')
 ACTIVATIONS = ('silu', 'gelu_tanh', 'relu')
 RINGS = ('keys', 'queries')
@@ -97,10 +96,6 @@ class Config:
       scale_embeddings: token vectors are multiplied by `sqrt(d_model)` (Gemma).
       tied: output logits use the input table.
       lexinvariant: token tables that are drawn per sequence; `None`: learned ones.
-      mimetic_init: each head begins with its keys' matrix equal to its queries', and its output's
-        to its values' transposed (after Trockman & Kolter 2023, arXiv 2305.09828). So a head
-        attends to what is like itself, and passes it on; that is how drawn symbols, of which no
-        weight can know anything else, have to meet in attention.
       rope_theta: base of the rotary frequencies; `local_rope_theta` that of windowed layers.
       rope_scaling: applies to layers without a window only where `local_rope_theta` is given.
       window: a query sees keys at distance below this, in windowed layers; `None`: all keys.
@@ -134,7 +129,6 @@ class Config:
     scale_embeddings: bool = False
     tied: bool = False
     lexinvariant: Lexinvariant | None = None
-    mimetic_init: bool = False
     rope_theta: float = 10_000.0
     local_rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None

@@ -85,19 +85,7 @@ def _is_leaf(x: Any) -> bool:
 
 def init(config: Config, key: jax.Array) -> Params:
     """Returns a model's initial parameters."""
-    params = initial(leaves(config), config.param_dtype, key)
-    return _mimetic(params, config) if config.mimetic_init else params
-
-
-def _mimetic(params: Params, config: Config) -> Params:
-    """Makes keys begin as queries, and outputs as values transposed (`Config.mimetic_init`)."""
-    layers, group = params['body']['layers'], config.n_heads // config.n_kv_heads
-    wv_NDHC = jnp.repeat(layers['wv_NDKC'], group, axis=2)
-    alike = {
-        'wk_NDKC': layers['wq_NDHC'][:, :, ::group],
-        'wo_NHCD': jnp.einsum('ndhc->nhcd', wv_NDHC),
-    }
-    return {**params, 'body': {**params['body'], 'layers': {**layers, **alike}}}
+    return initial(leaves(config), config.param_dtype, key)
 
 
 def initial(tree: dict[str, Any], dtype: str, key: jax.Array) -> Params:

@@ -143,19 +143,6 @@ def test_logits_of_a_bf16_model_are_not_rounded_to_bf16(tokens):
     assert (logits.astype(jnp.bfloat16).astype(jnp.float32) != logits).mean() > 0.5
 
 
-def test_a_mimetic_head_begins_alike_in_queries_and_keys_and_passes_on_what_it_reads():
-    config = dataclasses.replace(
-        presets.tiny(8), d_model=64, n_heads=4, n_kv_heads=2, head_dim=32, mimetic_init=True
-    )
-    layers = params.init(config, jax.random.key(0))['body']['layers']
-    for head in range(4):
-        same = layers['wq_NDHC'][:, :, head] == layers['wk_NDKC'][:, :, head // 2]
-        assert same.all() == (head % 2 == 0)  # a group of heads shares the keys of its first
-    passed = jnp.einsum('dhc,hce->de', layers['wv_NDKC'][0].repeat(2, 1), layers['wo_NHCD'][0])
-    off = passed - jnp.diag(jnp.diag(passed))
-    assert jnp.diag(passed).min() > 4 * jnp.abs(off).mean()
-
-
 @pytest.mark.parametrize('preset', presets.PRESETS, ids=lambda f: f.__name__)
 def test_presets_have_the_size_that_their_name_says(preset):
     config = preset()
