@@ -33,6 +33,8 @@ STEPS, EVERY = 120, 12
 # Phases of one run's signals. Those of evaluation come when training is done.
 KILLS = ('loading', 'step', 'save', 'commit', 'step', 'save', 'commit', 'evaluation')
 TERMS = ('step', 'evaluation')
+# What is compared whole; of the rest, bytes are counted.
+COUNTED = ('batches', 'results', 'bundles')
 # What ends a phase: batches are packed in all of them. The end of the process has no name.
 _LONG = ('step', 'save', 'commit', 'evaluation', None)
 # A phase's entries among which one is drawn, and the longest delay after it, in seconds; None: as
@@ -231,7 +233,7 @@ def differing(run: Run, whole: Run) -> dict[str, int]:
     digests = [
         json.loads((x.out / 'bundle/config.json').read_text())['digest'] for x in (run, whole)
     ]
-    counts['bundle'] = int(digests[0] != digests[1])
+    counts['bundles'] = int(digests[0] != digests[1])
     return counts
 
 
@@ -246,8 +248,8 @@ def table(tally: Tally) -> str:
         ('SIGKILLs', f'{sum(tally.kills.values())} ({phases})'),
         ('steps lost per kill', f'{np.mean(tally.steps_lost):.1f} on average, '
          f'{max(tally.steps_lost)} at most, of {STEPS}; a checkpoint every {EVERY}'),
-        *((f'{name} that differ' if name in ('batches', 'results') else f'bytes differing: {name}',
-           str(count)) for name, count in tally.differing.items()),
+        *((f'{name} that differ' if name in COUNTED else f'bytes differing: {name}', str(count))
+          for name, count in tally.differing.items()),
         ('files torn', str(len(tally.torn))),
         ('SIGTERMs', f'{tally.terms}; exit codes other than 0: {len(tally.term_codes)}'),
         ('steps lost per SIGTERM', f'{max(tally.term_steps_lost)} at most'),

@@ -48,8 +48,16 @@ def test_sigterm_is_noted_in_training_and_acted_on_after():
     assert reached == ['save']
 
 
+def test_sigterm_before_the_first_step_is_acted_on():
+    with pytest.raises(preemption.Preempted), preemption.ends_cleanly(), preemption.noticed():
+        terminate()
+        while True:
+            time.sleep(0.001)
+
+
 def test_an_error_is_not_hidden_by_sigterm():
-    with pytest.raises(ValueError, match='disk'), preemption.noticed():
+    with pytest.raises(ValueError, match='disk'), preemption.noticed() as notice:
+        notice.agreed()
         terminate()
         raise ValueError('disk full')
 
@@ -71,15 +79,16 @@ def test_other_threads_than_the_main_one_may_train():
 STUCK = """
 import hashlib, sys
 from lm import preemption
-with preemption.ends_cleanly(patience=0.3):
+with preemption.ends_cleanly(patience=0.3), {block}:
     print('ready', flush=True)
     hashlib.pbkdf2_hmac('sha256', b'', b'', 100_000_000)
 """
 
 
-def test_a_call_that_does_not_return_is_ended_too():
+@pytest.mark.parametrize('block', ['preemption.noticed()', 'open(sys.executable)'])
+def test_a_call_that_does_not_return_is_ended_too(block):
     with subprocess.Popen(
-        [sys.executable, '-c', STUCK], cwd=provenance.ROOT, stdout=subprocess.PIPE,
+        [sys.executable, '-c', STUCK.format(block=block)], cwd=provenance.ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout.readline() == 'ready\n'
