@@ -66,15 +66,14 @@ class Command(NamedTuple):
 def main(arguments: Sequence[str]) -> int:
     """Runs a command line; returns the exit code.
 
-    0 is done, or stopped by SIGTERM with all on disk that the same command needs to go on; 1
-    failed, 2 misused, 130 interrupted.
+    0 is done, 1 failed, 2 misused, 130 interrupted.
+
+    Raises:
+      Preempted: SIGTERM came; all is on disk that the same command needs to go on.
     """
     try:
         with preemption.ends_cleanly():
             return _dispatch(arguments)
-    except preemption.Preempted as stop:
-        print(stop, file=sys.stderr)
-        return 0
     except KeyboardInterrupt:
         print('interrupted; run the same command again to resume', file=sys.stderr)
         return 130
@@ -265,4 +264,7 @@ def _missing_module(error: ImportError) -> str | None:
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except preemption.Preempted as stopped:
+        preemption.leave(stopped)

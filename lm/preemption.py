@@ -2,7 +2,8 @@
 
 A command runs inside `ends_cleanly`, where the signal raises `Preempted` at the next bytecode: all
 its parts appear on disk whole or not at all, so it may end anywhere. Training runs inside
-`noticed`, where the signal is noted, and acted on between two steps, after a save.
+`noticed`, where the signal is noted, and acted on between two steps, after a save; until the first
+step is done, there is nothing to save, and a compilation may take minutes: it ends the command.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 # Seconds from the signal to a hard end where the interpreter does not answer, in a compilation,
 # say. Machines leave 30 between SIGTERM and SIGKILL.
@@ -30,10 +31,16 @@ class Preempted(SystemExit):
 
 
 class Notice:
-    """Whether SIGTERM came, and to which process."""
+    """Whether SIGTERM came, and to which process.
 
-    def __init__(self):
-        self.given = False
+    Attributes:
+      given: whether it came.
+      begun: whether a step is done.
+    """
+
+    def __init__(self, begin: Callable[[], Any]):
+        self.given = self.begun = False
+        self._begin = begin
         self._ask: Callable[[bool], Any] | None = None
         self._asked: Any = False
 
@@ -45,6 +52,9 @@ class Notice:
         """
         import jax  # commands that train nothing do not need it
 
+        if not self.begun:
+            self.begun = True
+            self._begin()
         if jax.process_count() == 1:
             return self.given
         self._ask = self._ask or _anywhere()
@@ -73,13 +83,19 @@ def _anywhere() -> Callable[[bool], Any]:
 
 @contextlib.contextmanager
 def noticed() -> Iterator[Notice]:
-    """Notes SIGTERM inside the block, instead of acting on it; raises `Preempted` at its end."""
-    notice = Notice()
+    """Notes SIGTERM inside the block, instead of acting on it; raises `Preempted` at its end.
 
-    def note(number, frame):
-        notice.given = True
+    From the first call of `agreed` on: before it, the signal acts as outside of the block.
+    """
+    with contextlib.ExitStack() as rest:
+        notice = Notice(lambda: rest.enter_context(_waking(-1)))
 
-    with _handler(note), _waking(-1):
+        def note(number, frame):
+            if not notice.begun:
+                raise Preempted
+            notice.given = True
+
+        rest.enter_context(_handler(note))
         yield notice
     if notice.given:
         raise Preempted
@@ -113,6 +129,17 @@ def ends_cleanly(patience: float = PATIENCE) -> Iterator[None]:
         watch.join()
         os.close(write)
         os.close(read)
+
+
+def leave(stop: Preempted) -> NoReturn:
+    """Ends the process with code 0 and a line, from where `stop` is caught, and frees nothing.
+
+    A compilation that was left goes on in a thread of XLA's, with what its frames hold: an ordinary
+    end waits for it, for minutes, or crashes.
+    """
+    sys.stdout.flush()
+    print(stop, file=sys.stderr, flush=True)
+    os._exit(0)
 
 
 def _watch(read: int, left: threading.Event, patience: float) -> None:

@@ -1,8 +1,10 @@
 """Reading a saved step, or a part of it, and telling whether it is what was saved."""
 
+import asyncio
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import grain
@@ -135,13 +137,42 @@ def leaves(folder: epath.Path, like: Any) -> Any:
         like,
     )
     args = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
-    return ocp.PyTreeCheckpointHandler().restore(folder, args=args)
+    with _reads_ended():
+        return ocp.PyTreeCheckpointHandler().restore(folder, args=args)
 
 
 def metadata(folder: epath.Path) -> Any:
     """Returns what a tree that Orbax saved has for leaves: their dtypes, shapes and storage."""
-    saved = ocp.PyTreeCheckpointHandler().metadata(folder)
+    with _reads_ended():
+        saved = ocp.PyTreeCheckpointHandler().metadata(folder)
     return getattr(saved, 'tree', saved)
+
+
+class _EndingLoop(asyncio.SelectorEventLoop):
+    def close(self) -> None:
+        """Closes the loop when nothing runs in it any more."""
+        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        super().close()
+
+
+class _EndingLoops(asyncio.DefaultEventLoopPolicy):
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _EndingLoop()
+
+
+@contextlib.contextmanager
+def _reads_ended() -> Iterator[None]:
+    """Lets Orbax end the reads that are under way when another one fails.
+
+    It closes their event loop instead, and each prints a traceback in front of the run's one line.
+    """
+    before = asyncio.get_event_loop_policy()
+    asyncio.set_event_loop_policy(_EndingLoops())
+    try:
+        yield
+    finally:
+        asyncio.set_event_loop_policy(before)
 
 
 def _recorded(step: epath.Path) -> dict[str, checksums.Record] | None:
@@ -231,6 +262,11 @@ def _everywhere(do: Callable[[], T]) -> T:
 
 
 def _line(error: BaseException) -> str:
-    """Returns the start of an error's first line: libraries write pages."""
+    """Returns the start of an error's first line: libraries write pages.
+
+    It is the first error's of those that were raised from each other, which names leaf or file.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = str(error).strip().partition('\n')[0] or type(error).__name__
     return text if len(text) <= 160 else f'{text[:160]}...'

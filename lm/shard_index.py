@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from lm import atomic
+from lm import atomic, json_fields
 from lm.data import id_dtype
 
 FORMAT = 1
@@ -69,8 +69,8 @@ def read_index(folder: epath.PathLike) -> Index:
         raise FileNotFoundError(
             f'{folder}: no shards here ({INDEX} is missing; it is written when all of them are)'
         )
+    described = json_fields.read(file)
     try:
-        described = json.loads(file.read_bytes())
         version = described['format']
         if version != FORMAT:
             raise ValueError(f'format {version!r}; this version reads format {FORMAT}')
@@ -85,7 +85,7 @@ def read_index(folder: epath.PathLike) -> Index:
             raise ValueError(f'dtype {described["dtype"]!r} for {vocab_size} ids')
         if not all(isinstance(value, str) for value in dict(origin).values()):
             raise ValueError('origin: expected names and digests')
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f'{error} is missing' if isinstance(error, KeyError) else error
         raise ValueError(f'{file}: damaged, or not an index of shards: {reason}') from None
     return Index(vocab_size, dict(origin), splits)

@@ -23,7 +23,7 @@ from typing import Any
 from orbax.checkpoint._src.path import atomicity
 
 from experiments import corpora, run
-from lm import bundle, checkpoint, packing, train
+from lm import bundle, checkpoint, packing, preemption, train
 from lm.data import EncodedDocuments
 
 # Where each phase begins.
@@ -98,6 +98,10 @@ if __name__ == '__main__':
     for phase, places in PHASES.items():
         for owner, name in places:
             hook(watching, phase, owner, name)
-    code = run.main(sys.argv[3:])
+    try:
+        code = run.main(sys.argv[3:])
+    except preemption.Preempted as stopped:
+        watching.say(exit=0, time=time.time())
+        preemption.leave(stopped)
     watching.say(exit=code, time=time.time())
     sys.exit(code)

@@ -13,10 +13,10 @@ import numpy as np
 
 import tokenization
 from decoding import calibrate
-from experiments import resume
+from experiments import resume, shard_text
 from experiments.byte_models import open_byte_model
 from experiments.speculative import prompts
-from lm import bundle, data, huggingface, metrics, params, presets
+from lm import bundle, data, huggingface, metrics, params, presets, shard_index, shards
 from tests import mutations
 from tests.tokenization import originals, toy
 from tokenization import container, ngram, spelling
@@ -179,6 +179,24 @@ def _use_encoded(folder: Path) -> None:
     assert total <= documents.tokens
 
 
+def _shards(folder: Path) -> None:
+    """One shard in each split, of a byte tokenizer."""
+    folder.mkdir()
+    splits = {}
+    for split in shard_text.SPLITS:
+        documents = [(np.arange(5), 5), (np.arange(90), 90)]
+        file = folder / shard_index.file_name(split, 0, 1)
+        splits[split] = (shards.write_shard(file, documents, 256),)
+    ByteTokenizer().save(folder / 'tokenizer')
+    origin = {'tokenizer': shard_text.digest(ByteTokenizer()), 'text': 'x'}
+    shard_index.write_index(folder, shard_index.Index(256, origin, splits))
+
+
+def _use_shards(folder: Path) -> None:
+    for split in shard_text.open_splits(folder):
+        assert sum(len(split[i]) for i in range(min(len(split), 1000))) <= split.size
+
+
 def _run(folder: Path) -> None:
     folder.mkdir()
     resume.claim(folder, SMALL)
@@ -281,6 +299,10 @@ def loaders() -> dict[str, Loader]:
         ),
         'encoded': Loader(
             _encoded, _use_encoded, {'ids.npy': mutations.npy, 'offsets.npy': mutations.npy}, 120
+        ),
+        'shards': Loader(
+            _shards, _use_shards,
+            {'index.json': JSON, 'train-00000-of-00001.array_record': FLIPPED}, 60, threads=True,
         ),
         'run': Loader(_run, _use_run, {'started.json': JSON, 'part.json': JSON}, 60),
         'curve': Loader(_curve, _use_curve, {'curve.json': JSON}, 60, refuses=False),

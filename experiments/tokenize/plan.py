@@ -9,7 +9,6 @@ OUT/index.json    all of them, written when none is missing (`lm.shard_index`)
 import dataclasses
 import hashlib
 import itertools
-import json
 import math
 import os
 import shutil
@@ -22,7 +21,7 @@ from etils import epath
 import tokenization
 from experiments import shard_text
 from experiments.corpora import Corpus
-from lm import shard_index, shards
+from lm import json_fields, shard_index, shards
 from lm.data import id_dtype
 from lm.shard_index import Index, Shard
 from tokenization.tokenizer import Tokenizer
@@ -138,8 +137,8 @@ def begin(plan: Plan, tokenizer: Tokenizer, shard_bytes: int) -> None:
     described = {'format': shard_index.FORMAT, 'shard_bytes': shard_bytes, **plan.origin}
     if file.exists():
         try:
-            before = dict(json.loads(file.read_bytes()))
-        except (ValueError, TypeError, RecursionError):
+            before = json_fields.read(file)
+        except ValueError:
             raise ValueError(f'{file}: damaged; remove the folder and encode again') from None
         other = sorted(name for name in described if before.get(name) != described[name])
         if other:
@@ -180,9 +179,9 @@ def _save_once(tokenizer: Tokenizer, folder: epath.Path) -> None:
 def part_of(task: Task) -> Shard | None:
     """Returns what a shard holds, or None if it is still to be written."""
     try:
-        shard = shard_index.shard_from(json.loads(task.part.read_bytes()))
+        shard = shard_index.shard_from(json_fields.read(task.part))
         return shard if task.path.stat().length == shard.file_bytes else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -48,8 +48,16 @@ def test_sigterm_is_noted_in_training_and_acted_on_after():
     assert reached == ['save']
 
 
+def test_sigterm_before_the_first_step_is_acted_on():
+    with pytest.raises(preemption.Preempted), preemption.ends_cleanly(), preemption.noticed():
+        terminate()
+        while True:
+            time.sleep(0.001)
+
+
 def test_an_error_is_not_hidden_by_sigterm():
-    with pytest.raises(ValueError, match='disk'), preemption.noticed():
+    with pytest.raises(ValueError, match='disk'), preemption.noticed() as notice:
+        notice.agreed()
         terminate()
         raise ValueError('disk full')
 
@@ -71,22 +79,56 @@ def test_other_threads_than_the_main_one_may_train():
 STUCK = """
 import hashlib, sys
 from lm import preemption
-with preemption.ends_cleanly(patience=0.3):
+with preemption.ends_cleanly(patience=0.3), {block}:
     print('ready', flush=True)
     hashlib.pbkdf2_hmac('sha256', b'', b'', 100_000_000)
 """
 
 
-def test_a_call_that_does_not_return_is_ended_too():
+@pytest.mark.parametrize('block', ['preemption.noticed()', 'open(sys.executable)'])
+def test_a_call_that_does_not_return_is_ended_too(block):
     with subprocess.Popen(
-        [sys.executable, '-c', STUCK], cwd=provenance.ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True,
+        [sys.executable, '-c', STUCK.format(block=block)], cwd=provenance.ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         assert process.stdout.readline() == 'ready\n'
         time.sleep(0.2)
         process.terminate()
         assert process.wait(timeout=10) == 0
         assert 'run the same command again' in process.stderr.read()
+
+
+# An experiment that compiles for a minute, by threads that the interpreter waits for at its end.
+COMPILES = """
+import os, runpy, signal, sys, threading
+import jax
+from experiments.pretrain import main
+
+def deep(x):
+    for i in range(400):
+        x = jax.numpy.sin(x @ x) + i * jax.numpy.cos(x).sum(axis=i % 2)
+    return x.sum()
+
+def compiles(config, out, mesh):
+    lowered = jax.jit(jax.grad(deep)).lower(jax.numpy.ones((32, 32)))
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    lowered.compile()
+
+main.main = compiles
+sys.argv[1:] = ['pretrain', '--scale', 'tiny']
+runpy.run_module('experiments.run', run_name='__main__')
+"""
+
+
+def test_a_command_that_compiles_is_ended_with_code_0(tmp_path):
+    environment = {**os.environ, 'PYTHONPATH': str(provenance.ROOT)}
+    environment.pop('JAX_COMPILATION_CACHE_DIR', None)
+    done = subprocess.run(
+        [sys.executable, '-c', COMPILES], cwd=tmp_path, env=environment, capture_output=True,
+        text=True, timeout=40,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert 'run the same command again' in done.stderr
 
 
 def test_hosts_stop_after_the_same_step_when_one_is_told(tmp_path):
