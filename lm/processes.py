@@ -22,6 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from lm import atomic
+from lm.preemption import Preempted
 
 ADDRESS, COUNT, INDEX = 'JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID'
 # Set to the number of processes by what starts them; JAX finds out the rest.
@@ -102,6 +103,9 @@ def joined() -> Iterator[None]:
         yield
         wait('the end')  # for as long as it takes; the shutdown waits for seconds only
         jax.distributed.shutdown()
+    except Preempted:
+        keeper.communicate(b'ended\n')  # what comes is no atexit: `preemption.leave`
+        raise
     except BaseException as error:
         # Before JAX's own: it would wait for processes that wait for this one.
         atexit.register(_leave, keeper, _exit_code(error))

@@ -35,7 +35,7 @@ def test_a_run_of_an_older_version_lacks_settings_and_goes_on(tmp_path):
     now = config.SCALES['tiny']
     resume.claim(tmp_path, now)
     started = json.loads((tmp_path / 'started.json').read_text())
-    del started['train']['explodes_at'], started['mesh']
+    del started['train']['explodes_at'], started['tfds']
     (tmp_path / 'started.json').write_text(json.dumps(started))
     resume.claim(tmp_path, now)
     longer = dataclasses.replace(now.train, length=now.train.length + 1)
