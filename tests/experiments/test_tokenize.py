@@ -192,7 +192,8 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
     ByteTokenizer().save(tmp_path / 'bytes')
     assert 'of another tokenizer;' in error(whole, tokenizer=tmp_path / 'bytes')
     assert 'exists and holds no shards' in error(source / 'text')
-    assert '--host 2: expected 0 to 1' in error(out, '--hosts', '2', '--host', '2')
+    with pytest.raises(ValueError, match='--host 2: expected 0 to 1'):
+        Config('bytes', hosts=2, host=2)
     monkeypatch.setattr(plan.shutil, 'disk_usage', lambda path: shutil._ntuple_diskusage(10, 0, 10))
     assert 'shards need about 0.0 GB' in error(out)
     assert not list(out.glob('*.array_record'))
