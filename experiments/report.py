@@ -42,17 +42,8 @@ def write_text_atomic(path: epath.PathLike, text: str) -> None:
 
     if not processes.is_first():
         return
-    file = epath.Path(path)
-    # The same folder, so that the rename stays within one file system.
-    partial = file.parent / f'.{file.name}.{os.getpid()}.partial'
-    try:
+    with atomic.new_file(path) as partial:
         partial.write_text(text)
-        partial.replace(file)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f'{file}: {atomic.cannot_write(error)}') from error
-        raise
 
 
 def to_json(obj: Any) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import pathlib
 import subprocess
 
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeyp
         path.write_bytes(text[:3].encode())
         raise OSError(28, 'No space left on device', str(path))
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), 'write_text', full)
+    monkeypatch.setattr(pathlib.Path, 'write_text', full)
     with pytest.raises(OSError, match='No space'):
         report.write_json_atomic(file, {'a': 2})
     assert json.loads(file.read_text()) == {'a': 1}
