@@ -1,40 +1,18 @@
 """Every reader of files that the product has: what it reads, and how a test calls it."""
 
-import base64
-import hashlib
-import json
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-
-import tokenization
-from decoding import calibrate
-from experiments import resume, shard_text
 from experiments.byte_models import open_byte_model
 from experiments.speculative import prompts
-from lm import bundle, data, huggingface, metrics, params, presets, shard_index, shards
+from lm import bundle, huggingface
+from tests import foreign_files as files
 from tests import mutations
-from tests.tokenization import originals, toy
-from tokenization import container, ngram, spelling
-from tokenization.arithmetic_tokenizer import ArithmeticTokenizer
-from tokenization.bpe import GPT2_PATTERN, BPETokenizer
-from tokenization.byte import ByteTokenizer
-from tokenization.characters import CharacterTokenizer
-from tokenization.equal_info import EqualInfoTokenizer
-from tokenization.huggingface import HuggingFaceTokenizer, load_folder
-from tokenization.longest_match import Strings
-from tokenization.string_table import StringTable
+from tokenization import container
 
 Path = pathlib.Path
 Mutate = Callable[[bytes, Any], bytes]
-FIXTURES = Path(__file__).parent
-TEXT = b'the cat sat on the mat; \x00\xff \xe2\x96\x81' * 3
-BYTES = [bytes([byte]) for byte in range(256)]
-SMALL = presets.tiny(40)
 
 
 class Loader(NamedTuple):
@@ -60,260 +38,108 @@ class Loader(NamedTuple):
     threads: bool = False
 
 
-def _edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    try:
-        fields = json.loads(file.read_bytes())
-        change(fields)
-        file.write_text(json.dumps(fields))
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        pass  # no object any more
-
-
-def _tokenizer(folder: Path) -> None:
-    tokenizer = tokenization.load(folder)
-    text = bytes(range(128)) if isinstance(tokenizer, CharacterTokenizer) else TEXT
-    ids = tokenizer.encode(text)
-    if not isinstance(tokenizer, ArithmeticTokenizer):  # compiles for each model
-        assert tokenizer.decode(ids) == text
-
-
-def _bundle(folder: Path) -> None:
-    bundle.save(
-        folder, SMALL, params.init(SMALL, jax.random.key(0)), ByteTokenizer(), 39, {'a': 1.5}
-    )
-    _edit(folder / 'config.json', lambda fields: fields.pop('digest'))
-
-
-def _equal_info(folder: Path) -> None:
-    strings = Strings.of([*BYTES, b'th', b'the', b'the '])
-    EqualInfoTokenizer(strings, np.ones(len(strings), bool), 16, 'tunstall', 'x').save(folder)
-
-
-def _sign_table(folder: Path) -> None:
-    content = (folder / 'table.npz').read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    _edit(folder / 'tessera.json', lambda fields: fields.update(table_sha256=digest))
-
-
-def _sign_strings(folder: Path) -> None:
-    content = b''.join((folder / name).read_bytes() for name in ('sizes.bin', 'strings.bin'))
-    digest = hashlib.sha256(content).hexdigest()
-    _edit(folder / 'tessera.json', lambda fields: fields.update(sha256=digest))
-
-
-def _sign_ngram(folder: Path) -> None:
-    try:
-        with np.load(folder / 'ngram.npz', allow_pickle=False) as arrays:
-            kinds = ('children', 'pairs', 'counts')
-            levels = [[arrays[f'{kind}_{level}'] for level in range(3)] for kind in kinds]
-        if sum(array.nbytes for kind in levels for array in kind) < 1e6:
-            digest = ngram.NGram(*map(tuple, levels)).digest
-            _edit(folder / 'ngram.json', lambda fields: fields.update(digest=digest))
-    except Exception:
-        pass  # not to be read: nothing to sign
-
-
-def _ngram(folder: Path) -> None:
-    ngram.count([TEXT, TEXT[7:30]], 2).save(folder)
-
-
-def _string_table(folder: Path) -> None:
-    StringTable(Strings.of([*BYTES, b'th', b'the', b''])).save(folder)
-
-
-def _huggingface(name: str) -> Callable[[Path], Any]:
-    return lambda folder: shutil.copytree(FIXTURES / 'lm/huggingface' / name, folder)
-
-
-def _vocabulary(folder: Path) -> None:
-    """GPT-2's two files, with those that name special tokens."""
-    folder.mkdir()
-    letters = dict(spelling.byte_of_letter())
-    (folder / 'vocab.json').write_text(json.dumps(letters | {'he': 256, '<|endoftext|>': 257}))
-    (folder / 'merges.txt').write_text('#version: 0.2\nh e\n')
-    (folder / 'tokenizer_config.json').write_text('{"bos_token": {"content": "<|endoftext|>"}}')
-    (folder / 'special_tokens_map.json').write_text('{"eos_token": "<|endoftext|>"}')
-
-
-def _sentencepiece(folder: Path) -> None:
-    folder.mkdir()
-    letters = [(letter, -1.0 - i, originals.NORMAL) for i, letter in enumerate('▁abcdefghté')]
-    pieces = [('<unk>', 0.0, originals.UNKNOWN), *letters, ('▁the', -0.5, originals.NORMAL)]
-    (folder / 'tokenizer.model').write_bytes(originals.write(pieces, 1))
-    (folder / 'added_tokens.json').write_text('{"<pad>": 13}')
-
-
-def _use_folder(folder: Path) -> None:
-    tokenizer = load_folder(folder)
-    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
-
-
-def _ranks(folder: Path) -> None:
-    folder.mkdir()
-    lines = [f'{base64.b64encode(t).decode()} {i}\n' for i, t in enumerate([*BYTES, b'th'])]
-    (folder / 'x.tiktoken').write_text(''.join(lines))
-
-
-def _use_ranks(folder: Path) -> None:
-    tokenizer = BPETokenizer.from_tiktoken_file(folder / 'x.tiktoken', GPT2_PATTERN)
-    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
-
-
-MODEL = toy.table_model()
-
-
-def _container(folder: Path) -> None:
-    folder.mkdir()
-    text = toy.sample(MODEL, 90)
-    (folder / 'x').write_bytes(container.pack(text, MODEL, lanes=2, chunk=20))
-
-
-def _encoded(folder: Path) -> None:
-    documents = [np.arange(5), np.zeros(0, np.int32), np.arange(30)]
-    data.EncodedDocuments.write(folder, documents, 300)
-
-
-def _use_encoded(folder: Path) -> None:
-    documents = data.EncodedDocuments(folder)
-    total = sum(len(documents[i]) for i in range(min(len(documents), 1000)))
-    assert total <= documents.tokens
-
-
-def _shards(folder: Path) -> None:
-    """One shard in each split, of a byte tokenizer."""
-    folder.mkdir()
-    splits = {}
-    for split in shard_text.SPLITS:
-        documents = [(np.arange(5), 5), (np.arange(90), 90)]
-        file = folder / shard_index.file_name(split, 0, 1)
-        splits[split] = (shards.write_shard(file, documents, 256),)
-    ByteTokenizer().save(folder / 'tokenizer')
-    origin = {'tokenizer': shard_text.digest(ByteTokenizer()), 'text': 'x'}
-    shard_index.write_index(folder, shard_index.Index(256, origin, splits))
-
-
-def _use_shards(folder: Path) -> None:
-    for split in shard_text.open_splits(folder):
-        assert sum(len(split[i]) for i in range(min(len(split), 1000))) <= split.size
-
-
-def _run(folder: Path) -> None:
-    folder.mkdir()
-    resume.claim(folder, SMALL)
-    resume.part_once(folder / 'part.json', lambda: [{'a': 1.5}])
-
-
-def _use_run(folder: Path) -> None:
-    resume.claim(folder, SMALL)
-    resume.part_once(folder / 'part.json', list)
-
-
-CURVE = calibrate.Curve((1, 4), (0.5, 0.75))
-
-
-def _curve(folder: Path) -> None:
-    folder.mkdir()
-    calibrate.remembered(folder / 'curve.json', {'cpu': 'a'}, lambda: CURVE)
-
-
-def _use_curve(folder: Path) -> None:
-    curve = calibrate.remembered(folder / 'curve.json', {'cpu': 'a'}, lambda: CURVE)
-    assert curve.at(1) > 0
-
-
-def _metrics(folder: Path) -> None:
-    folder.mkdir()
-    lines = [json.dumps({'step': i, 'loss': 1.5}) for i in range(5)]
-    (folder / 'metrics.jsonl').write_text('\n'.join([*lines, '']))
-
-
-def _use_metrics(folder: Path) -> None:
-    records = metrics.read_jsonl(folder / 'metrics.jsonl')
-    assert all(record['step'] > -(10**40) for record in records)
-
-
-def _questions(folder: Path) -> None:
-    folder.mkdir()
-    line = json.dumps({'category': 'qa', 'turns': ['What is a cat?']})
-    (folder / 'question.jsonl').write_text(f'{line}\n{line}\n')
-
-
 FLIPPED, JSON, LINES = mutations.flipped, mutations.json_text, mutations.json_lines
 NPZ = mutations.npz
-KINDS = {
-    'byte': lambda folder: ByteTokenizer().save(folder),
-    'bpe': lambda folder: BPETokenizer((*BYTES, b'th')).save(folder),
-    'characters': lambda folder: CharacterTokenizer().save(folder),
-    'equal_info': _equal_info,
-    'string_table': _string_table,
-    'arithmetic': lambda folder: ArithmeticTokenizer(ngram.count([TEXT], 2)).save(folder),
-}
-
-
-def _saved_huggingface(folder: Path) -> None:
-    HuggingFaceTokenizer.from_json(originals.byte_level().to_str()).save(folder)
 
 
 def loaders() -> dict[str, Loader]:
     """All of them, by name."""
     described = {
-        f'{kind}/tessera.json': Loader(make, _tokenizer, {'tessera.json': JSON}, 40)
-        for kind, make in KINDS.items()
+        f'{kind}/tessera.json': Loader(make, files.use_tokenizer, {'tessera.json': JSON}, 40)
+        for kind, make in files.TOKENIZERS.items()
     }
     return described | {
         'huggingface/tessera.json': Loader(
-            _saved_huggingface, _tokenizer, {'tessera.json': JSON, 'tokenizer.json': FLIPPED}, 20
+            files.make_saved_huggingface,
+            files.use_tokenizer,
+            {'tessera.json': JSON, 'tokenizer.json': FLIPPED},
+            20,
         ),
-        'bpe/ranks': Loader(KINDS['bpe'], _tokenizer, {'ranks.tiktoken': FLIPPED}, 30),
-        'tiktoken': Loader(_ranks, _use_ranks, {'x.tiktoken': FLIPPED}, 30),
+        'bpe/ranks': Loader(
+            files.TOKENIZERS['bpe'], files.use_tokenizer, {'ranks.tiktoken': FLIPPED}, 30
+        ),
+        'tiktoken': Loader(files.make_ranks, files.use_ranks, {'x.tiktoken': FLIPPED}, 30),
         'equal_info/table.npz': Loader(
-            _equal_info, _tokenizer, {'table.npz': NPZ}, 80, _sign_table
+            files.make_equal_info, files.use_tokenizer, {'table.npz': NPZ}, 80, files.sign_table
         ),
         'string_table': Loader(
-            _string_table, _tokenizer, {'strings.bin': FLIPPED, 'sizes.bin': FLIPPED}, 60,
-            _sign_strings,
+            files.make_string_table,
+            files.use_tokenizer,
+            {'strings.bin': FLIPPED, 'sizes.bin': FLIPPED},
+            60,
+            files.sign_strings,
         ),
         'ngram': Loader(
-            _ngram, open_byte_model, {'ngram.npz': NPZ, 'ngram.json': JSON}, 80, _sign_ngram
+            files.make_ngram,
+            open_byte_model,
+            {'ngram.npz': NPZ, 'ngram.json': JSON},
+            80,
+            files.sign_ngram,
         ),
         'gpt2': Loader(
-            _vocabulary, _use_folder,
-            {'vocab.json': JSON, 'merges.txt': FLIPPED, 'tokenizer_config.json': JSON,
-             'special_tokens_map.json': JSON}, 60,
+            files.make_vocabulary,
+            files.use_folder,
+            {
+                'vocab.json': JSON,
+                'merges.txt': FLIPPED,
+                'tokenizer_config.json': JSON,
+                'special_tokens_map.json': JSON,
+            },
+            60,
         ),
         'sentencepiece': Loader(
-            _sentencepiece, _use_folder, {'tokenizer.model': FLIPPED, 'added_tokens.json': JSON}, 60
+            files.make_sentencepiece,
+            files.use_folder,
+            {'tokenizer.model': FLIPPED, 'added_tokens.json': JSON},
+            60,
         ),
         'container': Loader(
-            _container,
-            lambda folder: container.unpack((folder / 'x').read_bytes(), MODEL),
-            {'x': mutations.container}, 60,
+            files.make_container,
+            lambda folder: container.unpack((folder / 'x').read_bytes(), files.MODEL),
+            {'x': mutations.container},
+            60,
         ),
         'safetensors': Loader(
-            _huggingface('llama2'), huggingface.check,
-            {'model.safetensors': FLIPPED, 'config.json': JSON}, 60,
+            files.make_huggingface('llama2'),
+            huggingface.check,
+            {'model.safetensors': FLIPPED, 'config.json': JSON},
+            60,
         ),
         'safetensors/index': Loader(
-            _huggingface('mistral'), huggingface.check,
-            {'model.safetensors.index.json': JSON}, 40,
+            files.make_huggingface('mistral'),
+            huggingface.check,
+            {'model.safetensors.index.json': JSON},
+            40,
         ),
         'encoded': Loader(
-            _encoded, _use_encoded, {'ids.npy': mutations.npy, 'offsets.npy': mutations.npy}, 120
+            files.make_encoded,
+            files.use_encoded,
+            {'ids.npy': mutations.npy, 'offsets.npy': mutations.npy},
+            120,
         ),
         'shards': Loader(
-            _shards, _use_shards,
-            {'index.json': JSON, 'train-00000-of-00001.array_record': FLIPPED}, 60, threads=True,
+            files.make_shards,
+            files.use_shards,
+            {'index.json': JSON, 'train-00000-of-00001.array_record': FLIPPED},
+            60,
+            threads=True,
         ),
-        'run': Loader(_run, _use_run, {'started.json': JSON, 'part.json': JSON}, 60),
-        'curve': Loader(_curve, _use_curve, {'curve.json': JSON}, 60, refuses=False),
-        'metrics': Loader(_metrics, _use_metrics, {'metrics.jsonl': LINES}, 60, refuses=False),
+        'run': Loader(files.make_run, files.use_run, {'started.json': JSON, 'part.json': JSON}, 60),
+        'curve': Loader(files.make_curve, files.use_curve, {'curve.json': JSON}, 60, refuses=False),
+        'metrics': Loader(
+            files.make_metrics, files.use_metrics, {'metrics.jsonl': LINES}, 60, refuses=False
+        ),
         'questions': Loader(
-            _questions, lambda f: prompts.read_questions(f / 'question.jsonl'),
-            {'question.jsonl': LINES}, 60,
+            files.make_questions,
+            lambda f: prompts.read_questions(f / 'question.jsonl'),
+            {'question.jsonl': LINES},
+            60,
         ),
         # last: what Orbax has begun when a restore fails may go on for a moment
         'bundle/config.json': Loader(
-            _bundle, bundle.load, {'config.json': JSON}, 60, threads=True
+            files.make_bundle, bundle.load, {'config.json': JSON}, 60, threads=True
         ),
-        'bundle/params': Loader(_bundle, bundle.load, {'params': FLIPPED}, 60, threads=True),
-    }  # fmt: skip
+        'bundle/params': Loader(
+            files.make_bundle, bundle.load, {'params': FLIPPED}, 60, threads=True
+        ),
+    }
