@@ -84,7 +84,7 @@ def joined() -> Iterator[None]:
     says so: JAX aborts a process that cannot reach the first one.
 
     Raises:
-      ConnectionError: an error of JAX whose reason is another process.
+      SystemExit: an error of JAX whose reason is another process.
     """
     arguments = named(os.environ)
     if arguments is None:
@@ -104,16 +104,19 @@ def joined() -> Iterator[None]:
         wait('the end')  # for as long as it takes; the shutdown waits for seconds only
         jax.distributed.shutdown()
     except Preempted:
-        keeper.communicate(b'ended\n')  # what comes is no atexit: `preemption.leave`
+        _tell(keeper, 'ended')  # what comes is no atexit: `preemption.leave`
         raise
     except BaseException as error:
         # Before JAX's own: it would wait for processes that wait for this one.
         atexit.register(_leave, keeper, _exit_code(error))
         if isinstance(error, jax.errors.JaxRuntimeError) and _is_of_another(error):
-            raise ConnectionError(
-                f'{_me()} lost another one, whose own error says why; {_START_AGAIN} '
-                f'({str(error).partition(chr(10))[0][:200]})'
-            ) from error
+            # Not printed here: until the end JAX's threads print, and abort this process.
+            _tell(
+                keeper,
+                f'error: {_me()} lost another one, whose own error says why; {_START_AGAIN} '
+                f'({str(error).partition(chr(10))[0][:200]})',
+            )
+            raise SystemExit(1) from error
         raise
     keeper.communicate(b'ended\n')
 
@@ -133,23 +136,32 @@ def _exit_code(error: BaseException) -> int:
 
 
 def _keeper() -> subprocess.Popen:
-    """Starts a shell that outlives this process, and speaks where it ended without a word.
+    """Starts a shell that outlives this process, and then says the first line it was told.
 
-    That is where JAX aborts it, or the system kills it for memory: no Python runs any more.
+    'ended' keeps it silent. Where it was told nothing, JAX aborted this process, or the system
+    killed it for memory: no Python ran any more.
     """
     line = (
         f'error: process {os.getpid()} on {socket.gethostname()} ended in the middle: killed, or '
         f'stopped by JAX because another process of the run is lost; {_START_AGAIN}'
     )
-    script = 'read -r word || printf "%s\\n" "$1" >&2'
+    script = (
+        'read -r line || line=$1; cat >/dev/null; [ "$line" = ended ] || printf "%s\\n" "$line" >&2'
+    )
     return subprocess.Popen(
         ['sh', '-c', script, 'sh', line], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
 
 
+def _tell(keeper: subprocess.Popen, line: str) -> None:
+    assert keeper.stdin is not None
+    keeper.stdin.write(f'{line}\n'.encode())
+    keeper.stdin.flush()
+
+
 def _leave(keeper: subprocess.Popen, code: int) -> None:
-    keeper.communicate(b'ended\n')
+    _tell(keeper, 'ended')
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

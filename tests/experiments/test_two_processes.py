@@ -84,7 +84,7 @@ def lose(started, lost, out, steps):
     began, other = time.monotonic(), 1 - lost
     assert started[other].wait(timeout=2 * MINUTE) not in (0, None)
     while not error_of(out, other).startswith('error: process'):  # said by what outlives it
-        assert time.monotonic() - began < MINUTE
+        assert time.monotonic() - began < MINUTE, error_of(out, other)
         time.sleep(0.1)
     assert time.monotonic() - began < MINUTE
     assert 'start all' in error_of(out, other)
