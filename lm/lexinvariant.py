@@ -37,8 +37,23 @@ def of_segment(key_B: jax.Array, segment: jax.Array | int) -> jax.Array:
 
 
 def fixed_table(config: Config, ids: jax.Array) -> jax.Array:
-    """Returns rows of the random table that all `permuted` sequences share, `[..., D]`."""
-    return _normal(config, jax.random.key(_FIXED), ids)
+    """Returns rows of the table that all `permuted` sequences share, `[..., D]`, of length 1.
+
+    Rows are cosines, `row_f[j] ~ cos(pi f (2j + 1) / 2D)`, with random signs. Each D of them in a
+    row are orthogonal, so that up to D symbols are never mistaken for each other, as normal rows
+    are: by 1 / sqrt(D). Those of different blocks of D have signs of their own.
+    """
+    d = config.d_model
+    block, frequency = ids // d, (ids % d)[..., None]
+    # a whole number of quarter turns / D, exact where a product of floats would not be
+    turn = frequency * (2 * jnp.arange(d) + 1) % (4 * d)
+    wave = jnp.where(frequency == 0, 1.0, 2**0.5 * jnp.cos(turn * (math.pi / (2 * d))))
+
+    def signs(key, block):
+        return jax.random.rademacher(jax.random.fold_in(key, block), (d,), jnp.float32)
+
+    sign = _each(signs, jax.random.key(_FIXED), block)
+    return (sign * wave * d**-0.5).astype(config.dtype)
 
 
 def order(config: Config, key_B: jax.Array) -> jax.Array | None:

@@ -168,6 +168,16 @@ def test_unseen_symbols_are_equally_likely_over_all_draws():
     assert abs(mean[-1, 1] - mean[-1, 0]) > 1e-3  # a symbol that was seen is another matter
 
 
+@pytest.mark.parametrize('d', [6, 16])
+def test_rows_of_the_fixed_table_are_orthogonal_within_a_block(d):
+    config = of_law(LAWS['permuted'], d_model=d)
+    rows = lexinvariant.fixed_table(config, jnp.arange(2 * d))
+    np.testing.assert_allclose(rows[:d] @ rows[:d].T, np.eye(d), atol=1e-6)
+    np.testing.assert_allclose(rows[d:] @ rows[d:].T, np.eye(d), atol=1e-6)
+    across = np.abs(rows[:d] @ rows[d:].T)  # the blocks are no copies of each other
+    assert across.max() < 0.99 and across.max() > 1e-3
+
+
 def test_no_text_costs_more_than_its_renamings():
     random = np.random.default_rng(3)
     start, step = random.dirichlet(np.ones(4) * 0.3), random.dirichlet(np.ones(4) * 0.3, 4)
