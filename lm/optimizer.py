@@ -6,6 +6,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
+
+_MUON_MOMENTUM = 0.95
+_ADAM_RMS = 0.2  # of AdamW's updates, in learning rates: what Muon's are scaled to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +17,10 @@ class OptimizerConfig:
     """How parameters move.
 
     Attributes:
-      name: `adamw`, or `adafactor` (Shazeer & Stern 2018), whose state is far smaller.
+      name: `adamw`; `adafactor` (Shazeer & Stern 2018), whose state is far smaller; or `muon`
+        (Jordan et al. 2024), which moves matrices of the body by orthogonal matrices, as far as
+        AdamW would (Liu et al. 2025, arXiv 2502.16982), and all else by AdamW with Nesterov's
+        momentum.
       learning_rate: the highest rate, reached after `warmup_steps` of linear growth.
       schedule: after the warm-up: `cosine` down to `final_fraction`, `rsqrt` or `constant`.
       warmup_steps: optimizer steps.
@@ -23,7 +30,7 @@ class OptimizerConfig:
       clip: largest global norm of a gradient; 0 clips nothing.
     """
 
-    name: Literal['adamw', 'adafactor'] = 'adamw'
+    name: Literal['adamw', 'adafactor', 'muon'] = 'adamw'
     learning_rate: float = 3e-3
     schedule: Literal['cosine', 'rsqrt', 'constant'] = 'cosine'
     warmup_steps: int = 50
@@ -74,8 +81,16 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     elif config.name == 'adafactor':
         # optax's own decay for it is not scaled by the learning rate
         optimizer = optax.chain(optax.adafactor(rate), _decay(rate, config.weight_decay))
+    elif config.name == 'muon':
+        optimizer = optax.contrib.muon(
+            rate, beta=_MUON_MOMENTUM, adam_b1=config.b1, adam_b2=config.b2,
+            weight_decay=config.weight_decay, weight_decay_mask=decayed,
+            muon_weight_dimension_numbers=_matrices, consistent_rms=_ADAM_RMS,
+        )  # fmt: skip
     else:
-        raise ValueError(f'OptimizerConfig.name: {config.name!r}; expected adamw or adafactor')
+        raise ValueError(
+            f'OptimizerConfig.name: {config.name!r}; expected adamw, adafactor or muon'
+        )
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     return optax.chain(clip, optimizer)
 
@@ -94,6 +109,24 @@ def _decay(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransform
         return updates, optax.ScaleByScheduleState(state.count + 1)
 
     return optax.GradientTransformation(init, update)
+
+
+def _matrices(params: Any) -> Any:
+    """Returns which axes of a leaf are a matrix's input and its output; None where it is none.
+
+    Layers lie along the first axis. Of the others D is one side, the first or the last, and what
+    remains the other side: `wq_NDHC` maps D to all heads' channels.
+    """
+
+    def sides(path, leaf):
+        name = path[-1].key
+        if not name.startswith('w'):
+            return None
+        rest, first = tuple(range(2, leaf.ndim)), name.rpartition('_')[2][1] == 'D'
+        inputs, outputs = ((1,), rest) if first else (tuple(range(1, leaf.ndim - 1)), rest[-1:])
+        return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+
+    return jax.tree_util.tree_map_with_path(sides, params)
 
 
 def decayed(params: Any) -> Any:

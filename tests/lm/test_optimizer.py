@@ -32,6 +32,25 @@ def test_decay_is_scaled_by_the_rate_and_spares_tables_and_norms(name):
     assert (updates['norm_D'] == 0).all() and (updates['table'] == 0).all()
 
 
+def test_muon_moves_each_layers_matrices_by_orthogonal_ones():
+    config = OptimizerConfig('muon', 0.5, schedule='constant', warmup_steps=0, weight_decay=0.0)
+    chain = optimizer.make(config, 10)
+    sides = {'wq_NDHC': (2, 8, 2, 3), 'wo_NHCD': (2, 2, 3, 8), 'w_down_NFD': (2, 12, 8)}
+    matrix = {'wq_NDHC': (8, 6), 'wo_NHCD': (6, 8), 'w_down_NFD': (12, 8)}
+    random = np.random.default_rng(0)
+    gradient = {name: jnp.asarray(random.normal(size=shape)) for name, shape in sides.items()}
+    gradient['input_VD'] = jnp.asarray(random.normal(size=(5, 8)))
+    zeros = {name: jnp.zeros_like(x) for name, x in gradient.items()}
+    updates, _ = chain.update(gradient, chain.init(zeros), zeros)
+    for name, shape in matrix.items():
+        for layer in updates[name]:
+            stretch = np.linalg.svd(np.reshape(layer, shape), compute_uv=False)
+            assert stretch.max() < 2 * stretch.min(), name  # five Newton-Schulz steps
+            assert np.sqrt(np.mean(np.square(layer))) == pytest.approx(0.5 * 0.2, rel=0.3)
+    step = np.abs(updates['input_VD'])  # Adam's first one: all as far, whatever their gradient
+    np.testing.assert_allclose(step, step[0, 0], rtol=1e-3)
+
+
 def test_bad_settings_name_the_field():
     with pytest.raises(ValueError, match='learning_rate'):
         OptimizerConfig(learning_rate=0.0)
