@@ -6,7 +6,8 @@ import types
 import typing
 from typing import Any, Literal
 
-_LATER = {'lexinvariant': None, 'ring': 'keys'}  # and what older models have there
+# Fields that came later, and what older models have there.
+_LATER = {'lexinvariant': None, 'induction_init': False, 'ring': 'keys'}
 DTYPES = ('float32', 'bfloat16')
 ACTIVATIONS = ('silu', 'gelu_tanh', 'relu')
 RINGS = ('keys', 'queries')
@@ -96,6 +97,7 @@ class Config:
       scale_embeddings: token vectors are multiplied by `sqrt(d_model)` (Gemma).
       tied: output logits use the input table.
       lexinvariant: token tables that are drawn per sequence; `None`: learned ones.
+      induction_init: attention begins with heads that look up what followed (`lm.induction`).
       rope_theta: base of the rotary frequencies; `local_rope_theta` that of windowed layers.
       rope_scaling: applies to layers without a window only where `local_rope_theta` is given.
       window: a query sees keys at distance below this, in windowed layers; `None`: all keys.
@@ -129,6 +131,7 @@ class Config:
     scale_embeddings: bool = False
     tied: bool = False
     lexinvariant: Lexinvariant | None = None
+    induction_init: bool = False
     rope_theta: float = 10_000.0
     local_rope_theta: float | None = None
     rope_scaling: RopeScaling | None = None
@@ -157,6 +160,9 @@ class Config:
             _check(self, name, getattr(self, name) > 0, 'a positive number')
         _check(self, 'window', self.window is None or self.window >= 1, 'at least 1, or none')
         _check(self, 'window_pattern', len(self.window_pattern) >= 1, 'at least one entry')
+        looks_back = self.qkv_bias and self.n_layers > 1
+        expected = 'False, or two layers and qkv_bias'
+        _check(self, 'induction_init', looks_back or not self.induction_init, expected)
         if self.lexinvariant is not None:
             _check(self, 'tied', self.tied, 'True: lexinvariant symbols have one row each')
             ids = (*self.lexinvariant.always, *self.lexinvariant.never)

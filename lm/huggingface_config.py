@@ -26,11 +26,11 @@ _ROPE_FIELDS = {
     'rope_type', 'type', 'rope_theta', 'factor', 'low_freq_factor', 'high_freq_factor',
     'original_max_position_embeddings', 'partial_rotary_factor',
 }  # fmt: skip
-# Of `Config`: how a model is computed, not what it is; and what `_behaviour` has in
+# Of `Config`: how a model begins or is computed, not what it is; and what `_behaviour` has in
 # another form.
 _NOT_COMPARED = {
     'dtype', 'param_dtype', 'remat', 'unroll', 'rope_theta', 'local_rope_theta', 'rope_scaling',
-    'attention_scale', 'window', 'window_pattern', 'ring',
+    'attention_scale', 'window', 'window_pattern', 'induction_init', 'ring',
 }  # fmt: skip
 
 

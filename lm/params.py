@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from lm import induction
 from lm import mesh as mesh_lib
 from lm.config import Config
 
@@ -85,7 +86,10 @@ def _is_leaf(x: Any) -> bool:
 
 def init(config: Config, key: jax.Array) -> Params:
     """Returns a model's initial parameters."""
-    return initial(leaves(config), config.param_dtype, key)
+    params = initial(leaves(config), config.param_dtype, key)
+    if config.induction_init:
+        params['body']['layers'] = induction.begin(params['body']['layers'], config)
+    return params
 
 
 def initial(tree: dict[str, Any], dtype: str, key: jax.Array) -> Params:

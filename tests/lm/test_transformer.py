@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import cache, losses, params, presets, tables, transformer
+from lm import cache, lexinvariant, losses, params, presets, tables, transformer
+from lm import layers as layers_lib
 from lm.config import Config, RopeScaling
 from lm.kernels.mask import pack_bits
 
@@ -143,6 +144,46 @@ def test_logits_of_a_bf16_model_are_not_rounded_to_bf16(tokens):
     assert (logits.astype(jnp.bfloat16).astype(jnp.float32) != logits).mean() > 0.5
 
 
+@pytest.mark.parametrize('n_kv_heads', [1, 2])
+def test_induction_heads_find_the_tokens_that_follow_one_like_the_query(n_kv_heads):
+    config = dataclasses.replace(
+        presets.tiny(8), d_model=64, n_heads=2, n_kv_heads=n_kv_heads, head_dim=32, qkv_bias=True,
+        induction_init=True,
+    )  # fmt: skip
+    layers = params.init(config, jax.random.key(0))['body']['layers']
+    symbol_VD = lexinvariant.fixed_table(config, jnp.arange(64))
+
+    def written(layer):  # by one that attends to each symbol
+        values = jnp.einsum('vd,dkc->vkc', symbol_VD, layers['wv_NDKC'][layer])
+        values = values.repeat(2 // n_kv_heads, axis=1)
+        return jnp.einsum('vhc,hcd->vd', values, layers['wo_NHCD'][layer])
+
+    query = jnp.einsum('vd,dc->vc', symbol_VD, layers['wq_NDHC'][1, :, 0])
+    key = jnp.einsum('vd,dc->vc', written(0), layers['wk_NDKC'][1, :, 0])
+    match = query @ key.T
+    assert (match.argmax(axis=1) == jnp.arange(64)).mean() > 0.6  # by chance: 1 / 64
+    assert ((written(1) @ symbol_VD.T).argmax(axis=1) == jnp.arange(64)).mean() > 0.6
+    assert (layers['wk_NDKC'][0] == 0).all()
+
+
+@pytest.mark.parametrize('head_dim', [16, 64])
+def test_the_first_layer_before_induction_heads_begins_looking_at_the_token_before(head_dim):
+    config = dataclasses.replace(presets.tiny(8), head_dim=head_dim, qkv_bias=True,
+                                 induction_init=True)  # fmt: skip
+    layers = params.init(config, jax.random.key(0))['body']['layers']
+    positions = jnp.arange(9)[None]
+
+    def turned(name):
+        bias = jnp.broadcast_to(layers[name][0], (1, 9, *layers[name][0].shape))
+        return layers_lib.rope(bias, positions, layers_lib.rope_frequencies(config)[0])
+
+    logits = jnp.einsum('lhc,shc->hls', turned('bq_NHC')[0], turned('bk_NKC')[0][:, :1])
+    lead = config.query_scale * logits[0, 8]  # of the last query, over all keys
+    assert lead.argmax() == 7
+    np.testing.assert_allclose(lead[7] - lead[jnp.asarray([6, 8])], 6.0, rtol=1e-4)
+    assert (layers['bq_NHC'][1:] == 0).all()
+
+
 @pytest.mark.parametrize('preset', presets.PRESETS, ids=lambda f: f.__name__)
 def test_presets_have_the_size_that_their_name_says(preset):
     config = preset()
@@ -164,3 +205,9 @@ def test_a_bad_config_names_the_field(field, value):
     named = 'n_heads' if field == 'n_kv_heads' else field
     with pytest.raises(ValueError, match=named):
         dataclasses.replace(PLAIN, **{field: value})
+
+
+@pytest.mark.parametrize('fields', [{'qkv_bias': False}, {'n_layers': 1}])
+def test_induction_heads_take_biases_and_two_layers(fields):
+    with pytest.raises(ValueError, match='induction_init: True; expected False, or two layers'):
+        dataclasses.replace(presets.tiny(8), **{'qkv_bias': True, 'induction_init': True, **fields})
