@@ -61,10 +61,18 @@ class Config:
     prose: str | None = None
     code: str | None = None
     kind: Literal['gaussian', 'permuted'] = 'permuted'
-    model: ModelConfig = field(default_factory=lambda: _model(64, 2, 2, 192, 128, unroll=2))
+    model: ModelConfig = field(
+        default_factory=lambda: _model(
+            128, 2, 2, 128, 512, unroll=2, scale_embeddings=True, induction_init=True
+        )
+    )
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            900, 32, 128, OptimizerConfig(learning_rate=6e-3), checkpoint_every=300
+            300,
+            8,
+            512,
+            OptimizerConfig('muon', learning_rate=1e-2, warmup_steps=100),
+            checkpoint_every=100,
         )
     )
     bpe_size: int = 512
@@ -72,10 +80,10 @@ class Config:
     probabilities: tuple[float, ...] = (0.1, 0.2, 0.5)
     valid_bytes: int = 60_000
     probe_steps: int = 300
-    probe_batch: int = 32
+    probe_batch: int = 8
     probe_hidden: int = 512
     ciphers: int = 96
-    contexts: tuple[int, ...] = (16, 32, 64, 128)
+    contexts: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     climbs: int = 32
     queries: int = 512
     pairs: int = 8
@@ -107,7 +115,7 @@ MESH = 'auto'
 SCALES = {
     'demo': Config(),
     'tiny': Config(
-        model=_model(16, 1, 2, 16, 32),
+        model=_model(16, 2, 2, 16, 32, induction_init=True),
         train=TrainConfig(3, 4, 32, checkpoint_every=3),
         bpe_size=260,
         bpe_domains=('prose',),

@@ -95,8 +95,9 @@ def ciphers(config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
     last = {row['model']: row['key'] for row in rows}  # after the longest context
     report.table(rows, columns, f'{config.ciphers} substitution ciphers of 128 symbols', [
         report.claim(
-            last['lexinvariant'] > last['standard'], 'the lexinvariant model\'s states tell more '
-            f'of the key ({last["lexinvariant"]:.1%} and {last["standard"]:.1%})',
+            last['lexinvariant'] > max(0.5, last['standard']), 'the lexinvariant model\'s states '
+            'tell most of the key, and more than the standard one\'s '
+            f'({last["lexinvariant"]:.1%} and {last["standard"]:.1%})',
         ),
         f'paper: {PAPER["key"]:.1%} of the key (150M parameters, 512 characters)',
         'positions read: in the second half of the context. key recovered: share of the symbols '
@@ -130,8 +131,8 @@ def tasks(rows: list[dict[str, Any]], chance: Mapping[str, float]) -> dict[str, 
     for name in ('lookup', 'permutation'):
         ours, standard = known[LEXINVARIANT][name], known[STANDARD][name]
         findings.append(report.claim(
-            ours > 2 * standard, f'{name}: at least twice the standard model '
-            f'({ours:.1%} and {standard:.1%})',
+            ours > max(2 * standard, chance[name]), f'{name}: more than a guess, and than twice '
+            f'the standard model ({ours:.1%} and {standard:.1%})',
         ))  # fmt: skip
     for domain in ('prose', 'code') if PAPER_P in known else ():
         mixed, plain = known[PAPER_P][domain], known[STANDARD][domain]

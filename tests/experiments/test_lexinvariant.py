@@ -143,7 +143,7 @@ def test_regularised_models_rest_on_their_learned_rows():
 
 
 @pytest.mark.parametrize('fields', [
-    {'probabilities': (1.0,)}, {'contexts': (500,)}, {'symbols': 1}, {'bpe_domains': ('verse',)},
+    {'probabilities': (1.0,)}, {'contexts': (600,)}, {'symbols': 1}, {'bpe_domains': ('verse',)},
     {'bpe_size': 256}, {'queries': 0}, {'pairs': 32}, {'contexts': ()},
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_refused(fields):
