@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from lm import layers
+from lm import rope
 from lm.config import Config, RopeScaling
 from lm.huggingface_families import ACTIVATIONS, FAMILIES, SIZES, Family
 from lm.json_fields import Fields, short
@@ -269,5 +269,5 @@ def _behaviour(config: Config) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in _NOT_COMPARED} | {
         'attention scale': config.query_scale,
         'windows': [config.window if windowed else None for windowed in config.windowed_layers],
-        'rotary frequencies': layers.rope_frequencies(config).tolist(),
+        'rotary frequencies': rope.frequencies(config).tolist(),
     }

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lm import layers as layers_lib
+from lm import rope
 from lm.config import Config
 
 # By so much the logit of the token before leads those of its neighbours, in nats.
@@ -48,7 +48,7 @@ def begin(layers: dict[str, Any], config: Config) -> dict[str, Any]:
 
 def _looking_back(config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Returns biases of queries and keys, `[C]`, that RoPE turns into a peak at distance 1."""
-    frequency = layers_lib.rope_frequencies(config)[0]
+    frequency = rope.frequencies(config)[0]
     fast = np.arange(len(frequency)) < len(frequency) / 2  # slow ones hardly tell neighbours apart
     fall = config.query_scale * np.sum((1 - np.cos(frequency)) * fast)
     key = np.where(fast, np.sqrt(_LEAD / fall), 0.0)

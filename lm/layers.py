@@ -2,11 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from lm import weights_first
-from lm.config import Config, RopeScaling
 from lm.params import Params
 from lm.weights_first import WeightsFirst
 
@@ -59,42 +57,3 @@ def gated_mlp(x_BLD: jax.Array, p: Params, activation: str) -> jax.Array:
     }[activation]
     gate_BLF, up_BLF = project(x_BLD, p, 'w_gate_NDF', 'w_up_NDF')
     return einsum('blf,fd->bld', act(gate_BLF) * up_BLF, p['w_down_NFD'])
-
-
-def rope_frequencies(config: Config) -> np.ndarray:
-    """Returns radians per position, f32 `[N, C/2]`: each layer's own (Su et al. 2021)."""
-    rows = []
-    for windowed in config.windowed_layers:
-        local = windowed and config.local_rope_theta is not None
-        theta = config.local_rope_theta if local else config.rope_theta
-        frequencies = theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)  # type: ignore[operator]
-        if config.rope_scaling is not None and not local:
-            frequencies = _scale_frequencies(frequencies, config.rope_scaling)
-        rows.append(frequencies)
-    return np.asarray(rows, np.float32)
-
-
-def _scale_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    slow = frequencies / scaling.factor
-    if scaling.kind == 'linear':
-        return slow
-    # turns that a channel makes over the length trained on: many turns keep their frequency
-    turns = scaling.original_length * frequencies / (2 * np.pi)
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return slow * (1 - keep) + frequencies * keep
-
-
-def rope(x_BLHC: jax.Array, positions_BL: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Rotates channel pairs (c, c + C/2) by `position * frequency`, in f32.
-
-    Args:
-      x_BLHC: queries or keys, head axis third.
-      positions_BL: int32.
-      frequencies: f32 `[C/2]`.
-    """
-    angle = positions_BL[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BLHC.dtype)

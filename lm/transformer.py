@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import cache as cache_lib
-from lm import layers, mesh, tables
+from lm import layers, mesh, rope, tables
 from lm.attention import attention
 from lm.cache import Cache
 from lm.config import Config
@@ -101,8 +101,8 @@ def blocks(
         layer_mask = _mask_of_layer(mask, cache, layer, None if config.window is None else window)
 
         def attend(q_BLHC, k_BLKC, v_BLKC):
-            q_BLHC = layers.rope(q_BLHC, positions_BL, frequencies)
-            k_BKLC = layers.rope(k_BLKC, positions_BL, frequencies).swapaxes(1, 2)
+            q_BLHC = rope.rotate(q_BLHC, positions_BL, frequencies)
+            k_BKLC = rope.rotate(k_BLKC, positions_BL, frequencies).swapaxes(1, 2)
             v_BKLC = v_BLKC.swapaxes(1, 2)
             if kv is None:
                 return look(q_BLHC, k_BKLC, v_BKLC, layer_mask), None
@@ -141,7 +141,7 @@ def _per_layer(params: Params, config: Config) -> tuple[Any, ...]:
     return (
         np.arange(config.n_layers),
         params['layers'],
-        layers.rope_frequencies(config),
+        rope.frequencies(config),
         np.asarray(windows, np.int32),
     )
 

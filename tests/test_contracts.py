@@ -7,6 +7,7 @@ on a bad example as well as on the tree.
 import ast
 import dataclasses
 import fnmatch
+import graphlib
 import importlib
 import json
 import os
@@ -88,6 +89,28 @@ def imports(name: str, text: str) -> Iterator[str]:
                 yield f'{name}:{node.lineno}: {here} may not import {module}'
 
 
+def circle(texts: dict[str, str]) -> list[str]:
+    """Returns modules that import one another as they load: some cannot be imported first."""
+    known = {
+        re.sub(r'(/__init__)?\.py$', '', name).replace('/', '.'): text
+        for name, text in texts.items()
+    }
+    graph: dict[str, set[str]] = {}
+    for module, text in known.items():
+        found = graph.setdefault(module, set())
+        for node in ast.parse(text).body:  # what functions import comes later
+            if isinstance(node, ast.ImportFrom):
+                inner = {f'{node.module}.{alias.name}' for alias in node.names} & known.keys()
+                found |= inner or {node.module or ''}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
 def sizes(name: str, text: str) -> Iterator[str]:
     """Files and functions that are too long."""
     if (lines := text.count('\n')) > FILE_LINES:
@@ -156,6 +179,13 @@ def _python(names: dict[str, str]) -> dict[str, str]:
 def test_tree(rule, texts):
     offences = [offence for name, text in texts.items() for offence in rule(name, text)]
     assert not offences, '\n'.join(['', *offences])
+
+
+def test_every_module_can_be_the_first_to_be_imported():
+    assert not circle(SOURCES)
+    a, b = {'lm/a.py': 'from lm.b import B'}, {'lm/b.py': 'import jax\nfrom lm import a'}
+    assert set(circle(a | b)) == {'lm.a', 'lm.b'}
+    assert not circle(a | {'lm/b.py': 'def f():\n    from lm import a'})
 
 
 LONG = 'def f():\n' + '    x = 1\n' * FUNCTION_LINES

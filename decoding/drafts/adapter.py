@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from lm import cache as cache_lib
 from lm import layers as layers_lib
-from lm import tables, transformer
+from lm import rope, tables, transformer
 from lm.attention import attention
 from lm.cache import Cache
 from lm.config import Config
@@ -59,13 +59,13 @@ def adapt(
     def norm(x, name):
         return layers_lib.rms_norm(x, adapter[name], config.norm_epsilon, config.unit_offset)
 
-    frequencies = jnp.asarray(layers_lib.rope_frequencies(one_layer(config)))[0]
+    frequencies = jnp.asarray(rope.frequencies(one_layer(config)))[0]
     y_BLD = norm(x_BLD, 'attention_norm_D')
     q_BLHC = layers_lib.einsum('bld,dhc->blhc', y_BLD, adapter['wq_DHC'])
     k_BLKC = layers_lib.einsum('bld,dkc->blkc', y_BLD, adapter['wk_DKC'])
     v_BLKC = layers_lib.einsum('bld,dkc->blkc', y_BLD, adapter['wv_DKC'])
-    q_BLHC = layers_lib.rope(q_BLHC, positions_BL, frequencies)
-    k = layers_lib.rope(k_BLKC, positions_BL, frequencies).swapaxes(1, 2)
+    q_BLHC = rope.rotate(q_BLHC, positions_BL, frequencies)
+    k = rope.rotate(k_BLKC, positions_BL, frequencies).swapaxes(1, 2)
     v = v_BLKC.swapaxes(1, 2)
     mask = Mask(positions_BL, positions_BL[:, None], segments_BL, segments_BL)
     if cache is not None:

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import cache, lexinvariant, losses, params, presets, tables, transformer
-from lm import layers as layers_lib
+from lm import cache, lexinvariant, losses, params, presets, rope, tables, transformer
 from lm.config import Config, RopeScaling
 from lm.kernels.mask import pack_bits
 
@@ -175,7 +174,7 @@ def test_the_first_layer_before_induction_heads_begins_looking_at_the_token_befo
 
     def turned(name):
         bias = jnp.broadcast_to(layers[name][0], (1, 9, *layers[name][0].shape))
-        return layers_lib.rope(bias, positions, layers_lib.rope_frequencies(config)[0])
+        return rope.rotate(bias, positions, rope.frequencies(config)[0])
 
     logits = jnp.einsum('lhc,shc->hls', turned('bq_NHC')[0], turned('bk_NKC')[0][:, :1])
     lead = config.query_scale * logits[0, 8]  # of the last query, over all keys
