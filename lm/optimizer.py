@@ -114,17 +114,18 @@ def _decay(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransform
 def _matrices(params: Any) -> Any:
     """Returns which axes of a leaf are a matrix's input and its output; None where it is none.
 
-    Layers lie along the first axis. Of the others D is one side, the first or the last, and what
-    remains the other side: `wq_NDHC` maps D to all heads' channels.
+    Names tell: of the axes, less the layers' (N), D is one side, the first or the last, and what
+    remains the other side. `wq_NDHC` maps D to all heads' channels.
     """
 
     def sides(path, leaf):
         name = path[-1].key
         if not name.startswith('w'):
             return None
-        rest, first = tuple(range(2, leaf.ndim)), name.rpartition('_')[2][1] == 'D'
-        inputs, outputs = ((1,), rest) if first else (tuple(range(1, leaf.ndim - 1)), rest[-1:])
-        return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+        letters = name.rpartition('_')[2]
+        axes = tuple(range(letters.startswith('N'), leaf.ndim))
+        inputs = 1 if letters[axes[0]] == 'D' else len(axes) - 1
+        return optax.contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
 
     return jax.tree_util.tree_map_with_path(sides, params)
 

@@ -203,7 +203,8 @@ BYTES_BESIDE_LEAVES = 100_000  # names, shapes and places of all leaves
 def like_on(grid):
     """Returns the shapes of a train state, and where they lie on a mesh."""
     weights = params.abstract(MODEL, grid)
-    optimizer = optimizer_lib.make(optimizer_lib.OptimizerConfig(), 10)
+    # Muon's state has AdamW's in it, for some leaves
+    optimizer = optimizer_lib.make(optimizer_lib.OptimizerConfig('muon'), 10)
     moments = jax.eval_shape(optimizer.init, weights)
     everywhere = NamedSharding(grid, PartitionSpec())
     shape = train.TrainState(jax.ShapeDtypeStruct((), jnp.int32), weights, moments)

@@ -1,5 +1,6 @@
 """Schedules at their corners, and what weight decay touches."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def test_schedules_rise_to_the_rate_and_end_where_they_should(kind, last):
     assert values[100] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize('name', ['adamw', 'adafactor'])
+@pytest.mark.parametrize('name', ['adamw', 'adafactor', 'muon'])
 def test_decay_is_scaled_by_the_rate_and_spares_tables_and_norms(name):
     config = OptimizerConfig(
         name, learning_rate=0.5, schedule='constant', warmup_steps=0, weight_decay=0.1
@@ -32,18 +33,20 @@ def test_decay_is_scaled_by_the_rate_and_spares_tables_and_norms(name):
     assert (updates['norm_D'] == 0).all() and (updates['table'] == 0).all()
 
 
-def test_muon_moves_each_layers_matrices_by_orthogonal_ones():
+def test_muon_moves_matrices_by_orthogonal_ones():
     config = OptimizerConfig('muon', 0.5, schedule='constant', warmup_steps=0, weight_decay=0.0)
     chain = optimizer.make(config, 10)
     sides = {'wq_NDHC': (2, 8, 2, 3), 'wo_NHCD': (2, 2, 3, 8), 'w_down_NFD': (2, 12, 8)}
+    sides |= {'wk_DKC': (8, 2, 3), 'wo_HCD': (2, 3, 8), 'w_up_DF': (8, 12), 'w_out_DD': (8, 8)}
     matrix = {'wq_NDHC': (8, 6), 'wo_NHCD': (6, 8), 'w_down_NFD': (12, 8)}
+    matrix |= {'wk_DKC': (8, 6), 'wo_HCD': (6, 8), 'w_up_DF': (8, 12), 'w_out_DD': (8, 8)}
     random = np.random.default_rng(0)
     gradient = {name: jnp.asarray(random.normal(size=shape)) for name, shape in sides.items()}
     gradient['input_VD'] = jnp.asarray(random.normal(size=(5, 8)))
     zeros = {name: jnp.zeros_like(x) for name, x in gradient.items()}
-    updates, _ = chain.update(gradient, chain.init(zeros), zeros)
+    updates, _ = jax.jit(chain.update)(gradient, chain.init(zeros), zeros)
     for name, shape in matrix.items():
-        for layer in updates[name]:
+        for layer in updates[name] if '_N' in name else [updates[name]]:
             stretch = np.linalg.svd(np.reshape(layer, shape), compute_uv=False)
             assert stretch.max() < 2 * stretch.min(), name  # five Newton-Schulz steps
             assert np.sqrt(np.mean(np.square(layer))) == pytest.approx(0.5 * 0.2, rel=0.3)
