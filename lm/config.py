@@ -40,7 +40,7 @@ class Lexinvariant:
 
     Attributes:
       kind: `gaussian`, independent normal rows (Huang et al. 2023, arXiv 2305.16349), or
-        `permuted`, the rows of one fixed random table in a random order.
+        `permuted`, the rows of one fixed table in a random order (ours).
       probability: with which a symbol type's row is drawn and not learned, for each sequence and
         type. Below 1 there is a learned table beside (the paper's regulariser has 0.2).
       always, never: ids of symbol types whose probability is 1, or 0, instead.
@@ -160,8 +160,10 @@ class Config:
             _check(self, name, getattr(self, name) > 0, 'a positive number')
         _check(self, 'window', self.window is None or self.window >= 1, 'at least 1, or none')
         _check(self, 'window_pattern', len(self.window_pattern) >= 1, 'at least one entry')
+        # a norm of queries and keys, or a cap, would level the peak that their biases make
         looks_back = self.qkv_bias and self.n_layers > 1
-        expected = 'False, or two layers and qkv_bias'
+        looks_back &= not self.qk_norm and self.attention_softcap is None
+        expected = 'False, or two layers, qkv_bias, no qk_norm and no attention_softcap'
         _check(self, 'induction_init', looks_back or not self.induction_init, expected)
         if self.lexinvariant is not None:
             _check(self, 'tied', self.tied, 'True: lexinvariant symbols have one row each')

@@ -40,14 +40,18 @@ def begin(layers: dict[str, Any], config: Config) -> dict[str, Any]:
     wo_NHCD = jnp.einsum('ndhc->nhcd', jnp.repeat(layers['wv_NDKC'], group, axis=2))
     wo_NHCD = wo_NHCD.at[1:].multiply(_GAIN / later).at[0].set(jnp.roll(wo_NHCD[0], 1, axis=-1))
     biases = {
-        name: jnp.zeros_like(layers[name]).at[0].set(bias_C)
+        name: jnp.zeros_like(layers[name]).at[0].set(bias_C.astype(layers[name].dtype))
         for name, bias_C in zip(('bq_NHC', 'bk_NKC'), _looking_back(config))
     }
     return {**layers, 'wk_NDKC': wk_NDKC, 'wo_NHCD': wo_NHCD, **biases}
 
 
 def _looking_back(config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Returns biases of queries and keys, `[C]`, that RoPE turns into a peak at distance 1."""
+    """Returns biases of queries and keys, `[C]`, that RoPE turns into a peak at distance 1.
+
+    Of few channels, the fast ones meet again: at C = 16 there is a second peak 378 tokens away, 2.5
+    nats below the first.
+    """
     frequency = rope.frequencies(config)[0]
     fast = np.arange(len(frequency)) < len(frequency) / 2  # slow ones hardly tell neighbours apart
     fall = config.query_scale * np.sum((1 - np.cos(frequency)) * fast)

@@ -143,11 +143,12 @@ def test_logits_of_a_bf16_model_are_not_rounded_to_bf16(tokens):
     assert (logits.astype(jnp.bfloat16).astype(jnp.float32) != logits).mean() > 0.5
 
 
-@pytest.mark.parametrize('n_kv_heads', [1, 2])
-def test_induction_heads_find_the_tokens_that_follow_one_like_the_query(n_kv_heads):
+@pytest.mark.filterwarnings('error::FutureWarning')  # of a wide value in a narrow array
+@pytest.mark.parametrize(('n_kv_heads', 'dtype'), [(1, 'bfloat16'), (2, 'float32')])
+def test_induction_heads_find_the_tokens_that_follow_one_like_the_query(n_kv_heads, dtype):
     config = dataclasses.replace(
         presets.tiny(8), d_model=64, n_heads=2, n_kv_heads=n_kv_heads, head_dim=32, qkv_bias=True,
-        induction_init=True,
+        induction_init=True, param_dtype=dtype,
     )  # fmt: skip
     layers = params.init(config, jax.random.key(0))['body']['layers']
     symbol_VD = lexinvariant.fixed_table(config, jnp.arange(64))
@@ -163,6 +164,7 @@ def test_induction_heads_find_the_tokens_that_follow_one_like_the_query(n_kv_hea
     assert (match.argmax(axis=1) == jnp.arange(64)).mean() > 0.6  # by chance: 1 / 64
     assert ((written(1) @ symbol_VD.T).argmax(axis=1) == jnp.arange(64)).mean() > 0.6
     assert (layers['wk_NDKC'][0] == 0).all()
+    assert {x.dtype.name for x in layers.values()} == {dtype}
 
 
 @pytest.mark.parametrize('head_dim', [16, 64])
@@ -206,7 +208,9 @@ def test_a_bad_config_names_the_field(field, value):
         dataclasses.replace(PLAIN, **{field: value})
 
 
-@pytest.mark.parametrize('fields', [{'qkv_bias': False}, {'n_layers': 1}])
-def test_induction_heads_take_biases_and_two_layers(fields):
+@pytest.mark.parametrize(
+    'fields', [{'qkv_bias': False}, {'n_layers': 1}, {'qk_norm': True}, {'attention_softcap': 50.0}]
+)
+def test_induction_heads_take_biases_that_count_and_two_layers(fields):
     with pytest.raises(ValueError, match='induction_init: True; expected False, or two layers'):
         dataclasses.replace(presets.tiny(8), **{'qkv_bias': True, 'induction_init': True, **fields})
