@@ -194,6 +194,7 @@ def test_no_text_costs_more_than_its_renamings():
         assert regret <= lexinvariant.regret_bound(4, k) + 1e-12
         largest[k] = max(largest.get(k, -np.inf), regret)
     assert largest[2] > 0.5 * np.log(12)  # and the bound is not idle
+    assert lexinvariant.regret_bound(4, 2) == pytest.approx(np.log(4 * 3))
 
 
 def gradients(config, p):
