@@ -88,6 +88,14 @@ def test_two_segments_of_a_row_and_two_rows_have_different_tables():
     assert flat.std() == pytest.approx(config.d_model**-0.5, rel=0.1)
 
 
+def test_all_orders_of_the_fixed_table_are_drawn_and_as_often():
+    config = of_law(LAWS['permuted'], vocab_size=4)
+    row_BV = np.asarray(lexinvariant.order(config, jax.random.split(KEY, 2400)))
+    orders, times = np.unique(row_BV, axis=0, return_counts=True)
+    assert orders.tolist() == [list(order) for order in itertools.permutations(range(4))]
+    assert times.min() > 60 and times.max() < 140  # 100 each, give or take four deviations
+
+
 @pytest.mark.parametrize('law', [LAWS['gaussian'], LAWS['partial']], ids=['gaussian', 'partial'])
 @pytest.mark.parametrize('softcap', [None, 2.0])
 def test_the_chunked_loss_and_its_gradients_are_the_dense_ones(law, softcap):
