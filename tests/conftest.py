@@ -1,8 +1,11 @@
-"""Settings of all tests: devices, how hypothesis draws its examples, a line on the kernels."""
+"""Settings of all tests: devices, memory, how hypothesis draws, a line on the kernels."""
 
+import gc
 import os
+import pathlib
 
 import hypothesis
+import pytest
 
 # Before JAX is imported. The CPU stays reachable beside a GPU, for the tests that build meshes of
 # fake devices with `jax.devices('cpu')`.
@@ -22,6 +25,20 @@ hypothesis.settings.register_profile(
     'ci', deadline=None, max_examples=50, derandomize=True, print_blob=True
 )
 hypothesis.settings.load_profile('ci' if os.environ.get('CI') else 'default')
+
+
+# XLA maps memory for every compiled program, and Linux gives a process 65,530 maps: one too many,
+# and it crashes wherever it is.
+MAPS, MANY = pathlib.Path('/proc/self/maps'), 16_000
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _compiled_programs():
+    """Lets go of what a file's tests have compiled, once that is much."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b'\n') > MANY:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_terminal_summary(terminalreporter):
