@@ -44,6 +44,11 @@ NPZ = mutations.npz
 
 def loaders() -> dict[str, Loader]:
     """All of them, by name."""
+    # bundles last: what Orbax has begun when a restore fails may go on for a moment
+    return {**_of_tokenizers(), **_of_vocabularies(), **_of_data(), **_of_models()}
+
+
+def _of_tokenizers() -> dict[str, Loader]:
     described = {
         f'{kind}/tessera.json': Loader(make, files.use_tokenizer, {'tessera.json': JSON}, 40)
         for kind, make in files.TOKENIZERS.items()
@@ -76,6 +81,11 @@ def loaders() -> dict[str, Loader]:
             80,
             files.sign_ngram,
         ),
+    }
+
+
+def _of_vocabularies() -> dict[str, Loader]:
+    return {
         'gpt2': Loader(
             files.make_vocabulary,
             files.use_folder,
@@ -99,18 +109,11 @@ def loaders() -> dict[str, Loader]:
             {'x': mutations.container},
             60,
         ),
-        'safetensors': Loader(
-            files.make_huggingface('llama2'),
-            huggingface.check,
-            {'model.safetensors': FLIPPED, 'config.json': JSON},
-            60,
-        ),
-        'safetensors/index': Loader(
-            files.make_huggingface('mistral'),
-            huggingface.check,
-            {'model.safetensors.index.json': JSON},
-            40,
-        ),
+    }
+
+
+def _of_data() -> dict[str, Loader]:
+    return {
         'encoded': Loader(
             files.make_encoded,
             files.use_encoded,
@@ -135,7 +138,23 @@ def loaders() -> dict[str, Loader]:
             {'question.jsonl': LINES},
             60,
         ),
-        # last: what Orbax has begun when a restore fails may go on for a moment
+    }
+
+
+def _of_models() -> dict[str, Loader]:
+    return {
+        'safetensors': Loader(
+            files.make_huggingface('llama2'),
+            huggingface.check,
+            {'model.safetensors': FLIPPED, 'config.json': JSON},
+            60,
+        ),
+        'safetensors/index': Loader(
+            files.make_huggingface('mistral'),
+            huggingface.check,
+            {'model.safetensors.index.json': JSON},
+            40,
+        ),
         'bundle/config.json': Loader(
             files.make_bundle, bundle.load, {'config.json': JSON}, 60, threads=True
         ),

@@ -38,7 +38,7 @@ def positions(config: Config, curves: Curves, distinct: int) -> dict[str, float]
     `distinct` characters occur in a text of prose, on average.
     """
     metrics: dict[str, float] = {}
-    rows, shrinks = [], []
+    rows, findings = [], []
     for tokenizer, domain in dict.fromkeys((n.tokenizer, n.domain) for n in curves):
         pair = [curves[Name(tokenizer, domain, p)] for p in KINDS]
         where = {} if domain == 'prose' else {'domain': domain}
@@ -62,11 +62,11 @@ def positions(config: Config, curves: Curves, distinct: int) -> dict[str, float]
             })  # fmt: skip
         # Not from the first symbol on: there the ratio is that of two guesses.
         most, last = max(ratios), ratios[-1]
-        shrinks.append(report.claim(
+        findings.append(report.claim(
             last - 1 <= (most - 1) / 2, f'{domain}, {tokenizer}: the gap, ratio - 1, falls to half '
             f'of its highest (from {most - 1:.1f} to {last - 1:.1f})',
         ))  # fmt: skip
-        shrinks.append(report.claim(
+        findings.append(report.claim(
             last <= PAPER_LAST, f'{domain}, {tokenizer}: the ratio ends at {PAPER_LAST:g} or below '
             f'({last:.1f})',
         ))  # fmt: skip
@@ -85,7 +85,7 @@ def positions(config: Config, curves: Curves, distinct: int) -> dict[str, float]
         'give away without knowledge of the language',
         f'not knowing the symbols can cost an ideal model {cost:.2f} bits per character on '
         f'{length} characters of which {distinct} are different, as in these',
-        *shrinks,
+        *findings,
     ])  # fmt: skip
     return metrics
 
