@@ -20,9 +20,10 @@ from etils import epath
 
 from decoding.drafter import Model
 from decoding.drafts.template import Template, best_first
-from lm import cache as cache_lib
-from lm import json_fields, transformer
+from lm.files import json_fields
 from lm.kernels.mask import pack_bits
+from lm.model import cache as cache_lib
+from lm.model import transformer
 
 
 class Curve(NamedTuple):

@@ -16,9 +16,9 @@ import flax.struct
 import jax
 
 from decoding.tree import DraftTree
-from lm.cache import Cache
-from lm.config import Config
-from lm.params import Params
+from lm.model.cache import Cache
+from lm.model.config import Config
+from lm.model.params import Params
 
 
 class Model(NamedTuple):

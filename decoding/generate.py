@@ -18,8 +18,9 @@ from decoding.drafter import Drafter, Model, Text, Verifier
 from decoding.rounds import Plan, State
 from decoding.sample import Sampler
 from decoding.stop import Stops
-from lm import attention, weights_first
-from lm import params as params_lib
+from lm.attention import attention
+from lm.model import cpu_layout
+from lm.model import params as params_lib
 
 # (row, tokens): a round's new tokens, of which all but the last were drafted
 Stream = Callable[[int, np.ndarray], None]
@@ -151,14 +152,14 @@ def generate(
 def ready(model: Model) -> Model:
     """Returns the model with its parameters in the form that the platform decodes with fastest.
 
-    On one CPU device that is a copy (`lm.weights_first`), the model itself elsewhere. `generate`
+    On one CPU device that is a copy (`lm.model.cpu_layout`), the model itself elsewhere. `generate`
     does it too; done before many calls, or for a draft model, it is done once.
     """
-    if attention.platform() != 'cpu' or weights_first.is_prepared(model.params):
+    if attention.platform() != 'cpu' or cpu_layout.is_prepared(model.params):
         return model
     if any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(model.params)):
         return model  # the joined matrices have rows of several axes, which no mesh axis cuts
-    return model._replace(params=weights_first.prepare(model.params, model.config))
+    return model._replace(params=cpu_layout.prepare(model.params, model.config))
 
 
 def bucket(n: int) -> int:

@@ -12,11 +12,11 @@ from decoding import generate as generate_lib
 from decoding.drafter import Model
 from decoding.large_vocabulary import Table
 from decoding.sample import Sampler
-from lm import cache as cache_lib
-from lm import tables, transformer
-from lm.config import Config
-from lm.params import Params
-from lm.weights_first import WeightsFirst
+from lm.model import cache as cache_lib
+from lm.model import tables, transformer
+from lm.model.config import Config
+from lm.model.cpu_layout import WeightsFirst
+from lm.model.params import Params
 
 
 def output_table(model: Model, chunk: int = large_vocabulary.CHUNK) -> Table:

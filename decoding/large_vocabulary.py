@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from decoding import sample
 from decoding.sample import BLOCK
-from lm import layers
-from lm import mesh as mesh_lib
+from lm.devices import mesh as mesh_lib
+from lm.model import layers
 
 CHUNK = 16 * BLOCK  # rows whose logits exist at a time, on each device
 _ROWS = PartitionSpec(mesh_lib.AXES)

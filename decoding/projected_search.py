@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from decoding import large_vocabulary
 from decoding.large_vocabulary import Table
-from lm import layers
+from lm.model import layers
 
 
 @flax.struct.dataclass

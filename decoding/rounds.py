@@ -13,12 +13,12 @@ from decoding import stop as stop_lib
 from decoding.drafter import Begun, Drafter, Outcome, Text, Verdict, Verifier
 from decoding.sample import Sampler
 from decoding.tree import DraftTree
-from lm import cache as cache_lib
-from lm import lexinvariant, tables, transformer
-from lm.cache import Cache
-from lm.config import Config
 from lm.kernels.mask import Mask, pack_bits
-from lm.params import Params
+from lm.model import cache as cache_lib
+from lm.model import lexinvariant, tables, transformer
+from lm.model.cache import Cache
+from lm.model.config import Config
+from lm.model.params import Params
 
 
 class Plan(NamedTuple):

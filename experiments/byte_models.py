@@ -6,11 +6,12 @@ import jax
 from etils import epath
 
 import tokenization
-from lm import bundle, mesh
-from tokenization import neural
-from tokenization.byte import ByteTokenizer
-from tokenization.next_byte import NextByteModel
-from tokenization.ngram import NGram
+from lm.checkpoints import bundle
+from lm.devices import mesh
+from tokenization.coding import neural
+from tokenization.coding.next_byte import NextByteModel
+from tokenization.coding.ngram import NGram
+from tokenization.vocabularies.byte import ByteTokenizer
 
 
 def open_byte_model(path: epath.PathLike, precision: int = 16) -> NextByteModel:

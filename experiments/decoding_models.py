@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 import tokenization
 from decoding.drafter import Drafter, Model
 from decoding.sample import Sampler
-from lm import bundle
-from lm import params as params_lib
-from tokenization.huggingface import HuggingFaceTokenizer
+from lm.checkpoints import bundle
+from lm.model import params as params_lib
+from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
 from tokenization.tokenizer import Tokenizer
 
 

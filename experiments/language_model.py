@@ -12,11 +12,15 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from lm import data, losses, params, train, transformer, zigzag
-from lm.config import Config
-from lm.data import Documents
-from lm.params import Params
-from lm.train import TrainConfig
+from lm.attention import zigzag
+from lm.data import documents as data
+from lm.data.documents import Documents
+from lm.losses import next_token as losses
+from lm.model import params, transformer
+from lm.model.config import Config
+from lm.model.params import Params
+from lm.training import train
+from lm.training.train import TrainConfig
 
 # Tables are padded to a multiple of this, so that they divide over devices and fill tiles.
 _TABLE_MULTIPLE = 128
@@ -153,7 +157,7 @@ def bit_losses(
     Args:
       weights: parameters.
       config: of the model.
-      batch: see `lm.data`.
+      batch: see `lm.data.documents`.
       bits: per id; only the first `2**bits` ids share the probability.
 
     Returns:

@@ -15,7 +15,7 @@ import matplotlib.ticker
 import numpy as np
 from etils import epath
 
-from lm import processes
+from lm.devices import processes
 
 # Okabe and Ito's palette (2008) without its yellow, too pale on white, and black first.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')

@@ -15,7 +15,7 @@ import rich.table
 import rich.text
 from etils import epath
 
-from lm import atomic, provenance
+from lm.files import atomic, provenance
 
 MISSING = '–'
 _WIDTH = 160  # columns of a table that goes to a file or a pipe
@@ -38,7 +38,7 @@ def write_text_atomic(path: epath.PathLike, text: str) -> None:
 
     Of the processes of a run the first one writes; the others go on.
     """
-    from lm import processes  # late: it imports JAX
+    from lm.devices import processes  # late: it imports JAX
 
     if not processes.is_first():
         return

@@ -16,10 +16,11 @@ import tokenization
 from experiments import report
 from experiments.corpora import Corpus
 from experiments.shard_text import ShardText
-from lm import json_fields, processes
-from lm.data import EncodedDocuments
-from lm.metrics import ProgressLine
-from lm.shards import ShardedDocuments
+from lm.data.documents import EncodedDocuments
+from lm.data.shards import ShardedDocuments
+from lm.devices import processes
+from lm.files import json_fields
+from lm.training.metrics import ProgressLine
 from tokenization.tokenizer import Tokenizer
 
 _ENCODE_AT_ONCE = 128

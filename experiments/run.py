@@ -40,7 +40,7 @@ from etils import epath
 
 import experiments
 from experiments import report
-from lm import preemption
+from lm.devices import preemption
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -55,7 +55,7 @@ class UsageError(Exception):
 
 
 class Command(NamedTuple):
-    """What follows the name of an experiment; `mesh` is as in `lm.mesh.parse`, or `one`."""
+    """What follows the name of an experiment; `mesh` is as in `lm.devices.mesh.parse`, or `one`."""
 
     scale: str
     config: Any
@@ -100,7 +100,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
         command = parse(name, module, rest)
     except ValueError as error:  # the config refuses a value
         raise UsageError(str(error)) from error
-    from lm import processes  # late: --help and usage errors need no JAX
+    from lm.devices import processes  # late: --help and usage errors need no JAX
 
     with processes.joined():
         run(name, command)
@@ -186,7 +186,7 @@ def run(name: str, command: Command) -> dict[str, float]:
     """
     # Imported late: --help and usage errors need no JAX.
     from experiments import resume
-    from lm import processes
+    from lm.devices import processes
 
     scale, config, out, _ = command
     settings = importlib.import_module(f'experiments.{name}.config')
@@ -216,7 +216,7 @@ def run(name: str, command: Command) -> dict[str, float]:
 def _mesh(text: str) -> 'Mesh':
     import jax
 
-    from lm import mesh as mesh_lib
+    from lm.devices import mesh as mesh_lib
 
     if text != 'one':
         return mesh_lib.make(text)

@@ -11,8 +11,8 @@ from etils import epath
 
 import tokenization
 from experiments.file_documents import contiguous
-from lm import shard_index
-from lm.shards import ShardedDocuments
+from lm.data import shard_index
+from lm.data.shards import ShardedDocuments
 from tokenization.tokenizer import Tokenizer
 
 SPLITS = ('train', 'valid', 'test')

@@ -14,17 +14,23 @@ import numpy as np
 import tokenization
 from decoding import calibrate
 from experiments import resume, shard_text
-from lm import bundle, data, metrics, params, presets, shard_index, shards
-from tests.tokenization import originals, toy
-from tokenization import container, ngram, spelling
-from tokenization.arithmetic_tokenizer import ArithmeticTokenizer
-from tokenization.bpe import GPT2_PATTERN, BPETokenizer
-from tokenization.byte import ByteTokenizer
-from tokenization.characters import CharacterTokenizer
-from tokenization.equal_info import EqualInfoTokenizer
-from tokenization.huggingface import HuggingFaceTokenizer, load_folder
-from tokenization.longest_match import Strings
-from tokenization.string_table import StringTable
+from lm.checkpoints import bundle
+from lm.data import documents as data
+from lm.data import shard_index, shards
+from lm.model import params, presets
+from lm.training import metrics
+from tests.tokenization import toy
+from tests.tokenization.huggingface import originals
+from tokenization.coding import container, ngram
+from tokenization.coding.arithmetic_tokenizer import ArithmeticTokenizer
+from tokenization.equal_info.codec import EqualInfoTokenizer
+from tokenization.huggingface.tokenizer import HuggingFaceTokenizer, load_folder
+from tokenization.vocabularies import spelling
+from tokenization.vocabularies.alphabet import CharacterTokenizer
+from tokenization.vocabularies.bpe import GPT2_PATTERN, BPETokenizer
+from tokenization.vocabularies.byte import ByteTokenizer
+from tokenization.vocabularies.longest_match import Strings
+from tokenization.vocabularies.string_table import StringTable
 
 Path = pathlib.Path
 FIXTURES = Path(__file__).parent

@@ -23,8 +23,11 @@ from typing import Any
 from orbax.checkpoint._src.path import atomicity
 
 from experiments import corpora, run
-from lm import bundle, checkpoint, packing, preemption, train
-from lm.data import EncodedDocuments
+from lm.checkpoints import bundle, checkpoint
+from lm.data import packing
+from lm.data.documents import EncodedDocuments
+from lm.devices import preemption
+from lm.training import train
 
 # Where each phase begins.
 PHASES: dict[str, list[tuple[Any, str]]] = {

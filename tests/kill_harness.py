@@ -27,7 +27,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from lm import provenance, restore
+from lm.checkpoints import restore
+from lm.files import provenance
 
 STEPS, EVERY = 120, 12
 # Phases of one run's signals. Those of evaluation come when training is done.

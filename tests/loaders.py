@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 from experiments.byte_models import open_byte_model
 from experiments.speculative import prompts
-from lm import bundle, huggingface
+from lm.checkpoints import bundle
+from lm.huggingface import checkpoint as huggingface
 from tests import foreign_files as files
 from tests import mutations
-from tokenization import container
+from tokenization.coding import container
 
 Path = pathlib.Path
 Mutate = Callable[[bytes, Any], bytes]

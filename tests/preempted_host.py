@@ -1,4 +1,4 @@
-"""One of two hosts that train together: a process that `tests.lm.test_preemption` starts.
+"""One of two hosts that train together: a process that `tests.lm.devices.test_preemption` starts.
 
     python -m tests.preempted_host PORT INDEX FOLDER STEP
 
@@ -12,13 +12,17 @@ import sys
 
 import jax
 
-from lm import data, losses, mesh, params, preemption, train
+from lm.data import documents as data
+from lm.devices import mesh, preemption
+from lm.losses import next_token as losses
+from lm.model import params
+from lm.training import train
 from tests.lm.checkpoints import make
 
 
 def main(port: str, index: int, folder: str, step: int) -> None:
     """Trains until a signal comes; ends as `experiments.run` does."""
-    jax.config.update('jax_enable_preemption_service', False)  # as `lm.mesh.start` does
+    jax.config.update('jax_enable_preemption_service', False)  # as `lm.devices.mesh.start` does
     jax.distributed.initialize(f'localhost:{port}', 2, index)
     put, read = train.put, []
 

@@ -197,8 +197,8 @@ CELL = {'cell_type': 'code', 'outputs': [], 'execution_count': None, 'source': [
     [
         (imports, 'lm/a.py', 'from tokenization import byte'),
         (imports, 'lm/kernels/a.py', 'from lm import config'),
-        (imports, 'lm/kernels/a.py', 'import lm.layers'),
-        (imports, 'decoding/a.py', 'def f():\n    import tokenization.byte'),
+        (imports, 'lm/kernels/a.py', 'import lm.model.layers'),
+        (imports, 'decoding/a.py', 'def f():\n    import tokenization.vocabularies.byte'),
         (imports, 'tokenization/a.py', 'from decoding.tree import mask'),
         (imports, 'decoding/a.py', 'from experiments import report'),
         (imports, 'lm/a.py', 'from . import layers'),
@@ -222,7 +222,7 @@ def test_rules_find_what_they_look_for(rule, name, bad):
 @pytest.mark.parametrize(
     ('rule', 'name', 'good'),
     [
-        (imports, 'lm/a.py', 'from lm import kernels\nimport lm.layers, jax'),
+        (imports, 'lm/a.py', 'from lm import kernels\nimport lm.model.layers, jax'),
         (imports, 'experiments/a/main.py', 'from decoding import tree\nfrom tokenization import x'),
         (sizes, 'lm/a.py', LONG.removesuffix('    x = 1\n')),
         (

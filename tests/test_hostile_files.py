@@ -14,15 +14,17 @@ import pytest
 import tensorstore
 
 import tokenization
-from lm import array_files, bundle, params, presets
+from lm.checkpoints import bundle
+from lm.files import array_files
+from lm.model import params, presets
 from tests.tokenization import toy
-from tokenization import container
-from tokenization.bpe import BPETokenizer
-from tokenization.byte import ByteTokenizer
-from tokenization.characters import CharacterTokenizer
-from tokenization.equal_info import EqualInfoTokenizer
-from tokenization.longest_match import Strings
-from tokenization.ngram import NGram
+from tokenization.coding import container
+from tokenization.coding.ngram import NGram
+from tokenization.equal_info.codec import EqualInfoTokenizer
+from tokenization.vocabularies.alphabet import CharacterTokenizer
+from tokenization.vocabularies.bpe import BPETokenizer
+from tokenization.vocabularies.byte import ByteTokenizer
+from tokenization.vocabularies.longest_match import Strings
 
 CONFIG = presets.tiny(40)
 BYTES = [bytes([byte]) for byte in range(256)]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
-from lm import json_fields
+from lm.files import json_fields
 
 _FILE = 'tessera.json'
 
@@ -108,15 +108,11 @@ def read_kind(path: epath.PathLike) -> dict:
 
 def load(path: epath.PathLike) -> Tokenizer:
     """Returns the tokenizer saved in the folder `path`; never executes code from there."""
-    from tokenization import (
-        arithmetic_tokenizer,
-        bpe,
-        byte,
-        characters,
-        equal_info,
-        huggingface,
-        string_table,
-    )
+    from tokenization.coding import arithmetic_tokenizer
+    from tokenization.equal_info import codec as equal_info
+    from tokenization.huggingface import tokenizer as huggingface
+    from tokenization.vocabularies import alphabet as characters
+    from tokenization.vocabularies import bpe, byte, string_table
 
     kind = read_kind(path)['kind']
     match kind:

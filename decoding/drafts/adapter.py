@@ -5,14 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lm import cache as cache_lib
-from lm import layers as layers_lib
-from lm import rope, tables, transformer
-from lm.attention import attention
-from lm.cache import Cache
-from lm.config import Config
+from lm.attention.attention import attention
 from lm.kernels.mask import Mask
-from lm.params import Params
+from lm.model import cache as cache_lib
+from lm.model import layers as layers_lib
+from lm.model import rope, tables, transformer
+from lm.model.cache import Cache
+from lm.model.config import Config
+from lm.model.params import Params
 
 
 def init(key: jax.Array, config: Config) -> Params:
@@ -96,10 +96,11 @@ def loss(
       adapter: what is trained.
       params, config: the target, which stays as it is.
       layers: E, layers of the target below the adapter.
-      batch: packed text as `lm.data` makes it: `tokens`, `positions`, `segments`, `weights`.
+      batch: packed text as `lm.data.documents` makes it: `tokens`, `positions`, `segments`,
+        `weights`.
 
     Returns:
-      The mean in nats per token, and sums for metrics, as `lm.losses.next_token_loss`.
+      The mean in nats per token, and sums for metrics, as `lm.losses.next_token.next_token_loss`.
     """
     positions_BL, segments_BL = batch['positions'], batch['segments']
     body, table = params['body'], params['tables']

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 from decoding import sample
 from decoding.drafter import Model, Outcome, Text
 from decoding.sample import Sampler
-from lm import cache as cache_lib
-from lm import tables, transformer
-from lm.cache import Cache
 from lm.kernels.mask import pack_bits
-from lm.params import Params
+from lm.model import cache as cache_lib
+from lm.model import tables, transformer
+from lm.model.cache import Cache
+from lm.model.params import Params
 
 
 class Weights(NamedTuple):
@@ -41,7 +41,7 @@ class State:
       cache: of the draft model; after `update`, all of the text that it will not run again.
       root_B: int32, the row of the last tree's root.
       row_BT: int32, row of each node of that tree, counted from its root's.
-      tables: drawn for these texts (`lm.lexinvariant`); None where they are learned.
+      tables: drawn for these texts (`lm.model.lexinvariant`); None where they are learned.
     """
 
     cache: Cache

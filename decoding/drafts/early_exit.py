@@ -19,13 +19,13 @@ from decoding.drafter import Begun, Drafter, Model, Outcome, Text
 from decoding.drafts import adapter as adapter_lib
 from decoding.sample import Sampler
 from decoding.tree import WithoutReplacement
-from lm import cache as cache_lib
-from lm import lexinvariant, tables, transformer
-from lm import params as params_lib
-from lm.cache import Cache
-from lm.config import Config
 from lm.kernels.mask import Mask
-from lm.params import Params
+from lm.model import cache as cache_lib
+from lm.model import lexinvariant, tables, transformer
+from lm.model import params as params_lib
+from lm.model.cache import Cache
+from lm.model.config import Config
+from lm.model.params import Params
 
 DRAFTS = 2  # tag of draft noise, which must not be the noise that verifies
 

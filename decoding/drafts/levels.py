@@ -12,10 +12,10 @@ from decoding.drafts import draft_model
 from decoding.drafts.draft_model import State, Weights, pick
 from decoding.sample import Sampler
 from decoding.tree import DraftTree
-from lm import lexinvariant
-from lm import params as params_lib
-from lm.cache import Cache
-from lm.params import Params
+from lm.model import lexinvariant
+from lm.model import params as params_lib
+from lm.model.cache import Cache
+from lm.model.params import Params
 
 DRAFTS = 2  # tag of draft noise, which must not be the noise that verifies (`sample.at_position`)
 

@@ -14,7 +14,7 @@ from etils import epath
 
 from experiments import report
 from experiments.bench_arithmetic.config import Config
-from tokenization import arithmetic, cdf
+from tokenization.coding import arithmetic, cdf
 
 try:
     import constriction

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.bench_attention.config import Config
-from lm import attention as attention_lib
+from lm.attention import attention as attention_lib
 from lm.kernels import sparse, xla
 from lm.kernels.mask import Mask, pack_bits, visible
 

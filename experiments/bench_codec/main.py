@@ -10,8 +10,10 @@ from etils import epath
 
 from experiments import corpora, report
 from experiments.bench_codec.config import Config
-from tokenization import bpe, codebook, ngram
+from tokenization.coding import ngram
+from tokenization.equal_info import compiler
 from tokenization.tokenizer import Tokenizer
+from tokenization.vocabularies import bpe
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
@@ -28,9 +30,9 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     model = ngram.count(train, config.order).model()
     seconds['ngram'] = time.perf_counter() - start
     makers: dict[str, Callable[[], Tokenizer]] = {
-        'canonical': lambda: codebook.compile_equal_info(model, 'canonical', config.max_bytes),
-        'delay': lambda: codebook.compile_equal_info(model, 'delay', config.max_bytes),
-        'tunstall': lambda: codebook.tunstall(model, max_bytes=config.max_bytes),
+        'canonical': lambda: compiler.compile_equal_info(model, 'canonical', config.max_bytes),
+        'delay': lambda: compiler.compile_equal_info(model, 'delay', config.max_bytes),
+        'tunstall': lambda: compiler.tunstall(model, max_bytes=config.max_bytes),
     }
     for name, make in makers.items():
         start = time.perf_counter()
@@ -38,7 +40,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         seconds[name] = time.perf_counter() - start
     start = time.perf_counter()
     pieces = corpora.first_bytes(corpus.train, config.bpe_train_bytes)
-    built['bpe'] = bpe.BPETokenizer.train(pieces, codebook.CELLS)
+    built['bpe'] = bpe.BPETokenizer.train(pieces, compiler.CELLS)
     seconds['bpe'] = time.perf_counter() - start
 
     rows = measure(built, text, config.repeats)

@@ -11,7 +11,7 @@ one row at 80% of the speed at which the weights can be read, or more; a pass ov
 
 import dataclasses
 
-from lm.config import Config as ModelConfig
+from lm.model.config import Config as ModelConfig
 
 LLAMA_134M = ModelConfig(32_000, 768, 12, 12, 12, 64, 2048, max_length=1024)
 DRAFT_6M = ModelConfig(32_000, 96, 2, 2, 2, 48, 256, max_length=1024)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lm.config import Config as ModelConfig
-from lm.params import Params
+from lm.model.config import Config as ModelConfig
+from lm.model.params import Params
 
 
 def generator(

@@ -20,8 +20,8 @@ from experiments import report
 from experiments.bench_decode import phases
 from experiments.bench_decode.config import Config
 from experiments.report import Column
-from lm import params as params_lib
-from lm.config import Config as ModelConfig
+from lm.model import params as params_lib
+from lm.model.config import Config as ModelConfig
 
 GREEDY = Sampler(temperature=jnp.float32(0))
 BY_US, BY_HUGGING_FACE = 'ours', 'Hugging Face'

@@ -15,7 +15,7 @@ from decoding.generate import ready
 from decoding.rounds import Plan
 from decoding.sample import Sampler
 from experiments.bench_decode.config import Config
-from lm import params as params_lib
+from lm.model import params as params_lib
 
 
 def measure(config: Config, model: Model) -> dict[str, float]:

@@ -15,10 +15,10 @@ from decoding.large_vocabulary import Table
 from experiments import corpora, report
 from experiments.bench_large_vocabulary.config import Config
 from experiments.report import Column
-from lm import layers
-from tokenization import dynamic
-from tokenization.boundaries import BoundaryRule
-from tokenization.bpe import BPETokenizer
+from lm.model import layers
+from tokenization.transfer import dynamic
+from tokenization.vocabularies.boundaries import BoundaryRule
+from tokenization.vocabularies.bpe import BPETokenizer
 
 _TRAINING_BYTES = 2_000_000
 

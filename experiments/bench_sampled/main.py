@@ -10,10 +10,10 @@ from etils import epath
 from experiments import corpora, report
 from experiments.bench_sampled.config import Config
 from experiments.report import Column
-from tokenization import sampled, substrings
-from tokenization.bpe import BPETokenizer
-from tokenization.decompose import decompose
-from tokenization.sampled_batches import QUEUE, SampledBatches, Settings
+from tokenization.transfer import sampled, substrings
+from tokenization.transfer.decompose import decompose
+from tokenization.transfer.sampled_batches import QUEUE, SampledBatches, Settings
+from tokenization.vocabularies.bpe import BPETokenizer
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:

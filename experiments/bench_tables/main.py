@@ -12,9 +12,10 @@ from etils import epath
 from experiments import language_model, report
 from experiments.bench_tables.config import Config
 from experiments.report import Column
-from lm import optimizer, params, train
-from lm.config import Config as ModelConfig
-from lm.config import Lexinvariant
+from lm.model import params
+from lm.model.config import Config as ModelConfig
+from lm.model.config import Lexinvariant
+from lm.training import optimizer, train
 
 
 class _Side(NamedTuple):

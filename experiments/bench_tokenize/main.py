@@ -13,7 +13,7 @@ from experiments.bench_tokenize.config import Config
 from experiments.report import Column
 from experiments.tokenize import main as tokenize
 from experiments.tokenize.config import Config as TokenizeConfig
-from tokenization.bpe import BPETokenizer
+from tokenization.vocabularies.bpe import BPETokenizer
 
 _TIMES = 10
 _COLUMNS = (

@@ -14,9 +14,11 @@ from etils import epath
 from experiments import language_model, report
 from experiments.bench_train.config import Config
 from experiments.report import Column
-from lm import cross_entropy, optimizer, params, train
-from lm import mesh as mesh_lib
-from lm.config import Config as ModelConfig
+from lm.devices import mesh as mesh_lib
+from lm.losses import cross_entropy
+from lm.model import params
+from lm.model.config import Config as ModelConfig
+from lm.training import optimizer, train
 
 _VOCABULARY = 256
 

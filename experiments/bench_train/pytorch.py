@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from experiments.bench_train.config import Config
-from lm.config import Config as ModelConfig
+from lm.model.config import Config as ModelConfig
 
 
 class Block(nn.Module):
-    """RMSNorm, causal attention with RoPE, gated MLP: what `lm.transformer.block` computes."""
+    """RMSNorm, causal attention with RoPE, gated MLP: as `lm.model.transformer.block`."""
 
     def __init__(self, model: ModelConfig):
         super().__init__()

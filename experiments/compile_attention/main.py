@@ -1,4 +1,4 @@
-"""Compiles each kernel, through `lm.attention`, for one chip of each target."""
+"""Compiles each kernel, through `lm.attention.attention`, for one chip of each target."""
 
 import functools
 import time
@@ -16,8 +16,8 @@ from experiments.compile_attention.config import Config
 from experiments.plan import chips
 from experiments.plan import compile as ahead
 from experiments.report import Column
-from lm import attention as attention_lib
-from lm import mesh as mesh_lib
+from lm.attention import attention as attention_lib
+from lm.devices import mesh as mesh_lib
 from lm.kernels.mask import Mask
 from lm.kernels.sparse import SparseIndex
 

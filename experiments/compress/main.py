@@ -7,9 +7,9 @@ from rich.console import Console
 
 from experiments import byte_models
 from experiments.compress.config import SUFFIX, Config
-from lm import atomic
-from lm.metrics import ProgressLine
-from tokenization import container
+from lm.files import atomic
+from lm.training.metrics import ProgressLine
+from tokenization.coding import container
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:

@@ -10,9 +10,9 @@ from rich.console import Console
 from experiments import byte_models
 from experiments.compress.config import SUFFIX
 from experiments.decompress.config import Config
-from lm import atomic
-from lm.metrics import ProgressLine
-from tokenization import container
+from lm.files import atomic
+from lm.training.metrics import ProgressLine
+from tokenization.coding import container
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:

@@ -18,10 +18,10 @@ type-checked, not run.
 import dataclasses
 from dataclasses import field
 
-from lm import presets
-from lm.config import Config as ModelConfig
-from lm.optimizer import OptimizerConfig
-from lm.train import TrainConfig
+from lm.model import presets
+from lm.model.config import Config as ModelConfig
+from lm.training.optimizer import OptimizerConfig
+from lm.training.train import TrainConfig
 
 
 def _model(width: int, layers: int, hidden: int, max_length: int) -> ModelConfig:

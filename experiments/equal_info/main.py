@@ -13,7 +13,12 @@ from experiments import corpora, language_model, report, resume
 from experiments.equal_info import measure, models, results, tokenizers
 from experiments.equal_info.config import Config
 from experiments.language_model import Fitted
-from lm import bundle, json_fields, losses, params, processes, train
+from lm.checkpoints import bundle
+from lm.devices import processes
+from lm.files import json_fields
+from lm.losses import next_token as losses
+from lm.model import params
+from lm.training import train
 from tokenization.tokenizer import Tokenizer
 
 _PAPER_RULE_BYTES = 50_000

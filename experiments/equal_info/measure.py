@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenization import windows
-from tokenization.next_byte import NextByteModel
+from tokenization.coding.next_byte import NextByteModel
+from tokenization.equal_info import windows
 from tokenization.tokenizer import Tokenizer
 
 _SECONDS = 1.0

@@ -12,13 +12,16 @@ from jax.sharding import Mesh
 from experiments import language_model
 from experiments.equal_info.config import Config
 from experiments.language_model import Fitted
-from lm import bundle, losses, params, processes
-from lm.data import Documents
-from lm.train import TrainConfig
-from tokenization import neural, ngram
-from tokenization.byte import ByteTokenizer
-from tokenization.next_byte import NextByteModel
-from tokenization.ngram import NGram
+from lm.checkpoints import bundle
+from lm.data.documents import Documents
+from lm.devices import processes
+from lm.losses import next_token as losses
+from lm.model import params
+from lm.training.train import TrainConfig
+from tokenization.coding import neural, ngram
+from tokenization.coding.next_byte import NextByteModel
+from tokenization.coding.ngram import NGram
+from tokenization.vocabularies.byte import ByteTokenizer
 
 BYTES = 256
 

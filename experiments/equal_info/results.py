@@ -8,7 +8,7 @@ from etils import epath
 
 from experiments import plots, report
 from experiments.report import Column
-from lm import metrics as metrics_lib
+from lm.training import metrics as metrics_lib
 
 # Rows, their names for people, and the paper's figures at 25m: bits per byte and bytes per token
 # (P1, tables 1 and 15). The paper has no Tunstall row, and no bits per byte for AC beyond its

@@ -9,14 +9,14 @@ from etils import epath
 from experiments import resume
 from experiments.equal_info.config import Config
 from experiments.equal_info.models import FirstModels
-from lm.metrics import ProgressLine
-from tokenization.arithmetic_tokenizer import ArithmeticTokenizer
-from tokenization.bpe import BPETokenizer
-from tokenization.byte import ByteTokenizer
-from tokenization.codebook import compile_equal_info, tunstall
-from tokenization.equal_info import EqualInfoTokenizer
-from tokenization.next_byte import NextByteModel
+from lm.training.metrics import ProgressLine
+from tokenization.coding.arithmetic_tokenizer import ArithmeticTokenizer
+from tokenization.coding.next_byte import NextByteModel
+from tokenization.equal_info.codec import EqualInfoTokenizer
+from tokenization.equal_info.compiler import compile_equal_info, tunstall
 from tokenization.tokenizer import Tokenizer
+from tokenization.vocabularies.bpe import BPETokenizer
+from tokenization.vocabularies.byte import ByteTokenizer
 
 
 class Codec(NamedTuple):

@@ -8,10 +8,11 @@ from rich.console import Console
 
 import tokenization
 from experiments.export_hf.config import Config
-from lm import bundle, huggingface
-from lm import params as params_lib
-from tokenization import tokenizer_json
-from tokenization.huggingface import HuggingFaceTokenizer
+from lm.checkpoints import bundle
+from lm.huggingface import checkpoint as huggingface
+from lm.model import params as params_lib
+from tokenization.huggingface import json_file as tokenizer_json
+from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:

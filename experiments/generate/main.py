@@ -21,7 +21,7 @@ from experiments.generate.config import Config
 from experiments.generate.stream import Painter
 from experiments.speculative import drafters
 from experiments.speculative.drafters import Parts
-from lm import ring
+from lm.attention import ring
 
 _CALIBRATED_ROWS = 256  # of the cache, while passes are timed
 _RANKS = 8  # of candidates whose acceptance is assumed

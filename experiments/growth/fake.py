@@ -18,9 +18,10 @@ from experiments.plan.collectives import Collective
 from experiments.plan.compile import Compiled
 from experiments.plan.config import PRESETS
 from experiments.plan.config import Config as PlanConfig
-from lm import mesh as mesh_lib
-from lm import optimizer, params, train
-from lm.config import Config as ModelConfig
+from lm.devices import mesh as mesh_lib
+from lm.model import params
+from lm.model.config import Config as ModelConfig
+from lm.training import optimizer, train
 
 
 class Made(NamedTuple):

@@ -11,7 +11,7 @@ from experiments.growth import fake, slices
 from experiments.growth.config import Config
 from experiments.plan.chips import GIB
 from experiments.report import Column
-from lm.metrics import ProgressLine
+from lm.training.metrics import ProgressLine
 
 TOLERANCE = 1e-5
 

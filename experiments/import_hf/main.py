@@ -6,9 +6,10 @@ from etils import epath
 from rich.console import Console
 
 from experiments.import_hf.config import Config
-from lm import bundle, huggingface
-from lm import params as params_lib
-from tokenization import huggingface as huggingface_tokenizer
+from lm.checkpoints import bundle
+from lm.huggingface import checkpoint as huggingface
+from lm.model import params as params_lib
+from tokenization.huggingface import tokenizer as huggingface_tokenizer
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:

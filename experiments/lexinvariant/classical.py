@@ -7,7 +7,7 @@ wherever that makes the text's bigrams more probable, until no swap does (Jakobs
 import numba
 import numpy as np
 
-from lm.data import Documents
+from lm.data.documents import Documents
 
 _SMOOTHING = 0.1
 _SHUFFLED = 0.3  # share of a restart's key that is shuffled

@@ -19,9 +19,9 @@ from dataclasses import field
 from typing import Literal
 
 from experiments.settings import require
-from lm.config import Config as ModelConfig
-from lm.optimizer import OptimizerConfig
-from lm.train import TrainConfig
+from lm.model.config import Config as ModelConfig
+from lm.training.optimizer import OptimizerConfig
+from lm.training.train import TrainConfig
 
 
 def _model(width: int, layers: int, heads: int, hidden: int, length: int, **more) -> ModelConfig:
@@ -44,7 +44,7 @@ class Config:
       kind: of the lexinvariant tables. The paper's are `gaussian`; `demo` has `permuted` ones,
         whose rows a small model does not mistake for each other.
       model: its shape; the vocabulary follows from the tokenizer. In `demo`, both models begin
-        with induction heads (`lm.induction`).
+        with induction heads (`lm.model.induction`).
       train: how each model is trained.
       bpe_size: of the small BPE vocabulary; characters are the other one.
       bpe_domains: on which models over BPE are trained.

@@ -17,9 +17,9 @@ import optax
 from experiments.language_model import Fitted
 from experiments.lexinvariant import domains, models
 from experiments.lexinvariant.config import Config
-from lm import processes
-from lm.metrics import ProgressLine
-from lm.params import Params
+from lm.devices import processes
+from lm.model.params import Params
+from lm.training.metrics import ProgressLine
 
 _RATE = 1e-3
 _TRAINING_PIECES = 20_000

@@ -13,7 +13,7 @@ import numpy as np
 from experiments import corpora
 from experiments.corpora import Corpus
 from experiments.lexinvariant.config import DOMAINS, Config
-from lm.data import Documents
+from lm.data.documents import Documents
 
 _STRING = re.compile(rb'[rRbBuUfF]{0,2}("""|\'\'\')(.*?)\1', re.S)
 _COMMENT = re.compile(rb'(?:^[ \t]*#.*\n){3,}', re.M)

@@ -24,7 +24,7 @@ from experiments.lexinvariant import (
 )
 from experiments.lexinvariant.config import Config
 from experiments.lexinvariant.models import CHARACTERS, Name, Text
-from lm.metrics import ProgressLine
+from lm.training.metrics import ProgressLine
 
 
 def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:

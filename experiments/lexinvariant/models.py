@@ -15,14 +15,19 @@ from experiments.corpora import Corpus
 from experiments.language_model import Fitted
 from experiments.lexinvariant import domains as domains_lib
 from experiments.lexinvariant.config import Config
-from lm import bundle, lexinvariant, losses, processes, tables, train, transformer, zigzag
-from lm.config import Config as ModelConfig
-from lm.config import Lexinvariant
-from lm.data import Documents
-from lm.params import Params
-from tokenization.bpe import BPETokenizer
-from tokenization.characters import CharacterTokenizer
+from lm.attention import zigzag
+from lm.checkpoints import bundle
+from lm.data.documents import Documents
+from lm.devices import processes
+from lm.losses import next_token as losses
+from lm.model import lexinvariant, tables, transformer
+from lm.model.config import Config as ModelConfig
+from lm.model.config import Lexinvariant
+from lm.model.params import Params
+from lm.training import train
 from tokenization.tokenizer import Tokenizer
+from tokenization.vocabularies.alphabet import CharacterTokenizer
+from tokenization.vocabularies.bpe import BPETokenizer
 
 CHARACTERS, BPE = 'characters', 'bpe'
 STANDARD, LEXINVARIANT = 0.0, 1.0  # probabilities of a row to be random

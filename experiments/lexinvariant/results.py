@@ -10,7 +10,7 @@ from experiments import plots, report
 from experiments.lexinvariant.config import Config
 from experiments.lexinvariant.models import CHARACTERS, LEXINVARIANT, STANDARD, Name
 from experiments.report import Column
-from lm import lexinvariant
+from lm.model import lexinvariant
 
 # Huang et al. 2023: figures of the abstract and of the text.
 PAPER = {

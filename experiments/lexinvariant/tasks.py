@@ -15,7 +15,8 @@ import numpy as np
 from experiments.language_model import Fitted
 from experiments.lexinvariant import models
 from experiments.lexinvariant.config import Config
-from lm import lexinvariant, processes, tables
+from lm.devices import processes
+from lm.model import lexinvariant, tables
 
 _POOL = np.array([*range(ord('0'), ord('9') + 1), *range(ord('A'), ord('Z') + 1),
                   *range(ord('a'), ord('z') + 1)])  # fmt: skip

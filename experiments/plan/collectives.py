@@ -14,7 +14,7 @@ import numpy as np
 
 from experiments.plan import hlo
 from experiments.plan.hlo import Instruction
-from lm.mesh import Sizes
+from lm.devices.mesh import Sizes
 
 KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 _ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'

@@ -18,7 +18,7 @@ import dataclasses
 from typing import Literal
 
 from experiments.plan import chips
-from lm import presets
+from lm.model import presets
 
 PRESETS = {preset.__name__: preset for preset in presets.PRESETS}
 
@@ -28,14 +28,14 @@ class Config:
     """One question.
 
     Attributes:
-      preset: a model of `lm.presets`.
+      preset: a model of `lm.model.presets`.
       topology: the slice: v4:2x2x2, v5e:4x4, v5p:4x4x4, v6e:4x4, or cpu:8 for fake CPU devices.
       step: `train` (forward, backward and AdamW) or `decode` (one token per row).
       batch: rows over all devices.
       length: tokens per row, or rows of the cache.
       mesh: devices, as in `data=4,model=4` or `data=4,sequence=4`; all on the data axis if not
         given.
-      ring: what attention sends round the devices of `sequence`; see `lm.config`.
+      ring: what attention sends round the devices of `sequence`; see `lm.model.config`.
       param_dtype: in which parameters are kept; float32 for training, whose small updates bfloat16
         would round away, and bfloat16 for decoding, if not given. Activations are bfloat16.
       sweep: try every mesh of the slice, and several batches; compile the best.
@@ -77,8 +77,8 @@ class Config:
     def _check_rows(self, devices: int) -> None:
         data = devices
         if self.mesh is not None:
-            from lm import mesh as mesh_lib  # late: --help needs no JAX
-            from lm import zigzag
+            from lm.attention import zigzag
+            from lm.devices import mesh as mesh_lib  # late: --help needs no JAX
 
             data, sequence, _ = mesh_lib.parse(self.mesh, devices)
             if sequence > 1 and self.step == 'decode':

@@ -18,10 +18,11 @@ from jax.sharding import AbstractMesh
 
 from experiments.plan import ring
 from experiments.plan.ring import Pass
-from lm import cross_entropy, params
-from lm import mesh as mesh_lib
-from lm.config import Config as ModelConfig
-from lm.params import Leaf
+from lm.devices import mesh as mesh_lib
+from lm.losses import cross_entropy
+from lm.model import params
+from lm.model.config import Config as ModelConfig
+from lm.model.params import Leaf
 
 _F32 = 4
 

@@ -11,7 +11,7 @@ from experiments.plan import chips, compile, costs, ring_tables, steps, sweep, t
 from experiments.plan.compile import Compiled, Refused
 from experiments.plan.config import Config
 from experiments.plan.sweep import Choice
-from lm import mesh as mesh_lib
+from lm.devices import mesh as mesh_lib
 
 CHECKED = 3  # choices of a sweep that are compiled at most
 TOLERANCE = 1.05

@@ -1,8 +1,9 @@
 """What attention sends along `sequence`, and how much of it computing hides.
 
-A pass is P steps of equal work on each of P devices, in zigzag order (`lm.zigzag`), and P - 1 hops
-between them. A step computes while the next block is under way, so that a hop costs time only
-where it takes longer than a step. Devices are taken to lie on a ring, each a link from the next:
+A pass is P steps of equal work on each of P devices, in zigzag order (`lm.attention.zigzag`), and P
+- 1 hops between them. A step computes while the next block is under way, so that a hop costs time
+only where it takes longer than a step. Devices are taken to lie on a ring, each a link from the
+next:
 
 keys       blocks of keys and values go one way; backward, their f32 gradients too, a hop more.
 queries    queries go one way, results of the step before come back the other, as far as the

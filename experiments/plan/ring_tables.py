@@ -8,9 +8,9 @@ from experiments.plan.chips import GIB, Topology
 from experiments.plan.config import Config
 from experiments.plan.costs import Costs
 from experiments.report import Column
-from lm import mesh as mesh_lib
-from lm.config import Config as ModelConfig
-from lm.mesh import Sizes
+from lm.devices import mesh as mesh_lib
+from lm.devices.mesh import Sizes
+from lm.model.config import Config as ModelConfig
 
 
 def passes(counted: Costs, topology: Topology) -> dict[str, float]:

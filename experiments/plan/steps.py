@@ -10,12 +10,13 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from experiments import language_model
 from experiments.plan.config import PRESETS, Config
-from lm import cache as cache_lib
-from lm import mesh as mesh_lib
-from lm import optimizer as optimizer_lib
-from lm import params, train, transformer
-from lm.cache import Cache
-from lm.config import Config as ModelConfig
+from lm.devices import mesh as mesh_lib
+from lm.model import cache as cache_lib
+from lm.model import params, transformer
+from lm.model.cache import Cache
+from lm.model.config import Config as ModelConfig
+from lm.training import optimizer as optimizer_lib
+from lm.training import train
 
 SCHEDULE = 1000  # steps of the learning rate's schedule; no size depends on it
 _CACHE_AXES = ('layers', 'batch', 'kv_heads', 'length', 'head')
@@ -52,7 +53,7 @@ def model_config(config: Config) -> ModelConfig:
 
 
 def make(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> Step:
-    """Returns the step of this config, laid out on `mesh` as `lm.train.run` lays it out.
+    """Returns the step of this config, laid out on `mesh` as `lm.training.train.run` lays it out.
 
     Raises:
       ValueError: the rows do not divide over `data`.

@@ -13,8 +13,8 @@ from experiments.plan.config import Config
 from experiments.plan.costs import Memory
 from experiments.plan.roofline import Roofline
 from experiments.report import Column
-from lm import mesh as mesh_lib
-from lm.mesh import Sizes
+from lm.devices import mesh as mesh_lib
+from lm.devices.mesh import Sizes
 
 SHOWN = 24
 

@@ -13,9 +13,9 @@ EPYC virtual machine).
 import dataclasses
 from dataclasses import field
 
-from lm import presets
-from lm.config import Config as ModelConfig
-from lm.train import TrainConfig
+from lm.model import presets
+from lm.model.config import Config as ModelConfig
+from lm.training.train import TrainConfig
 
 
 def _small() -> ModelConfig:

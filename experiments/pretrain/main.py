@@ -10,10 +10,12 @@ import tokenization
 from experiments import corpora, language_model, report, resume
 from experiments.pretrain.config import Config
 from experiments.shard_text import ShardText
-from lm import bundle, losses, params
-from tokenization.bpe import BPETokenizer
-from tokenization.byte import ByteTokenizer
+from lm.checkpoints import bundle
+from lm.losses import next_token as losses
+from lm.model import params
 from tokenization.tokenizer import Tokenizer
+from tokenization.vocabularies.bpe import BPETokenizer
+from tokenization.vocabularies.byte import ByteTokenizer
 
 
 def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:

@@ -19,10 +19,10 @@ from typing import Any
 
 from experiments.settings import require
 from experiments.speculative import drafters
-from lm import presets
-from lm.config import Config as ModelConfig
-from lm.optimizer import OptimizerConfig
-from lm.train import TrainConfig
+from lm.model import presets
+from lm.model.config import Config as ModelConfig
+from lm.training.optimizer import OptimizerConfig
+from lm.training.train import TrainConfig
 
 
 def _model(width: int, layers: int, heads: int, hidden: int) -> ModelConfig:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from decoding.drafter import Drafter, Model
 from decoding.drafts import chain, dynamic, early_exit, iid, lookup, recursive, recycling, template
 from decoding.sample import Sampler
-from lm.params import Params
+from lm.model.params import Params
 
 # Row names, and what people call them.
 NAMES = {

@@ -19,8 +19,9 @@ from experiments.speculative.config import Config
 from experiments.speculative.drafters import Parts
 from experiments.speculative.measure import Cell
 from experiments.speculative.models import Models
-from lm import params, ring
-from lm.metrics import ProgressLine
+from lm.attention import ring
+from lm.model import params
+from lm.training.metrics import ProgressLine
 
 _DRAWN = ('lookup', 'dynamic', 'recursive')  # whose trees are worth a drawing, the best last
 _ROUNDS = 8  # of which the one is drawn that accepted most

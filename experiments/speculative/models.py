@@ -17,9 +17,12 @@ from experiments.decoding_models import Loaded
 from experiments.pretrain import main as pretrain
 from experiments.pretrain.config import Config as PretrainConfig
 from experiments.speculative.config import Config
-from lm import bundle, losses, params, train
-from lm.data import Documents
-from lm.params import Params
+from lm.checkpoints import bundle
+from lm.data.documents import Documents
+from lm.losses import next_token as losses
+from lm.model import params
+from lm.model.params import Params
+from lm.training import train
 from tokenization.tokenizer import Tokenizer
 
 _VALID_BYTES = 50_000

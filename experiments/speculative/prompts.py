@@ -6,7 +6,7 @@ import numpy as np
 from etils import epath
 
 from experiments.decoding_models import Loaded
-from lm import json_fields
+from lm.files import json_fields
 
 # Xia et al. 2024, "Unlocking Efficiency in Large Language Model Inference: A Comprehensive Survey
 # of Speculative Decoding", section 6: six tasks; MT-Bench's questions come in eight categories.

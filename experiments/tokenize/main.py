@@ -21,10 +21,10 @@ from experiments import corpora
 from experiments.tokenize import beam, plan
 from experiments.tokenize.config import Config
 from experiments.tokenize.plan import Task
-from lm.metrics import ProgressLine
-from lm.shard_index import Index, Shard
-from tokenization.byte import ByteTokenizer
+from lm.data.shard_index import Index, Shard
+from lm.training.metrics import ProgressLine
 from tokenization.tokenizer import Tokenizer
+from tokenization.vocabularies.byte import ByteTokenizer
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:

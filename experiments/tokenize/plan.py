@@ -3,7 +3,7 @@
 OUT/plan.json     what the shards are made from; another text or tokenizer is refused
 OUT/tokenizer/    a copy of the tokenizer
 OUT/parts/*.json  what a finished shard holds, written after the shard
-OUT/index.json    all of them, written when none is missing (`lm.shard_index`)
+OUT/index.json    all of them, written when none is missing (`lm.data.shard_index`)
 """
 
 import dataclasses
@@ -21,9 +21,10 @@ from etils import epath
 import tokenization
 from experiments import shard_text
 from experiments.corpora import Corpus
-from lm import json_fields, shard_index, shards
-from lm.data import id_dtype
-from lm.shard_index import Index, Shard
+from lm.data import shard_index, shards
+from lm.data.documents import id_dtype
+from lm.data.shard_index import Index, Shard
+from lm.files import json_fields
 from tokenization.tokenizer import Tokenizer
 
 _SAMPLE = 64  # documents of a split that are looked at before the work
@@ -189,7 +190,7 @@ def write(task: Task) -> Shard:
     """Writes one shard; the tokenizer comes from the folder, so that any process can do it.
 
     Raises:
-      OSError, ValueError: as the documents, the tokenizer and `lm.shards.write_shard` do.
+      OSError, ValueError: as the documents, the tokenizer and `lm.data.shards.write_shard` do.
     """
     tokenizer = tokenization.load(epath.Path(task.out) / shard_text.TOKENIZER)
     shard = shards.write_shard(task.path, _encoded(tokenizer, task), tokenizer.vocab_size)

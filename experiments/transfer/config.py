@@ -17,11 +17,11 @@ from dataclasses import field
 from typing import Literal
 
 from experiments.settings import require
-from lm import presets
-from lm.config import Config as ModelConfig
-from lm.optimizer import OptimizerConfig
-from lm.train import TrainConfig
-from tokenization.hypernetwork import HypernetworkConfig
+from lm.model import presets
+from lm.model.config import Config as ModelConfig
+from lm.training.optimizer import OptimizerConfig
+from lm.training.train import TrainConfig
+from tokenization.transfer.hypernetwork import HypernetworkConfig
 
 Target = Literal['bpe_same', 'bpe_4x', 'bpe_code', 'gpt2', 'cl100k', 'bytes', 'equal_info']
 TARGETS: tuple[Target, ...] = (

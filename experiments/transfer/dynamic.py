@@ -1,7 +1,8 @@
 """Dynamic tokenization: bits per byte against how much shorter texts become.
 
-Each batch has units of its own (`tokenization.dynamic`), whose rows the hypernetwork predicts; they
-stand behind the source's own rows, in both tables. What it takes to name a batch's units is counted
+Each batch has units of its own (`tokenization.transfer.dynamic`), whose rows the hypernetwork
+predicts; they stand behind the source's own rows, in both tables. What it takes to name a batch's
+units is counted
 apart: a merge names two of the units before it.
 """
 
@@ -18,13 +19,16 @@ from jax.sharding import Mesh
 from experiments import language_model
 from experiments.transfer.config import Config
 from experiments.transfer.hyper import Trained
-from lm import losses, train, transformer
-from lm import tables as tables_lib
-from lm.config import Config as ModelConfig
-from lm.params import Params
-from tokenization import boundaries, dynamic, hypernetwork, row_cache, transfer
-from tokenization.dynamic import Merged
-from tokenization.transfer import Source
+from lm.losses import next_token as losses
+from lm.model import tables as tables_lib
+from lm.model import transformer
+from lm.model.config import Config as ModelConfig
+from lm.model.params import Params
+from lm.training import train
+from tokenization.transfer import dynamic, hypernetwork, row_cache, transfer
+from tokenization.transfer.dynamic import Merged
+from tokenization.transfer.transfer import Source
+from tokenization.vocabularies import boundaries
 
 # Batches from which the number of merges for a share of the greatest reduction is found.
 _SAMPLES = 4

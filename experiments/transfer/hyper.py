@@ -12,13 +12,15 @@ from jax.sharding import Mesh
 
 from experiments.corpora import Corpus
 from experiments.transfer.config import Config
-from lm import params, train
-from lm.params import Params
-from lm.train import TrainConfig
-from tokenization import hypernetwork, hypernetwork_losses
-from tokenization.hypernetwork import HypernetworkConfig
-from tokenization.sampled_batches import Settings, sampled_batches
-from tokenization.transfer import Source
+from lm.model import params
+from lm.model.params import Params
+from lm.training import train
+from lm.training.train import TrainConfig
+from tokenization.transfer import hypernetwork
+from tokenization.transfer import losses as hypernetwork_losses
+from tokenization.transfer.hypernetwork import HypernetworkConfig
+from tokenization.transfer.sampled_batches import Settings, sampled_batches
+from tokenization.transfer.transfer import Source
 
 # of the texts that rows are cut from; few rows stay short of their length
 _BYTES_PER_TOKEN = 6

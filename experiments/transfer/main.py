@@ -16,11 +16,11 @@ from experiments.transfer.hyper import Trained
 from experiments.transfer.measure import Moved
 from experiments.transfer.results import HYPERNETWORK, ORACLE
 from experiments.transfer.source import open_source
-from lm import bundle
-from lm.config import Config as ModelConfig
-from tokenization import transfer
+from lm.checkpoints import bundle
+from lm.model.config import Config as ModelConfig
 from tokenization.tokenizer import Tokenizer
-from tokenization.transfer import Method, Source
+from tokenization.transfer import transfer
+from tokenization.transfer.transfer import Method, Source
 
 # trained on after the transfer, too: ours, and what the hypernetwork starts from
 TRAINED_ON = (HYPERNETWORK, 'mean_of_pieces')

@@ -15,12 +15,14 @@ from jax.sharding import Mesh
 from experiments import language_model
 from experiments.language_model import Fitted
 from experiments.transfer.config import Config
-from lm import losses, params, train
-from lm.data import Documents
-from lm.params import Params
-from tokenization import heuristics, transfer
+from lm.data.documents import Documents
+from lm.losses import next_token as losses
+from lm.model import params
+from lm.model.params import Params
+from lm.training import train
 from tokenization.tokenizer import Tokenizer
-from tokenization.transfer import Method, Source
+from tokenization.transfer import heuristics, transfer
+from tokenization.transfer.transfer import Method, Source
 
 # Of text that the neighbours' auxiliary vectors are counted on, and that models are trained on
 # after a transfer.

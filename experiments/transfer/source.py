@@ -9,11 +9,11 @@ import tokenization
 from experiments import language_model, resume
 from experiments.corpora import Corpus
 from experiments.transfer.config import Config
-from lm import bundle
-from tokenization import decompose
-from tokenization.bpe import BPETokenizer
-from tokenization.huggingface import HuggingFaceTokenizer
-from tokenization.transfer import Source
+from lm.checkpoints import bundle
+from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
+from tokenization.transfer import decompose
+from tokenization.transfer.transfer import Source
+from tokenization.vocabularies.bpe import BPETokenizer
 
 
 def open_source(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Source:

@@ -12,13 +12,15 @@ from experiments import resume
 from experiments.corpora import Corpus
 from experiments.lexinvariant import domains
 from experiments.transfer.config import Config, Target
-from lm.metrics import ProgressLine
-from tokenization import bpe, codebook, ngram
-from tokenization.bpe import BPETokenizer
-from tokenization.byte import ByteTokenizer
-from tokenization.equal_info import EqualInfoTokenizer
-from tokenization.longest_match import Strings
+from lm.training.metrics import ProgressLine
+from tokenization.coding import ngram
+from tokenization.equal_info import compiler
+from tokenization.equal_info.codec import EqualInfoTokenizer
 from tokenization.tokenizer import Tokenizer
+from tokenization.vocabularies import bpe
+from tokenization.vocabularies.bpe import BPETokenizer
+from tokenization.vocabularies.byte import ByteTokenizer
+from tokenization.vocabularies.longest_match import Strings
 
 _FOLDER = pathlib.Path(__file__).parent
 _FILES = {'gpt2': ('gpt2', 'r50k_base'), 'cl100k': ('cl100k', 'cl100k_base')}
@@ -66,7 +68,7 @@ def _released(config: Config, target: str, pattern: str) -> BPETokenizer:
 
 def _equal_info(documents: Sequence[bytes]) -> EqualInfoTokenizer:
     model = ngram.count(documents, _NGRAM_ORDER).model()
-    return codebook.compile_equal_info(model, 'canonical', _WINDOW_BYTES)
+    return compiler.compile_equal_info(model, 'canonical', _WINDOW_BYTES)
 
 
 def distinct(codec: EqualInfoTokenizer) -> EqualInfoTokenizer:

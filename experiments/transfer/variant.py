@@ -2,7 +2,7 @@
 
 The source is trained on briefly on prose. That variant then gets the tables that its base has for
 another tokenizer, and a share of what training on changed in the base's body (`add_task`, in
-`tokenization.transfer`): nothing is trained for the variant itself.
+`tokenization.transfer.transfer`): nothing is trained for the variant itself.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ from experiments.lexinvariant import domains
 from experiments.transfer import measure
 from experiments.transfer.config import Config, Target
 from experiments.transfer.measure import Moved
-from lm import bundle
-from tokenization import transfer
+from lm.checkpoints import bundle
 from tokenization.tokenizer import Tokenizer
-from tokenization.transfer import Source
+from tokenization.transfer import transfer
+from tokenization.transfer.transfer import Source
 
 
 def rows(

@@ -11,7 +11,7 @@ from decoding.drafter import Model
 from decoding.drafts import chain, early_exit, lookup
 from decoding.generate import generate, plain
 from decoding.sample import Sampler
-from lm.config import Config
+from lm.model.config import Config
 
 V = 17
 TARGET = Model(Config(V, 16, 3, 2, 1, 8, 32, max_length=256), {})

@@ -11,8 +11,8 @@ from decoding.calibrate import Curve
 from decoding.drafter import Model
 from decoding.drafts.template import best_first
 from decoding.generate import ready
-from lm import params
-from lm.config import Config
+from lm.model import params
+from lm.model.config import Config
 
 RANKS = (0.5, 0.2, 0.1)
 

@@ -15,8 +15,8 @@ from decoding.drafts.chain import chain
 from decoding.drafts.dynamic import dynamic, slot_values
 from decoding.drafts.iid import iid
 from decoding.drafts.recursive import beam, branching, given_maximum
-from lm import transformer
-from lm.config import Config
+from lm.model import transformer
+from lm.model.config import Config
 from tests.decoding.trees import check_tree, texts, tiny
 
 

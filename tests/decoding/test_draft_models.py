@@ -15,8 +15,8 @@ from decoding.drafts.iid import iid
 from decoding.drafts.recursive import beam, branching
 from decoding.sample import Sampler
 from decoding.tree import WithoutReplacement
-from lm import transformer
-from lm.config import Config
+from lm.model import transformer
+from lm.model.config import Config
 from tests.decoding.trees import check_tree, path_of, texts, tiny
 
 V = 17

@@ -14,11 +14,11 @@ from decoding.drafts import adapter as adapter_lib
 from decoding.drafts.early_exit import early_exit
 from decoding.sample import Sampler
 from decoding.tree import WithoutReplacement
-from lm import cache as cache_lib
-from lm import params as params_lib
-from lm import tables, transformer
-from lm.config import Config
 from lm.kernels.mask import Mask, pack_bits
+from lm.model import cache as cache_lib
+from lm.model import params as params_lib
+from lm.model import tables, transformer
+from lm.model.config import Config
 
 CONFIG = Config(
     23, 16, 3, 4, 2, 8, 24, max_length=64, activation='gelu_tanh', unit_offset=True,

@@ -13,8 +13,8 @@ from decoding.drafter import Drafter, Model
 from decoding.drafts import chain, dynamic, early_exit, iid, lookup, recursive, recycling
 from decoding.generate import bucket, generate, plain
 from decoding.sample import Sampler, draw, log_law
-from lm import params, transformer
-from lm.config import Config
+from lm.model import params, transformer
+from lm.model.config import Config
 
 V = 17
 NEW = 24

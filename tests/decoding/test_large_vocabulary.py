@@ -13,9 +13,9 @@ from decoding import large_vocabulary as large
 from decoding.drafter import Model
 from decoding.generate import generate
 from decoding.sample import Sampler
-from lm import mesh as mesh_lib
-from lm import params
-from lm.config import Config
+from lm.devices import mesh as mesh_lib
+from lm.model import params
+from lm.model.config import Config
 
 B, D, V = 4, 16, 1200
 KEYS = jax.random.split(jax.random.key(0), 3)

@@ -13,8 +13,8 @@ from decoding.drafts import adapter, chain, early_exit, recursive
 from decoding.generate import generate
 from decoding.sample import Sampler, at_position, draw, log_law
 from decoding.verify import target_only_walk
-from lm import lexinvariant, params, transformer
-from lm.config import Config, Lexinvariant
+from lm.model import lexinvariant, params, transformer
+from lm.model.config import Config, Lexinvariant
 
 V, NEW = 13, 12
 PROMPTS = [[1, 2, 3, 1, 2], [5, 5], [7, 4, 7, 4]]

@@ -6,8 +6,8 @@ import numpy as np
 
 from decoding.drafter import Model, Text
 from decoding.tree import WithoutReplacement
-from lm import params
-from lm.config import Config
+from lm.model import params
+from lm.model.config import Config
 
 
 def tiny(config: Config, sharpness: float, bos: int | None = None) -> Model:

@@ -3,9 +3,10 @@
 import pytest
 
 from experiments import run
-from lm import bundle, params, presets
-from tokenization import ngram
-from tokenization.byte import ByteTokenizer
+from lm.checkpoints import bundle
+from lm.model import params, presets
+from tokenization.coding import ngram
+from tokenization.vocabularies.byte import ByteTokenizer
 
 TEXT = b'the cat sat on the mat; the rat sat on the cat. \x00\xff' * 20
 
@@ -102,7 +103,7 @@ def test_what_decompress_cannot_find_is_named_and_not_blamed_on_the_disk(
 
 
 def test_a_full_disk_leaves_nothing(models, file, capsys, monkeypatch):
-    from tokenization import container
+    from tokenization.coding import container
 
     def full(reader, writer, model, progress):
         writer.write(b'half')

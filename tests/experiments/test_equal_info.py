@@ -10,8 +10,9 @@ import pytest
 from experiments import language_model, resume
 from experiments.equal_info import config as config_lib
 from experiments.equal_info import measure, models, results
-from lm import losses, params, presets, tables, transformer
-from tokenization.byte import ByteTokenizer
+from lm.losses import next_token as losses
+from lm.model import params, presets, tables, transformer
+from tokenization.vocabularies.byte import ByteTokenizer
 
 
 def test_losses_of_the_bits_add_up_to_the_loss_of_the_token():

@@ -12,9 +12,11 @@ from rich.console import Console
 from decoding import generate as generate_lib
 from experiments import decoding_models, run
 from experiments.generate.stream import Painter
-from lm import bundle, mesh, params, presets
-from tokenization.bpe import BPETokenizer
-from tokenization.byte import ByteTokenizer
+from lm.checkpoints import bundle
+from lm.devices import mesh
+from lm.model import params, presets
+from tokenization.vocabularies.bpe import BPETokenizer
+from tokenization.vocabularies.byte import ByteTokenizer
 
 TEXT = 'if x is not None and x is not None: '
 

@@ -8,7 +8,7 @@ from experiments.growth import fake, main, slices
 from experiments.growth.config import SCALES, Config
 from experiments.plan import chips, costs, steps
 from experiments.plan.config import Config as PlanConfig
-from lm import mesh as mesh_lib
+from lm.devices import mesh as mesh_lib
 
 TINY = SCALES['tiny']
 

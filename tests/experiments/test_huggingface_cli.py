@@ -12,10 +12,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from decoding.drafter import Model
 from experiments import decoding_models, run
-from lm import bundle, huggingface, mesh, params, presets
-from lm.config import Config, RopeScaling
-from tokenization.byte import ByteTokenizer
-from tokenization.huggingface import HuggingFaceTokenizer
+from lm.checkpoints import bundle
+from lm.devices import mesh
+from lm.huggingface import checkpoint as huggingface
+from lm.model import params, presets
+from lm.model.config import Config, RopeScaling
+from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
+from tokenization.vocabularies.byte import ByteTokenizer
 
 CONFIG = Config(
     272, 16, 2, 2, 1, 8, 32, max_length=256, tied=True, rope_theta=5e5,

@@ -17,8 +17,8 @@ from experiments.lexinvariant import (
     results,
     tasks,
 )
-from lm import params
-from tokenization.characters import CharacterTokenizer
+from lm.model import params
+from tokenization.vocabularies.alphabet import CharacterTokenizer
 
 SETTINGS = config.SCALES['tiny']
 SOURCE = b'''import os

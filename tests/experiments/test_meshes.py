@@ -14,11 +14,15 @@ from decoding.drafts.chain import chain
 from decoding.drafts.early_exit import early_exit
 from decoding.generate import generate
 from experiments import run
-from lm import losses, mesh, params, presets, train
-from lm.config import Lexinvariant
-from lm.packing import Shared
-from tokenization import hypernetwork, hypernetwork_losses
-from tokenization.hypernetwork import HypernetworkConfig
+from lm.data.packing import Shared
+from lm.devices import mesh
+from lm.losses import next_token as losses
+from lm.model import params, presets
+from lm.model.config import Lexinvariant
+from lm.training import train
+from tokenization.transfer import hypernetwork
+from tokenization.transfer import losses as hypernetwork_losses
+from tokenization.transfer.hypernetwork import HypernetworkConfig
 
 STEPS = 20
 SHAPE = B, L = 4, 12

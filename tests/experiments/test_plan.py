@@ -12,8 +12,8 @@ from experiments import run
 from experiments.plan import chips, compile, costs, hlo, ring, steps, sweep, tables
 from experiments.plan.collectives import Program
 from experiments.plan.config import Config
-from lm import mesh as mesh_lib
-from lm import params, presets
+from lm.devices import mesh as mesh_lib
+from lm.model import params, presets
 
 GRID = 'data=4,model=2'
 
@@ -27,7 +27,9 @@ def test_matrices_on_one_device_cost_what_the_model_costs():
     model = presets.llama3_8b()
     mesh = mesh_lib.abstract(1, 1)
     counted = costs.count(model, 4, 2048, 'train', mesh)
-    norms = 2 * (2 * model.n_layers + 1) * model.d_model  # not matrices, and counted by lm.params
+    norms = (
+        2 * (2 * model.n_layers + 1) * model.d_model
+    )  # not matrices, and counted by lm.model.params
     tokens = 4 * 2048
     forward = params.flops_per_token(model, 2048) - norms
     assert counted.device_flops == pytest.approx(4 * forward * tokens, rel=1e-9)

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.plan import collectives, hlo
-from lm import mesh as mesh_lib
+from lm.devices import mesh as mesh_lib
 
 
 def compiled_text(function, *shapes):

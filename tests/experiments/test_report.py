@@ -15,7 +15,7 @@ from matplotlib import image
 from matplotlib.text import Text
 
 from experiments import plots, report
-from lm import provenance
+from lm.files import provenance
 
 COLUMNS = [
     report.Column('row', 'tokenizer'),

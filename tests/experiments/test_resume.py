@@ -1,6 +1,7 @@
 """A folder belongs to one config: what was run with another one is not mixed with it.
 
-That a killed run ends as if nothing had happened is tested in `tests/lm/test_preemption.py`.
+That a killed run ends as if nothing had happened is tested in
+`tests/lm/devices/test_preemption.py`.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ import pytest
 
 from experiments import resume
 from experiments.pretrain import config
-from lm import provenance
+from lm.files import provenance
 
 
 def command(out, steps):

@@ -10,7 +10,7 @@ import pytest
 
 import experiments
 from experiments import run
-from lm import provenance
+from lm.files import provenance
 
 CONFIG = '''
 """Adds numbers.

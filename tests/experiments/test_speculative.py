@@ -11,8 +11,8 @@ from decoding.generate import Metrics
 from experiments.decoding_models import Loaded
 from experiments.speculative import config as config_lib
 from experiments.speculative import drafters, drawing, measure, prompts, results
-from lm import params, presets
-from tokenization.byte import ByteTokenizer
+from lm.model import params, presets
+from tokenization.vocabularies.byte import ByteTokenizer
 
 CONFIG = dataclasses.replace(presets.tiny(257), d_model=16, d_ff=16)
 MODEL = Model(CONFIG, params.abstract(CONFIG), bos=256)

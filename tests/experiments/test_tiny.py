@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from experiments import run
-from lm import provenance
+from lm.files import provenance
 
 
 def tiny(name: str) -> bool:

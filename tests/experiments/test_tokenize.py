@@ -20,11 +20,11 @@ from experiments.bench_tokenize import main as bench
 from experiments.tokenize import main as tokenize
 from experiments.tokenize import plan
 from experiments.tokenize.config import Config
-from lm import provenance
-from lm.shard_index import read_index
-from lm.shards import ShardedDocuments
-from tokenization.bpe import BPETokenizer
-from tokenization.byte import ByteTokenizer
+from lm.data.shard_index import read_index
+from lm.data.shards import ShardedDocuments
+from lm.files import provenance
+from tokenization.vocabularies.bpe import BPETokenizer
+from tokenization.vocabularies.byte import ByteTokenizer
 
 SHARD = 1 << 17
 

@@ -22,17 +22,18 @@ from experiments.transfer import (
     variant,
 )
 from experiments.transfer.source import open_source
-from lm import bundle, params, transformer
-from lm import mesh as mesh_lib
-from lm.config import Config as ModelConfig
-from tokenization import heuristics, hypernetwork
-from tokenization.bpe import BPETokenizer
-from tokenization.byte import ByteTokenizer
-from tokenization.codebook import compile_equal_info
-from tokenization.huggingface import HuggingFaceTokenizer
-from tokenization.hypernetwork import HypernetworkConfig
-from tokenization.ngram import count
-from tokenization.transfer import Source
+from lm.checkpoints import bundle
+from lm.devices import mesh as mesh_lib
+from lm.model import params, transformer
+from lm.model.config import Config as ModelConfig
+from tokenization.coding.ngram import count
+from tokenization.equal_info.compiler import compile_equal_info
+from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
+from tokenization.transfer import heuristics, hypernetwork
+from tokenization.transfer.hypernetwork import HypernetworkConfig
+from tokenization.transfer.transfer import Source
+from tokenization.vocabularies.bpe import BPETokenizer
+from tokenization.vocabularies.byte import ByteTokenizer
 
 TEXT = b'the cat sat on the mat and the dog sat on the log; then the cat ate the rat.\n' * 8
 SETTINGS = config.SCALES['tiny']

@@ -16,7 +16,11 @@ import pytest
 import tokenization
 from experiments import corpora, language_model
 from experiments.language_model import Fitted
-from lm import bundle, losses, mesh, metrics, processes, provenance
+from lm.checkpoints import bundle
+from lm.devices import mesh, processes
+from lm.files import provenance
+from lm.losses import next_token as losses
+from lm.training import metrics
 
 STEPS = 40
 MINUTE = 60

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tokenization import cdf
-from tokenization.next_byte import SYMBOLS, NextByteModel
+from tokenization.coding import cdf
+from tokenization.coding.next_byte import SYMBOLS, NextByteModel
 
 _START = SYMBOLS  # the row of the table for a row that has read nothing
 _WIDTH = 8

@@ -14,7 +14,7 @@ from experiments.compile_attention import main as kernels
 from experiments.plan import chips, steps
 from experiments.plan import compile as ahead
 from experiments.plan.config import Config as PlanConfig
-from lm import mesh as mesh_lib
+from lm.devices import mesh as mesh_lib
 
 pytestmark = pytest.mark.tpu
 

@@ -9,7 +9,7 @@ from decoding import large_vocabulary
 from decoding.large_vocabulary import Table
 from experiments.plan import chips
 from experiments.plan import compile as ahead
-from lm import mesh as mesh_lib
+from lm.devices import mesh as mesh_lib
 
 pytestmark = pytest.mark.tpu
 

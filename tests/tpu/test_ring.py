@@ -8,8 +8,8 @@ import pytest
 
 from experiments.plan import chips
 from experiments.plan import compile as ahead
-from lm import attention
-from lm import mesh as mesh_lib
+from lm.attention import attention
+from lm.devices import mesh as mesh_lib
 from lm.kernels.mask import Mask
 
 pytestmark = pytest.mark.tpu

@@ -14,9 +14,13 @@ import grain
 import jax
 import numpy as np
 
-from lm import data, losses, mesh, params, train
-from lm.config import Config
-from lm.optimizer import OptimizerConfig
+from lm.data import documents as data
+from lm.devices import mesh
+from lm.losses import next_token as losses
+from lm.model import params
+from lm.model.config import Config
+from lm.training import train
+from lm.training.optimizer import OptimizerConfig
 
 MODEL = Config(32, 8, 1, 2, 1, 4, 8, max_length=16)
 DOCUMENTS = [np.arange(7 * i, 7 * i + 20) % 31 for i in range(9)]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import attention as attention_lib
+from lm.attention import attention as attention_lib
 from lm.kernels import reference, sparse
 from lm.kernels.mask import Mask, key_rows, pack_bits, unpack_bits
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.attention import TREE_ROWS
+from lm.attention.attention import TREE_ROWS
 from lm.kernels import reference, sparse
 from lm.kernels.blocks import BlockSizes
 from lm.kernels.mask import Mask, key_rows

@@ -1,0 +1,1 @@
+"""Attention over what a query sees: the kernel for the platform, and rings over devices."""

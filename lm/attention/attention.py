@@ -1,0 +1,257 @@
+"""Attention for every path of a model: picks the kernel, and runs it on each device's own part.
+
+On CPU everything is XLA. On TPU and GPU the kernels of `lm.kernels` run: `flash` for training and
+prefill, `decode` for one new node against a cache, `tree` for several. Named on another platform
+than its own, a kernel is interpreted: slow, for tests.
+"""
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable
+from typing import Any, Literal
+
+import chex
+import jax
+
+from lm.attention import ring as ring_lib
+from lm.attention.per_device import Axes, per_device
+from lm.attention.ring import Ring
+from lm.attention.ring_blocks import Settings
+from lm.kernels import flash, mosaic, triton, xla
+from lm.kernels.mask import Mask
+from lm.kernels.sparse import SparseIndex
+
+Implementation = Literal['xla', 'mosaic', 'triton']
+OF_PLATFORM: dict[str, Implementation] = {'tpu': 'mosaic', 'gpu': 'triton', 'cuda': 'triton'}
+AMPERE = 8  # compute capability: the first NVIDIA GPUs with matrix units for bf16
+KERNELS = {'mosaic': mosaic, 'triton': triton}
+# Up to this many queries per KV head stay whole beside each block of keys; flash cuts them.
+TREE_ROWS = 1024
+
+QUERIES = Axes('batch', None, 'heads', None)
+LSE = Axes('batch', None, 'heads')
+
+
+def platform() -> str:
+    """Returns the platform of the mesh in use (`jax.set_mesh`), or of the default device.
+
+    A mesh of a topology that this host does not have counts: what is compiled ahead of time for
+    it gets its kernels.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.abstract_device is not None:
+        return mesh.abstract_device.platform
+    return jax.default_backend()
+
+
+def best() -> Implementation:
+    """Returns the implementation for the platform in use: its kernels, or 'xla'.
+
+    The GPU kernels are for NVIDIA's Ampere and later. GPUs of a mesh that this host does not have
+    are taken to be such.
+    """
+    name = OF_PLATFORM.get(platform(), 'xla')
+    if name != 'triton' or jax.default_backend() != 'gpu':
+        return name
+    major = jax.local_devices()[0].compute_capability.partition('.')[0]
+    return name if major.isdecimal() and int(major) >= AMPERE else 'xla'
+
+
+def attention(
+    q_BLHC: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    implementation: Implementation | None = None,
+    *,
+    layer: jax.Array | int | None = None,
+    scale: float,
+    softcap: float | None = None,
+    ring: Ring = 'keys',
+) -> jax.Array:
+    """Returns softmax(scale q . k) v over the keys that each query sees, in the dtype of `q`.
+
+    Query head h reads key/value head `h // (H / K)`. Softmax in f32. A query that sees no key
+    gives zeros.
+
+    Args:
+      q_BLHC: queries.
+      k, v: `[B, K, S, C]`; with `layer`, the stacked caches `[N, B, K, S, C]` of which that layer
+        is read, where it lies.
+      mask: see `Mask`; with `length`, `k` and `v` are a cache.
+      implementation: `None` for `best()`.
+      layer: index into the stack.
+      scale: what multiplies q . k.
+      softcap: logits become `cap * tanh(logits / cap)` (Gemma 2).
+      ring: what goes round the devices of a mesh's `sequence` axis; see `lm.attention.ring`.
+
+    Raises:
+      ValueError: `implementation` or `ring` is unknown, or the arrays differ in dtype; or there is
+        a cache or a draft tree, and the mesh in use cuts sequences.
+    """
+    return attention_and_lse(
+        q_BLHC, k, v, mask, implementation, layer=layer, scale=scale, softcap=softcap, ring=ring
+    )[0]
+
+
+def attention_and_lse(
+    q_BLHC: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    implementation: Implementation | None = None,
+    *,
+    layer: jax.Array | int | None = None,
+    scale: float,
+    softcap: float | None = None,
+    ring: Ring = 'keys',
+) -> tuple[jax.Array, jax.Array]:
+    """Returns what `attention` does, and f32 `[B, L, H]`: log sum exp of each query's logits.
+
+    With it, results over parts of the keys can be merged. It is -inf where no key is seen.
+    """
+    name = _checked(q_BLHC, k, v, layer, implementation)
+    chex.assert_shape(mask.query_position, q_BLHC.shape[:2])
+    settings: dict[str, Any] = {'scale': scale, 'softcap': softcap}
+    if mask.length is not None or mask.ancestors is not None or layer is not None:
+        ring_lib.refuse('attention over a cache or a draft tree')
+    elif ring_lib.is_cut(q_BLHC, k):
+        static = Settings(name, name != 'xla' and interpreted(name), causal=mask.causal, **settings)
+        return ring_lib.attention(q_BLHC, k, v, mask, static, ring)
+    formula: Callable[..., Any] = functools.partial(xla.attention, **settings)
+    if name == 'xla':
+        return formula(q_BLHC, k, v, mask, layer=layer)
+    settings['interpret'] = interpreted(name)
+    queries = q_BLHC.shape[1] * q_BLHC.shape[2] // k.shape[-3]
+    if mask.ancestors is None and (mask.length is None or queries > TREE_ROWS):
+        if layer is not None:  # many queries read each key: the copy costs little beside them
+            k, v, layer = k[layer], v[layer], None
+        call: Callable[..., Any] = functools.partial(flash.flash, backend=name, **settings)
+    else:
+        one = q_BLHC.shape[1] == 1 and mask.ancestors is None
+        kernel = KERNELS[name].decode.decode if one else KERNELS[name].tree.tree
+        call = _with_gradients(functools.partial(kernel, **settings), formula)
+    axes = (QUERIES, _keys(layer), _keys(layer), _mask_axes(mask))
+    return per_device(call, (q_BLHC, k, v, mask), layer, axes, (QUERIES, LSE))
+
+
+def column_sums(
+    q_BLHC: jax.Array,
+    k: jax.Array,
+    lse_BLH: jax.Array,
+    mask: Mask,
+    row_mask_BL: jax.Array,
+    implementation: Implementation | None = None,
+    *,
+    layer: jax.Array | int | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Returns the attention that each key received, f32 `[B, K, S]`; it has no gradients.
+
+    Summed over the query heads of a KV head, and over the queries that `row_mask_BL` counts:
+    rejected nodes of a draft tree should not.
+
+    Args:
+      q_BLHC, k, mask, implementation, layer, scale, softcap: as for `attention`.
+      lse_BLH: what `attention_and_lse` returned for the same queries and keys.
+      row_mask_BL: bool.
+    """
+    ring_lib.refuse('column_sums')
+    name = _checked(q_BLHC, k, k, layer, implementation)
+    chex.assert_shape([lse_BLH, row_mask_BL], [q_BLHC.shape[:3], q_BLHC.shape[:2]])
+    operands = (q_BLHC, k, lse_BLH, mask, row_mask_BL)
+    if name == 'xla':
+        return xla.column_sums(*operands, layer=layer, scale=scale, softcap=softcap)
+    kernel = functools.partial(
+        KERNELS[name].column_sums.column_sums, scale=scale, softcap=softcap,
+        interpret=interpreted(name),
+    )  # fmt: skip
+    axes = (QUERIES, _keys(layer), LSE, _mask_axes(mask), Axes('batch'))
+    return per_device(kernel, operands, layer, axes, Axes('batch', 'kv_heads'))
+
+
+def sparse_decode(
+    q_BLHC: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    index: SparseIndex,
+    implementation: Implementation | None = None,
+    *,
+    layer: jax.Array | int | None = None,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns attention of one query per row over the kept rows of each KV head, and its LSE.
+
+    Every row that the index keeps is seen, whatever its position; see `attention_and_lse`.
+    """
+    ring_lib.refuse('sparse_decode')
+    name = _checked(q_BLHC, k, v, layer, implementation)
+    chex.assert_axis_dimension(q_BLHC, 1, 1)
+    settings: dict[str, Any] = {'scale': scale, 'softcap': softcap}
+    formula: Callable[..., Any] = functools.partial(xla.sparse_decode, **settings)
+    if name == 'xla':
+        return formula(q_BLHC, k, v, index, layer=layer)
+    settings['interpret'] = interpreted(name)
+    kernel = functools.partial(KERNELS[name].sparse_decode.sparse_decode, **settings)
+    per_head = jax.tree.map(lambda _: Axes('batch', 'kv_heads'), index)
+    axes = (QUERIES, _keys(layer), _keys(layer), per_head)
+    call = _with_gradients(kernel, formula)
+    return per_device(call, (q_BLHC, k, v, index), layer, axes, (QUERIES, LSE))
+
+
+def interpreted(implementation: str) -> bool:
+    """Returns whether kernels of this kind have to be interpreted on the platform in use."""
+    return OF_PLATFORM.get(platform()) != implementation
+
+
+def _checked(
+    q_BLHC: jax.Array, k: jax.Array, v: jax.Array, layer: Any, implementation: str | None
+) -> Any:
+    """Returns the implementation to use, once the shapes fit."""
+    b, _, h, c = q_BLHC.shape
+    stack = () if layer is None else (None,)
+    n_kv, s = k.shape[-3:-1]
+    chex.assert_shape([k, v], (*stack, b, n_kv, s, c))
+    chex.assert_is_divisible(h, n_kv)
+    if len({q_BLHC.dtype, k.dtype, v.dtype}) > 1:
+        raise ValueError(f'attention: q, k, v are {q_BLHC.dtype}, {k.dtype}, {v.dtype}; one dtype')
+    name = implementation or best()
+    known = typing.get_args(Implementation)
+    if name not in known:
+        raise ValueError(f'attention: no implementation {name!r}; there are: {", ".join(known)}')
+    return name
+
+
+def _keys(layer: Any) -> Axes:
+    axes = ('batch', 'kv_heads', None, None)
+    return Axes(*axes) if layer is None else Axes('layers', *axes)
+
+
+def _mask_axes(mask: Mask) -> Mask:
+    """Returns the logical axes of the fields that a mask has."""
+    known = dataclasses.replace(
+        jax.tree.map(lambda _: Axes('batch'), mask), key_position=Axes('batch', 'kv_heads')
+    )
+    return known if mask.window is None else dataclasses.replace(known, window=Axes())
+
+
+def _with_gradients(kernel: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a kernel made for inference, with the gradients of the formula that it computes."""
+
+    @jax.custom_vjp
+    def call(q, k, v, seen, layer):
+        return kernel(q, k, v, seen, layer=layer)
+
+    def forward(*operands):
+        return call(*operands), operands
+
+    def backward(operands, cotangents):
+        q, k, v, seen, layer = operands
+        _, vjp = jax.vjp(lambda q, k, v: formula(q, k, v, seen, layer=layer), q, k, v)
+        return *vjp(cotangents), None, None
+
+    call.defvjp(forward, backward)
+    return lambda q, k, v, seen, *, layer=None: call(q, k, v, seen, layer)

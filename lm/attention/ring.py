@@ -1,0 +1,134 @@
+"""Attention over sequences that are cut over devices: no device ever holds all keys of a row.
+
+Two forms: `keys` go round the devices (`lm.attention.ring_keys`), or `queries` do
+  (`lm.attention.ring_queries`). Both
+are exact, and differentiable with a ring of their own: saved for the backward pass is what a device
+had anyway, its queries, keys, values, output and LSE.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm.attention import ring_keys, ring_queries
+from lm.attention.per_device import Axes, per_device
+from lm.attention.ring_blocks import CHUNKS, Keys, Known, Queries, Settings, join, split
+from lm.devices import mesh as mesh_lib
+from lm.kernels.mask import Mask
+
+AXIS = 'sequence'  # of the mesh
+LENGTHS = Axes('batch', 'length')
+Ring = Literal['keys', 'queries']
+
+
+class _Form(NamedTuple):
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+_FORMS = {
+    'keys': _Form(ring_keys.forward, ring_keys.backward),
+    'queries': _Form(ring_queries.forward, ring_queries.backward),
+}
+
+
+def is_cut(q_BLHC: jax.Array, k_BKSC: jax.Array) -> bool:
+    """Returns whether the mesh in use cuts the sequences of these arrays.
+
+    Those that do not divide into two chunks per device are whole on each: short ones, that are no
+    text of a batch (`lm.training.train.put` refuses such a text).
+    """
+    devices, length = mesh_lib.in_use(AXIS), q_BLHC.shape[1]
+    return devices > 1 and length == k_BKSC.shape[-2] and length % (CHUNKS * devices) == 0
+
+
+def refuse(what: str) -> None:
+    """Raises ValueError on a mesh whose devices hold parts of sequences."""
+    devices = mesh_lib.in_use(AXIS)
+    if devices > 1:
+        raise ValueError(
+            f'{what}: not supported on a mesh with {AXIS}={devices}, whose devices hold parts of '
+            f'sequences; use one with {AXIS}=1'
+        )
+
+
+def attention(
+    q_BLHC: jax.Array,
+    k_BKSC: jax.Array,
+    v_BKSC: jax.Array,
+    mask: Mask,
+    settings: Settings,
+    ring: Ring = 'keys',
+) -> tuple[jax.Array, jax.Array]:
+    """Returns attention of sequences that the mesh in use cuts (`is_cut`), and its LSE.
+
+    Batch rows and heads are divided as for any kernel (`lm.attention.per_device`). Any order of the
+    sequences gives the same results; that of `lm.attention.zigzag` gives every device the same
+    work.
+
+    Args:
+      q_BLHC, k_BKSC, v_BKSC: as many keys as queries.
+      mask: over new keys alone, without a cache or a draft tree.
+      settings: see `lm.attention.ring_blocks`.
+      ring: what goes round.
+
+    Returns:
+      `[B, L, H, C]` in the dtype of `q`, and f32 `[B, L, H]`.
+
+    Raises:
+      ValueError: `ring` is unknown.
+    """
+    if ring not in _FORMS:
+        raise ValueError(f'ring {ring!r}: there are {", ".join(_FORMS)}')
+    queries, keys = Axes('batch', 'length', 'heads', None), Axes('batch', 'kv_heads', 'length')
+    places = dataclasses.replace(jax.tree.map(lambda _: LENGTHS, mask), key_position=keys)
+    if mask.window is not None:
+        places = dataclasses.replace(places, window=Axes())
+    return per_device(
+        functools.partial(_attention, settings, ring), (q_BLHC, k_BKSC, v_BKSC, mask),
+        None, (queries, keys, keys, places), (queries, Axes('batch', 'length', 'heads')),
+    )  # fmt: skip
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(settings, ring, q_BLHC, k_BKSC, v_BKSC, mask):
+    queries, keys = _parts(q_BLHC, k_BKSC, v_BKSC, mask)
+    found = _FORMS[ring].forward(settings, AXIS, queries, keys, mask.window)
+    return join(found.out_BLHC, 1).astype(q_BLHC.dtype), join(found.lse_BLH, 1)
+
+
+def _forward(settings, ring, *operands):
+    out_BLHC, lse_BLH = _attention(settings, ring, *operands)
+    return (out_BLHC, lse_BLH), (*operands, out_BLHC, lse_BLH)
+
+
+def _backward(settings, ring, residuals, cotangents):
+    q_BLHC, k_BKSC, v_BKSC, mask, out_BLHC, lse_BLH = residuals
+    d_out_BLHC, d_lse_BLH = cotangents
+    product_BLHC = d_out_BLHC.astype(jnp.float32) * out_BLHC
+    delta_BLH = jnp.sum(product_BLHC, axis=-1) - d_lse_BLH
+    queries, keys = _parts(q_BLHC, k_BKSC, v_BKSC, mask)
+    of_queries = (split(x, 1) for x in (d_out_BLHC.astype(q_BLHC.dtype), lse_BLH, delta_BLH))
+    known = Known(queries, *of_queries)
+    dq, of_keys = _FORMS[ring].backward(settings, AXIS, known, keys, mask.window)
+    dk_BKSC, dv_BKSC = (join(x, 2).astype(k_BKSC.dtype) for x in of_keys)
+    return join(dq, 1).astype(q_BLHC.dtype), dk_BKSC, dv_BKSC, None  # the mask is all integers
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _parts(q_BLHC, k_BKSC, v_BKSC, mask: Mask) -> tuple[Queries, Keys]:
+    def segments(x_BL):
+        return None if x_BL is None else split(x_BL, 1)
+
+    queries = Queries(split(q_BLHC, 1), split(mask.query_position, 1), segments(mask.query_segment))
+    keys = Keys(
+        split(k_BKSC, 2), split(v_BKSC, 2), split(mask.key_position, 2),
+        segments(mask.key_segment),
+    )  # fmt: skip
+    return queries, keys

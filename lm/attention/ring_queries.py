@@ -1,0 +1,57 @@
+"""TokenRing (Wang et al. 2024, arXiv 2412.20501): queries go round one way, results come back.
+
+Keys and values stay. At each step a device sends the queries that it has to the next one, attends
+from them to its own keys, and sends what it found at the step before back to whose queries those
+were: as many places back as they had come. Neither waits for the other, so that links that carry
+both directions at once are used both ways. Backward, queries travel with the cotangents of their
+results, and gradients of queries come back.
+
+Steps are written out, since each sends results another distance: programs grow with the devices.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.attention.ring_blocks import (
+    KeyGradients,
+    Keys,
+    Known,
+    Partial,
+    Queries,
+    Settings,
+    attend,
+    combine,
+    gradients,
+    nothing,
+)
+from lm.attention.ring_hops import send
+
+
+def forward(settings: Settings, axis: str, queries: Queries, keys: Keys, window: Any) -> Partial:
+    """Returns attention of a device's queries over all keys; within a `shard_map` over `axis`."""
+    dtype = queries.q_BLHC.dtype
+    total = attend(settings, queries, keys, window, nothing(queries))
+    for step in range(1, jax.lax.axis_size(axis)):
+        queries = send(queries, axis)
+        found = attend(settings, queries, keys, window, nothing(queries))
+        # on its way back while the next step attends: that needs nothing of it
+        found = send(found._replace(out_BLHC=found.out_BLHC.astype(dtype)), axis, -step)
+        total = combine(total, found)
+    return total
+
+
+def backward(
+    settings: Settings, axis: str, known: Known, keys: Keys, window: Any
+) -> tuple[jax.Array, KeyGradients]:
+    """Returns the gradients of a device's queries and of its keys and values, f32."""
+    dtype = known.queries.q_BLHC.dtype
+    zeros = jnp.zeros(known.queries.q_BLHC.shape, jnp.float32)
+    dq, found = gradients(settings, known, keys, window, zeros)
+    for step in range(1, jax.lax.axis_size(axis)):
+        known = send(known, axis)
+        dq_there, found_here = gradients(settings, known, keys, window, zeros)
+        dq += send(dq_there.astype(dtype), axis, -step)
+        found = jax.tree.map(jnp.add, found, found_here)
+    return dq, found

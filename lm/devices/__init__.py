@@ -1,0 +1,1 @@
+"""Where computation happens: meshes, processes, preemption."""

@@ -1,0 +1,1 @@
+"""How bytes get to disk and back: whole, checked, and never half replaced."""

@@ -1,0 +1,1 @@
+"""The decoder transformer: config, parameters, tables, body and cache."""

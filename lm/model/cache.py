@@ -1,0 +1,110 @@
+"""The key/value cache: rows addressed per KV head, each with the position it came from."""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from lm.devices import mesh
+from lm.model.config import Config
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of what a batch has read.
+
+    Attributes:
+      k_NBKSC, v_NBKSC: rows; only the first `length_B` of the S rows hold anything.
+      position_NBKS: int32: position in the text of each row, negative where there is none; a
+        policy may keep different rows for different layers and heads.
+      length_B: int32: rows in use, per batch row; also where the next row is written.
+    """
+
+    k_NBKSC: jax.Array
+    v_NBKSC: jax.Array
+    position_NBKS: jax.Array
+    length_B: jax.Array
+
+
+def init(config: Config, batch: int, rows: int) -> Cache:
+    """Returns an empty cache with room for `rows` keys per batch row, laid out over the mesh."""
+    shape = (config.n_layers, batch, config.n_kv_heads, rows, config.head_dim)
+    axes = ('layers', 'batch', 'kv_heads', 'length', 'head')
+    return Cache(
+        k_NBKSC=mesh.constrain(jnp.zeros(shape, config.dtype), axes),
+        v_NBKSC=mesh.constrain(jnp.zeros(shape, config.dtype), axes),
+        position_NBKS=mesh.constrain(jnp.full(shape[:-1], -1, jnp.int32), axes[:-1]),
+        length_B=mesh.constrain(jnp.zeros((batch,), jnp.int32), ('batch',)),
+    )
+
+
+def write_positions(cache: Cache, positions_BL: jax.Array) -> Cache:
+    """Appends L rows: notes their positions and lengthens the cache; `write` fills them.
+
+    Rows past the end of the cache are dropped: the caller allocates enough.
+    """
+    l = positions_BL.shape[1]
+    rows = _rows(cache.length_B[:, None] + jnp.arange(l), cache.position_NBKS.shape[2])
+    position_NBKS = cache.position_NBKS.at[(slice(None), *rows)].set(
+        positions_BL[:, None], mode='drop'
+    )
+    return dataclasses.replace(cache, position_NBKS=position_NBKS, length_B=cache.length_B + l)
+
+
+def write(rows_NBKSC: jax.Array, layer: jax.Array | int, start_B: jax.Array, new_BKLC: jax.Array):
+    """Returns `rows_NBKSC` with `new_BKLC` written at rows `start_B + [0, L)` of one layer."""
+    rows_BL = start_B[:, None] + jnp.arange(new_BKLC.shape[2])
+    new_BKLC = new_BKLC.astype(rows_NBKSC.dtype)
+    return rows_NBKSC.at[(layer, *_rows(rows_BL, new_BKLC.shape[1]))].set(new_BKLC, mode='drop')
+
+
+def _rows(rows_BL: jax.Array, kv_heads: int) -> tuple[jax.Array, ...]:
+    """Returns indices of rows for axes B, K and S, of which the result is `[B, K, L]`.
+
+    Every axis is indexed: with a slice between, XLA scatters in another layout than the TPU kernels
+    read, and copies the whole stack on the way in and out.
+    """
+    b = rows_BL.shape[0]
+    return jnp.arange(b)[:, None, None], jnp.arange(kv_heads)[:, None], rows_BL[:, None]
+
+
+def keep(cache: Cache, start_B: jax.Array, rows_BM: jax.Array, count_B: jax.Array) -> Cache:
+    """Keeps an accepted path: row `start + rows[i]` moves to `start + i`, for i below `count`.
+
+    What lay behind `start + count` is given up. All rows are read before any is written.
+
+    Args:
+      cache: its last rows are the nodes of a draft tree.
+      start_B: int32, the first node's row.
+      rows_BM: int32, nodes of the path, counted from `start_B`; at least `count_B` of them matter.
+      count_B: int32, at most M.
+    """
+    kv_heads, rows = cache.position_NBKS.shape[2:]
+    m = rows_BM.shape[1]
+    target_BM = start_B[:, None] + jnp.arange(m)
+    target_BM = jnp.where(jnp.arange(m) < count_B[:, None], target_BM, rows)
+    source = (slice(None), *_rows(start_B[:, None] + rows_BM, kv_heads))
+    target = (slice(None), *_rows(target_BM, kv_heads))
+
+    def move(rows):
+        return rows.at[target].set(rows[source], mode='drop')
+
+    return Cache(
+        move(cache.k_NBKSC), move(cache.v_NBKSC), move(cache.position_NBKS), start_B + count_B
+    )
+
+
+def truncate(cache: Cache, length_B: jax.Array) -> Cache:
+    """Returns the cache with only its first `length_B` rows; the rest will be overwritten."""
+    return dataclasses.replace(cache, length_B=jnp.minimum(cache.length_B, length_B))
+
+
+def take(cache: Cache, rows_M: jax.Array) -> Cache:
+    """Returns the cache of M batch rows, copies of the given ones."""
+    return Cache(
+        k_NBKSC=cache.k_NBKSC[:, rows_M],
+        v_NBKSC=cache.v_NBKSC[:, rows_M],
+        position_NBKS=cache.position_NBKS[:, rows_M],
+        length_B=cache.length_B[rows_M],
+    )

@@ -1,0 +1,249 @@
+"""The shape of one decoder transformer, as a frozen and validated dataclass."""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any, Literal
+
+# Fields that came later, and what older models have there.
+_LATER = {'lexinvariant': None, 'induction_init': False, 'ring': 'keys'}
+DTYPES = ('float32', 'bfloat16')
+ACTIVATIONS = ('silu', 'gelu_tanh', 'relu')
+RINGS = ('keys', 'queries')
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Stretches rotary frequencies to a context longer than the one trained on.
+
+    `linear` divides every frequency by `factor` (Chen et al. 2023, position interpolation).
+    `llama3` divides the low ones, keeps the high ones and blends between (Llama 3.1 release).
+    """
+
+    kind: Literal['linear', 'llama3']
+    factor: float
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self):
+        if self.kind not in ('linear', 'llama3'):
+            raise ValueError(f"RopeScaling.kind: {self.kind!r}; expected 'linear' or 'llama3'")
+        if self.factor < 1:
+            raise ValueError(f'RopeScaling.factor: {self.factor}; expected at least 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Lexinvariant:
+    """Which rows of the token table are drawn anew for each sequence (`lm.model.lexinvariant`).
+
+    Attributes:
+      kind: `gaussian`, independent normal rows (Huang et al. 2023, arXiv 2305.16349), or
+        `permuted`, the rows of one fixed table in a random order (ours).
+      probability: with which a symbol type's row is drawn and not learned, for each sequence and
+        type. Below 1 there is a learned table beside (the paper's regulariser has 0.2).
+      always, never: ids of symbol types whose probability is 1, or 0, instead.
+    """
+
+    kind: Literal['gaussian', 'permuted'] = 'gaussian'
+    probability: float = 1.0
+    always: tuple[int, ...] = ()
+    never: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.kind not in ('gaussian', 'permuted'):
+            raise ValueError(f"Lexinvariant.kind: {self.kind!r}; expected 'gaussian' or 'permuted'")
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f'Lexinvariant.probability: {self.probability}; expected 0 to 1')
+        if not all(isinstance(i, int) for i in (*self.always, *self.never)):
+            raise ValueError('Lexinvariant: `always` and `never` hold ids, whole numbers')
+        both = sorted(set(self.always) & set(self.never))
+        if both:
+            raise ValueError(f'Lexinvariant: id {both[0]} is in `always` and in `never`')
+
+    @property
+    def partial(self) -> bool:
+        """Whether some rows are learned."""
+        return self.probability < 1 or bool(self.never)
+
+    @property
+    def draws(self) -> bool:
+        """Whether any row is drawn."""
+        return self.probability > 0 or bool(self.always)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One decoder transformer: what Llama, Mistral, Qwen and Gemma checkpoints need.
+
+    Attributes:
+      vocab_size: rows of the token tables (V); input-only symbols count.
+      d_model: width of the residual stream (D).
+      n_layers: blocks (N).
+      n_heads: query heads (H), a multiple of `n_kv_heads` (K).
+      head_dim: channels per head (C), even.
+      d_ff: width of the gated MLP (F).
+      max_length: positions the model is meant for; caches and windows are bounded by it.
+      activation: of the MLP's gate.
+      norm_epsilon: added to the mean square in every RMSNorm.
+      unit_offset: RMSNorm multiplies by `1 + w` instead of `w` (Gemma).
+      post_norm: another RMSNorm after attention and after the MLP (Gemma 2, 3).
+      qk_norm: RMSNorm over each query and key head before RoPE (Qwen 3, Gemma 3).
+      qkv_bias: biases on the q, k and v projections (Qwen 2); those of q and k begin at random.
+      attention_scale: multiplies q . k; `None` means `head_dim ** -0.5`.
+      attention_softcap: attention logits become `cap * tanh(logits / cap)` (Gemma 2).
+      logit_softcap: the same for output logits.
+      scale_embeddings: token vectors are multiplied by `sqrt(d_model)` (Gemma).
+      tied: output logits use the input table.
+      lexinvariant: token tables that are drawn per sequence; `None`: learned ones.
+      induction_init: attention begins with heads that look up what followed (`lm.model.induction`).
+      rope_theta: base of the rotary frequencies; `local_rope_theta` that of windowed layers.
+      rope_scaling: applies to layers without a window only where `local_rope_theta` is given.
+      window: a query sees keys at distance below this, in windowed layers; `None`: all keys.
+      window_pattern: which layers are windowed, repeated over the depth.
+      dtype: of activations and of the matrices they meet; norms, softmax and logits are f32.
+      param_dtype: in which parameters are kept.
+      remat: recompute each block's activations in the backward pass.
+      unroll: blocks per iteration of the scan over layers; `n_layers` unrolls it all, faster for
+        the few small layers of a CPU run, slower to compile for many.
+      ring: what attention sends round the devices of a mesh's `sequence` axis: `keys` with their
+        values, or `queries`, whose results come back the other way (`lm.attention.ring`).
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    max_length: int = 2048
+    activation: Literal['silu', 'gelu_tanh', 'relu'] = 'silu'
+    norm_epsilon: float = 1e-6
+    unit_offset: bool = False
+    post_norm: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    scale_embeddings: bool = False
+    tied: bool = False
+    lexinvariant: Lexinvariant | None = None
+    induction_init: bool = False
+    rope_theta: float = 10_000.0
+    local_rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
+    window: int | None = None
+    window_pattern: tuple[bool, ...] = (True,)
+    dtype: str = 'float32'
+    param_dtype: str = 'float32'
+    remat: bool = False
+    unroll: int = 1
+    ring: Literal['keys', 'queries'] = 'keys'
+
+    def __post_init__(self):
+        for name in ('vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'head_dim'):
+            _check(self, name, getattr(self, name) >= 1, 'at least 1')
+        _check(self, 'd_ff', self.d_ff >= 1, 'at least 1')
+        _check(self, 'max_length', self.max_length >= 1, 'at least 1')
+        _check(self, 'unroll', self.unroll >= 1, 'at least 1')
+        _check(self, 'head_dim', self.head_dim % 2 == 0, 'an even number, for RoPE')
+        divides = self.n_heads % self.n_kv_heads == 0
+        _check(self, 'n_heads', divides, f'a multiple of n_kv_heads = {self.n_kv_heads}')
+        _check(self, 'ring', self.ring in RINGS, f'one of {RINGS}')
+        _check(self, 'activation', self.activation in ACTIVATIONS, f'one of {ACTIVATIONS}')
+        for name in ('dtype', 'param_dtype'):
+            _check(self, name, getattr(self, name) in DTYPES, f'one of {DTYPES}')
+        for name in ('rope_theta', 'norm_epsilon'):
+            _check(self, name, getattr(self, name) > 0, 'a positive number')
+        _check(self, 'window', self.window is None or self.window >= 1, 'at least 1, or none')
+        _check(self, 'window_pattern', len(self.window_pattern) >= 1, 'at least one entry')
+        # a norm of queries and keys, or a cap, would level the peak that their biases make
+        looks_back = self.qkv_bias and self.n_layers > 1
+        looks_back &= not self.qk_norm and self.attention_softcap is None
+        expected = 'False, or two layers, qkv_bias, no qk_norm and no attention_softcap'
+        _check(self, 'induction_init', looks_back or not self.induction_init, expected)
+        if self.lexinvariant is not None:
+            _check(self, 'tied', self.tied, 'True: lexinvariant symbols have one row each')
+            ids = (*self.lexinvariant.always, *self.lexinvariant.never)
+            known = all(0 <= i < self.vocab_size for i in ids)
+            _check(self, 'lexinvariant', known, f'ids in [0, {self.vocab_size})')
+
+    @property
+    def query_scale(self) -> float:
+        """What multiplies q . k before the softmax."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def windowed_layers(self) -> tuple[bool, ...]:
+        """Whether each of the N layers sees only a window of keys."""
+        if self.window is None:
+            return (False,) * self.n_layers
+        repeats = math.ceil(self.n_layers / len(self.window_pattern))
+        return (self.window_pattern * repeats)[: self.n_layers]
+
+
+def _check(config: Config, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f'Config.{name}: {getattr(config, name)!r}; expected {expected}')
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the config as plain JSON values.
+
+    Fields that came later are written only where they are set: digests of older models stand.
+    """
+    fields = dataclasses.asdict(config)
+    return {name: x for name, x in fields.items() if name not in _LATER or x != _LATER[name]}
+
+
+def from_dict(fields: dict[str, Any]) -> Config:
+    """Returns the config that `to_dict` described.
+
+    Raises:
+      ValueError: a field is unknown or missing, or a value is not allowed.
+    """
+    if not isinstance(fields, dict):
+        raise ValueError('model config: expected an object of fields')
+    known = {field.name: field for field in dataclasses.fields(Config)}
+    unknown = sorted(set(fields) - set(known))
+    required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+    missing = sorted(required - set(fields))
+    if unknown or missing:
+        raise ValueError(f'model config: unknown fields {unknown}, missing fields {missing}')
+    values = dict(fields)
+    for name, value in fields.items():
+        if not _fits(known[name].type, value):
+            kind = getattr(known[name].type, '__name__', known[name].type)
+            raise ValueError(f'model config: {name}: {value!r}; expected {kind}')
+    try:
+        if values.get('rope_scaling') is not None:
+            values['rope_scaling'] = RopeScaling(**values['rope_scaling'])
+        if values.get('lexinvariant') is not None:
+            values['lexinvariant'] = _lexinvariant(values['lexinvariant'])
+        if 'window_pattern' in values:
+            values['window_pattern'] = tuple(values['window_pattern'])
+        return Config(**values)
+    except TypeError as error:
+        raise ValueError(f'model config: a value has the wrong type: {error}') from None
+
+
+def _lexinvariant(fields: dict[str, Any]) -> Lexinvariant:
+    values: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
+    return Lexinvariant(**values)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a JSON value can stand in a field of this type."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is types.UnionType:
+        return any(_fits(part, value) for part in parts)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_fits(parts[0], item) for item in value)
+    if typing.get_origin(kind) is Literal:
+        return value in parts
+    if kind in (RopeScaling, Lexinvariant):
+        return isinstance(value, dict)
+    return type(value) in ((int, float) if kind is float else (kind,))

@@ -1,0 +1,102 @@
+"""Parameters in the form that a CPU decodes with fastest.
+
+With few nodes per pass, time goes into reading weights, and each is to be read once. XLA's CPU
+backend does so under these conditions only (JAX 0.10.2, 134M parameters in f32, 2 cores):
+
+- A layer's matrices are arrays of their own. A scan over stacked layers copies every slice
+  before it multiplies by it.
+- The weights come first, `w[O, I] @ x[I, B]`. With several columns, `x[B, I] @ w[I, O]` and
+  `x[B, I] @ w[O, I].T` take two to three times as long; with one, all are alike.
+- Products are few: each ends with the cores waiting for each other. Matrices that meet the same
+  vectors are joined.
+
+`prepare` returns parameters of that form. They go wherever parameters go (`lm.model.transformer`),
+and unroll the layers of what is compiled.
+"""
+
+import itertools
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lm.model.config import Config
+from lm.model.params import Params
+
+# Matrices of a layer by what they meet, and how many of their axes are contracted with it.
+PRODUCTS = (
+    (('wq_NDHC', 'wk_NDKC', 'wv_NDKC'), 1),
+    (('wo_NHCD',), 2),
+    (('w_gate_NDF', 'w_up_NDF'), 1),
+    (('w_down_NFD',), 1),
+)
+
+
+@flax.struct.dataclass
+class WeightsFirst:
+    """Matrices that meet the same vectors, below each other, with a row per output.
+
+    Attributes:
+      w_OI: outputs by inputs, each in the order of the axes that they flatten.
+      outputs: of each matrix, the sizes of the axes that are not contracted.
+    """
+
+    w_OI: jax.Array
+    outputs: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
+
+
+def join(names: tuple[str, ...]) -> str:
+    """Returns the name under which a prepared layer has these matrices."""
+    return '+'.join(names)
+
+
+def products(x: jax.Array, weights: WeightsFirst, out: DTypeLike | None = None) -> list[jax.Array]:
+    """Contracts the last axes of `x`, as many as make up the inputs: `[..., *outputs]` of each."""
+    w_OI = weights.w_OI.astype(x.dtype)
+    contracted = 0
+    while math.prod(x.shape[x.ndim - contracted :]) < w_OI.shape[1]:
+        contracted += 1
+    x_BI = x.reshape(-1, w_OI.shape[1])
+    # Without the barriers XLA folds the transpositions into a product with the weights last.
+    x_IB = jax.lax.optimization_barrier(x_BI.T)
+    out_OB = jnp.matmul(
+        w_OI, x_IB, preferred_element_type=out or x.dtype,
+        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+    )  # fmt: skip
+    out_BO = jax.lax.optimization_barrier(out_OB).T
+    ends = list(itertools.accumulate(math.prod(axes) for axes in weights.outputs))
+    parts = jnp.split(out_BO, ends[:-1], axis=1)
+    batch = x.shape[: x.ndim - contracted]
+    return [part.reshape(*batch, *axes) for part, axes in zip(parts, weights.outputs)]
+
+
+def prepare(params: Params, config: Config) -> Params:
+    """Returns a copy for decoding, in the config's dtype: a tuple of layers, joined as above.
+
+    The token tables are the arrays they were.
+    """
+    stacked = params['body']['layers']
+    layers = tuple(_layer(stacked, i, config) for i in range(config.n_layers))
+    tables = params['tables']
+    if config.lexinvariant is None:
+        table_VD = tables.get('output_VD', tables['input_VD'])
+        tables = {**tables, 'output_VD': WeightsFirst(table_VD, (table_VD.shape[:1],))}
+    return {'body': {**params['body'], 'layers': layers}, 'tables': tables}
+
+
+def is_prepared(params: Params) -> bool:
+    """Returns whether parameters come from `prepare`."""
+    return isinstance(params['body']['layers'], tuple)
+
+
+def _layer(stacked: Params, i: int, config: Config) -> Params:
+    layer = {name: leaf[i] for name, leaf in stacked.items()}
+    for names, contracted in PRODUCTS:
+        matrices = [layer.pop(name) for name in names]
+        outputs = tuple(w.shape[contracted:] for w in matrices)
+        inputs = math.prod(matrices[0].shape[:contracted])
+        rows = [w.reshape(inputs, -1).T.astype(config.dtype) for w in matrices]
+        layer[join(names)] = WeightsFirst(jnp.concatenate(rows), outputs)
+    return layer

@@ -1,0 +1,46 @@
+"""Rotary position embeddings (Su et al. 2021): frequencies of a config, and their use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.model.config import Config, RopeScaling
+
+
+def frequencies(config: Config) -> np.ndarray:
+    """Returns radians per position, f32 `[N, C/2]`: each layer's own."""
+    rows = []
+    for windowed in config.windowed_layers:
+        local = windowed and config.local_rope_theta is not None
+        theta = config.local_rope_theta if local else config.rope_theta
+        row = theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)  # type: ignore[operator]
+        if config.rope_scaling is not None and not local:
+            row = _scaled(row, config.rope_scaling)
+        rows.append(row)
+    return np.asarray(rows, np.float32)
+
+
+def _scaled(row: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    slow = row / scaling.factor
+    if scaling.kind == 'linear':
+        return slow
+    # turns that a channel makes over the length trained on: many turns keep their frequency
+    turns = scaling.original_length * row / (2 * np.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return slow * (1 - keep) + row * keep
+
+
+def rotate(x_BLHC: jax.Array, positions_BL: jax.Array, frequency: jax.Array) -> jax.Array:
+    """Rotates channel pairs (c, c + C/2) by `position * frequency`, in f32.
+
+    Args:
+      x_BLHC: queries or keys, head axis third.
+      positions_BL: int32.
+      frequency: of one layer, f32 `[C/2]`.
+    """
+    angle = positions_BL[..., None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BLHC.dtype)

@@ -1,0 +1,1 @@
+"""Optimizers, the training step, and the loop that survives kills."""

@@ -1,0 +1,216 @@
+"""Checkpoints: the logits of transformers, exact exports, and whole tensors on their devices."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lm.devices import mesh
+from lm.huggingface import checkpoint as huggingface
+from lm.huggingface import safetensors_files, weight_map
+from lm.huggingface.families import FAMILIES
+from lm.model import cache as cache_lib
+from lm.model import config as config_lib
+from lm.model import params, presets
+from lm.model import transformer as transformer_lib
+
+FIXTURES = pathlib.Path(__file__).parent
+NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
+TOLERANCE = 1e-4
+
+
+@functools.cache
+def loaded(name):
+    return huggingface.load(FIXTURES / name, one_device())
+
+
+def one_device():
+    return mesh.make(devices=jax.devices()[:1])
+
+
+def expected(name):
+    """Tokens, which of them are real, and transformers' logits."""
+    with np.load(FIXTURES / name / 'expected.npz') as file:
+        return file['tokens'], file['real'], file['logits']
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_logits_are_those_of_transformers_whole_and_padded_on_either_side(name):
+    config, weights = loaded(name)
+    tokens, real, logits = expected(name)
+    assert real[0].all() and not real[1, 0] and not real[2, -1]
+    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0)
+    got = jax.jit(transformer_lib.forward, static_argnums=1)(
+        weights, config, tokens, positions, real.astype(np.int32)
+    )
+    np.testing.assert_allclose(np.where(real[..., None], got, 0), logits, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_logits_are_those_of_transformers_token_by_token(name):
+    config, weights = loaded(name)
+    tokens, real, logits = expected(name)
+
+    @jax.jit
+    def step(cache, tokens_B, real_B):
+        before = cache.length_B
+        logits_BLV, cache = transformer_lib.step(weights, config, tokens_B[:, None], cache)
+        # padding is taken back: rows have lengths of their own
+        return logits_BLV[:, 0], cache_lib.truncate(cache, before + real_B)
+
+    cache = cache_lib.init(config, len(tokens), tokens.shape[1])
+    for i in range(tokens.shape[1]):
+        got, cache = step(cache, tokens[:, i], real[:, i].astype(np.int32))
+        want = logits[:, i]
+        np.testing.assert_allclose(
+            np.where(real[:, i, None], got, 0), want, atol=TOLERANCE, rtol=0, err_msg=f'token {i}'
+        )
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_an_export_is_read_back_bit_for_bit(name, tmp_path):
+    config, weights = loaded(name)
+    family = json.loads((FIXTURES / name / 'config.json').read_text())['model_type']
+    most = 12_000 if name in ('llama3', 'gemma3') else huggingface.MOST_SHARD_BYTES
+    kind = huggingface.save(tmp_path / 'export', config, weights, most_shard_bytes=most)
+    assert kind == {'gemma3': 'gemma3_text'}.get(family, family)
+    again, back = huggingface.load(tmp_path / 'export', one_device())
+    assert again == config
+    assert_equal(back, weights)
+    files = sorted((tmp_path / 'export').glob('*.safetensors'))
+    assert (len(files) > 2) == (most == 12_000)
+    # and the library of the format reads the same tensors
+    theirs = {k: v for file in files for k, v in safetensors.numpy.load_file(file).items()}
+    if family != 'gemma3':
+        ours = {
+            k: v
+            for file in sorted((FIXTURES / name).glob('*.safetensors'))
+            for k, v in safetensors.numpy.load_file(file).items()
+        }
+        assert theirs.keys() == ours.keys()
+        assert_equal(theirs, ours)
+
+
+def test_tensors_go_to_the_devices_that_keep_them():
+    config, whole = loaded('llama3')
+    of_eight = mesh.make('data=2,model=4', jax.devices('cpu'))
+    _, spread = huggingface.load(FIXTURES / 'llama3', of_eight)
+    wanted = params.shardings(config, of_eight)
+    jax.tree.map(
+        lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(), spread, wanted
+    )
+    assert_equal(jax.device_get(spread), jax.device_get(whole))
+    assert spread['body']['layers']['w_up_NDF'].addressable_shards[0].data.shape == (3, 8, 6)
+
+
+def copy_as(tmp_path, dtypes, name='mistral'):
+    """Copies a fixture, its tensors cast in turn to each of the dtypes."""
+    folder = tmp_path / 'cast'
+    shutil.copytree(FIXTURES / name, folder)
+    for file in folder.glob('*.safetensors'):
+        tensors = safetensors.numpy.load_file(file)
+        cast = {k: x.astype(dtypes[i % len(dtypes)]) for i, (k, x) in enumerate(tensors.items())}
+        safetensors.numpy.save_file(cast, file)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ('dtypes', 'asked', 'result'),
+    [
+        ([jnp.bfloat16], None, 'bfloat16'),
+        ([jnp.bfloat16], 'float32', 'float32'),
+        ([np.float16], None, 'float32'),
+        ([np.float32], 'bfloat16', 'bfloat16'),
+        ([jnp.bfloat16, np.float16], None, 'float32'),
+    ],
+)
+def test_the_dtype_holds_every_tensor_exactly_or_is_the_one_asked_for(
+    tmp_path, dtypes, asked, result
+):
+    folder = copy_as(tmp_path, dtypes)
+    config, weights = huggingface.load(folder, one_device(), asked)
+    assert config.param_dtype == config.dtype == result
+    tensors = {k: v for f in folder.glob('*.safetensors')
+               for k, v in safetensors.numpy.load_file(f).items()}  # fmt: skip
+    up_DF = weights['body']['layers']['w_up_NDF'][1]
+    want = tensors['model.layers.1.mlp.up_proj.weight'].T.astype(result)
+    np.testing.assert_array_equal(np.asarray(up_DF), want)
+    huggingface.save(tmp_path / 'export', config, weights)
+    assert_equal(huggingface.load(tmp_path / 'export', one_device())[1], weights)
+
+
+@pytest.mark.parametrize('family', FAMILIES, ids=lambda family: family.model_type)
+def test_a_table_names_every_leaf_once(family):
+    config = presets.tiny()
+    config = dataclasses.replace(config, **family.same)
+    places = weight_map.places(config, family)
+    leaves = weight_map.by_name(params.abstract(config))
+    filled = [(place.leaf, place.layer) for place in places.values()]
+    assert len(set(filled)) == len(filled)
+    assert {leaf for leaf, _ in filled} == set(leaves)
+    for leaf, x in leaves.items():
+        parts = [place for place in places.values() if place.leaf == leaf]
+        assert sum(np.prod(place.shape) for place in parts) == x.size
+
+
+@pytest.mark.parametrize(
+    ('change', 'family', 'named'),
+    [
+        ({'qk_norm': True, 'qkv_bias': True}, None, 'qwen2 models cannot have its qk_norm'),
+        ({'qk_norm': True}, 'llama', 'llama models cannot have its qk_norm'),
+        ({'window': 8, 'window_pattern': (True, False)}, 'mistral', 'windows'),
+        ({'attention_scale': 0.3}, 'gemma2', 'attention scale'),
+        ({'d_model': 62}, 'llama', 'no multiple of n_heads'),
+        ({'tied': True, 'lexinvariant': config_lib.Lexinvariant(probability=0.5)}, None,
+         'lexinvariant'),
+        ({}, 'gpt2', "family: 'gpt2'; expected one of llama"),
+    ],
+)  # fmt: skip
+def test_what_a_family_cannot_have_is_not_exported(tmp_path, change, family, named):
+    config = dataclasses.replace(presets.tiny(), **change)
+    with pytest.raises(ValueError, match=named):
+        huggingface.save(tmp_path / 'x', config, {}, family)
+    assert not (tmp_path / 'x').exists()
+
+
+def test_an_export_replaces_only_checkpoints_and_only_whole(tmp_path, monkeypatch):
+    config, weights = loaded('llama2')
+    (tmp_path / 'bundle').mkdir()
+    (tmp_path / 'bundle' / 'config.json').write_text('{"format": 1}')
+    with pytest.raises(FileExistsError, match='is no checkpoint'):
+        huggingface.save(tmp_path / 'bundle', config, weights)
+    huggingface.save(tmp_path / 'x', config, weights, files={'tokenizer.json': 'é'})
+    assert (tmp_path / 'x' / 'tokenizer.json').read_text() == 'é'
+
+    def full(*_):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(safetensors_files, 'write_folder', full)
+    with pytest.raises(OSError, match='No space left'):
+        huggingface.save(tmp_path / 'x', config, weights)
+    assert_equal(huggingface.load(tmp_path / 'x', one_device())[1], weights)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['bundle', 'x']
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_loading_holds_little_beside_the_parameters():
+    script = pathlib.Path(__file__).with_name('memory.py')
+    environment = {**os.environ, 'PYTHONPATH': os.getcwd(), 'JAX_PLATFORMS': 'cpu'}
+    run = subprocess.run(
+        [sys.executable, script], env=environment, check=True, capture_output=True, text=True
+    )
+    assert json.loads(run.stdout)['ratio'] < 1.3, run.stdout

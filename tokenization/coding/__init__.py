@@ -1,0 +1,1 @@
+"""Arithmetic coding: models of the next byte, coders, containers."""

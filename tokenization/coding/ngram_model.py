@@ -1,0 +1,82 @@
+"""The byte n-gram as a `NextByteModel`: a walk down the sorted keys of the trie, in jit."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from tokenization.coding.next_byte import SYMBOLS, NextByteModel
+
+UNLIMITED = (1 << 31) - 1
+
+
+@struct.dataclass
+class State:
+    """What B rows have read, and the tables.
+
+    The tables travel with the state so that a jitted function gets them as arguments: as
+    constants of the program they would be compiled in, at hundreds of megabytes.
+
+    Attributes:
+      history_BL: the last `order` bytes, most recent first, int32.
+      length_B: how many of them there are, int32.
+      children: sorted keys of each level of the trie, uint32.
+      rows_NV: lower bounds of the CDF of every node, uint16 `[nodes, 256]`.
+    """
+
+    history_BL: jax.Array
+    length_B: jax.Array
+    children: tuple[jax.Array, ...]
+    rows_NV: jax.Array
+
+
+def model(
+    children: Sequence[np.ndarray], rows_NV: np.ndarray, precision: int, digest: str
+) -> NextByteModel:
+    """Returns the model of `NGram.model`; a mark is the pair (history, length)."""
+    order = len(children) - 1
+    keys, rows = tuple(map(jnp.asarray, children)), jnp.asarray(rows_NV)
+
+    def start(batch: int) -> State:
+        history, length = jnp.zeros((batch, order), jnp.int32), jnp.zeros(batch, jnp.int32)
+        return State(history, length, keys, rows)
+
+    def cdf(state: State) -> jax.Array:
+        lower = state.rows_NV[_node(state)].astype(jnp.int32)
+        return jnp.pad(lower, ((0, 0), (0, 1)), constant_values=1 << precision)
+
+    def step(state: State, byte: jax.Array) -> State:
+        history = jnp.concatenate([byte[:, None], state.history_BL[:, :-1]], axis=1)
+        return dataclasses.replace(
+            state, history_BL=history, length_B=jnp.minimum(state.length_B + 1, order)
+        )
+
+    def mark(state: State) -> tuple[jax.Array, jax.Array]:
+        return state.history_BL, state.length_B
+
+    def rewind(state: State, mark: tuple[jax.Array, jax.Array]) -> State:
+        return dataclasses.replace(state, history_BL=mark[0], length_B=mark[1])
+
+    return NextByteModel(start, cdf, step, mark, rewind, precision, UNLIMITED, digest)
+
+
+def _node(state: State) -> jax.Array:
+    """Returns the node of the longest context that was seen in training, int32 `[B]`."""
+    node = jnp.zeros_like(state.length_B)  # within its level
+    row = node  # among all levels
+    alive = jnp.ones_like(node, bool)
+    base = 1
+    for level, keys in enumerate(state.children[1:], start=1):
+        if not len(keys):
+            break
+        byte = state.history_BL[:, level - 1]
+        key = (node * SYMBOLS + byte).astype(jnp.uint32)
+        index = jnp.minimum(jnp.searchsorted(keys, key), len(keys) - 1).astype(jnp.int32)
+        alive &= (state.length_B >= level) & (keys[index] == key)
+        node = jnp.where(alive, index, node)
+        row = jnp.where(alive, base + index, row)
+        base += len(keys)
+    return row

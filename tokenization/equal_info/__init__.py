@@ -1,0 +1,1 @@
+"""Equal-Info windows: text cut into tokens of equal information."""

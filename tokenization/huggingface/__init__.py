@@ -1,0 +1,1 @@
+"""Tokenizers of other projects' files, and how they are converted."""

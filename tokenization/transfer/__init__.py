@@ -1,0 +1,1 @@
+"""Tables for another tokenizer: heuristics, hypernetworks, sampled and dynamic vocabularies."""

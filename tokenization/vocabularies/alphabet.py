@@ -1,0 +1,74 @@
+"""Characters as tokens: a small alphabet, for models of plain text."""
+
+import dataclasses
+import functools
+
+import numpy as np
+from etils import epath
+
+from lm.files import atomic
+from tokenization.tokenizer import OneByOne, check_ids, read_kind, write_kind
+
+ASCII = bytes(range(128))
+
+
+@dataclasses.dataclass(frozen=True)
+class CharacterTokenizer(OneByOne):
+    """One id per byte of an alphabet. Text with any other byte is refused, not changed.
+
+    Attributes:
+      alphabet: the byte of each id, all different.
+    """
+
+    alphabet: bytes = ASCII
+
+    def __post_init__(self):
+        if not self.alphabet or len(set(self.alphabet)) < len(self.alphabet):
+            raise ValueError('the bytes of an alphabet must be distinct, and at least one')
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the alphabet."""
+        return len(self.alphabet)
+
+    @functools.cached_property
+    def _ids(self) -> np.ndarray:
+        ids = np.full(256, -1, np.int32)
+        ids[list(self.alphabet)] = np.arange(len(self.alphabet))
+        return ids
+
+    def encode(self, data: bytes) -> np.ndarray:
+        """Returns ids, int32 `[T]`; raises ValueError, naming it, for a byte of no id."""
+        ids = self._ids[np.frombuffer(data, np.uint8)]
+        if ids.size and ids.min() < 0:
+            place = int(np.argmin(ids))
+            raise ValueError(f'byte {data[place]:#04x} at {place} is not in the alphabet')
+        return ids
+
+    def decode(self, ids: np.ndarray) -> bytes:
+        """Returns the bytes of `ids`; raises ValueError, naming the id, for one out of range."""
+        known = check_ids(ids, len(self.alphabet))
+        return np.frombuffer(self.alphabet, np.uint8)[known].tobytes()
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the byte of one id; raises ValueError if it is out of range."""
+        return self.decode(np.array([token]))
+
+    def save(self, path: epath.PathLike) -> None:
+        """Writes the folder `path`."""
+        with atomic.new_folder(path) as folder:
+            write_kind(folder, 'characters', alphabet=list(self.alphabet))
+
+    @classmethod
+    def load(cls, path: epath.PathLike) -> 'CharacterTokenizer':
+        """Returns the tokenizer saved in `path`; raises ValueError if there is none such."""
+        fields = read_kind(path)
+        if fields['kind'] != 'characters':
+            raise ValueError(f'{path}: a tokenizer of kind {fields["kind"]!r}, expected characters')
+        alphabet = fields.get('alphabet')
+        if not isinstance(alphabet, list):  # `bytes` of a number is so many zeros
+            raise ValueError(f'{path}: no alphabet of distinct bytes: expected a list')
+        try:
+            return cls(bytes(alphabet))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f'{path}: no alphabet of distinct bytes: {error}') from None
