@@ -1,5 +1,6 @@
-"""What `generate` is given, checked before anything compiles."""
+"""Checks of the arguments of `generate`, before anything compiles."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,19 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from decoding import sample, verify
-from decoding.drafter import Drafter, Model, Verifier
+from decoding.drafter import Drafter, Verifier
+from decoding.model import LM
 from decoding.sample import Sampler
+from decoding.scores import Transform
 from decoding.stop import Stops
+from lm.model.contract import Model
 
 
 def check(
-    model: Model,
+    lm: LM,
     prompts: Sequence[Sequence[int] | np.ndarray],
     max_new_tokens: int | Sequence[int],
     sampler: Sampler,
     drafter: Drafter,
     verifier: Verifier,
     stops: Stops | None,
+    transform: Transform | None = None,
 ) -> np.ndarray:
     """Returns the length at which each row ends, int32 `[B]`; arguments are those of `generate`.
 
@@ -28,7 +33,7 @@ def check(
       ValueError: an argument cannot work; names it.
       TypeError: the verifier is not exact for the drafter's trees.
     """
-    config = model.config
+    model, method = lm.model, drafter.method
     if not len(prompts):
         raise ValueError('prompts: none given')
     new = np.asarray(max_new_tokens)
@@ -48,47 +53,68 @@ def check(
             raise ValueError(
                 f'prompt {i}: {ids.dtype} of shape {ids.shape}; expected a list of ids'
             )
-        bad = ids[(ids < 0) | (ids >= config.vocab_size)]
+        bad = ids[(ids < 0) | (ids >= model.vocab_size)]
         if bad.size:
-            raise ValueError(f'prompt {i}: id {bad[0]} is not in [0, {config.vocab_size})')
-        if ids.size + new[i] > config.max_length:
+            raise ValueError(f'prompt {i}: id {bad[0]} is not in [0, {model.vocab_size})')
+        if ids.size + new[i] > model.max_length:
             raise ValueError(
                 f'prompt {i} has {ids.size} tokens, and {new[i]} more do not fit: the model is '
-                f'meant for {config.max_length} (max_length)'
+                f'meant for {model.max_length} (max_length)'
             )
     sample.check(sampler)
-    verify.check_pairing(drafter, verifier, sampler)
-    _check_draft_model(model, drafter)
-    if drafter.nodes > config.max_length:
+    verify.check_pairing(method, verifier, sampler)
+    _check_dense(model, sampler, verifier, transform)
+    _check_draft_model(lm, drafter)
+    if method.nodes > model.max_length:
         raise ValueError(
-            f'drafter: a tree of {drafter.nodes} nodes; max_length is {config.max_length}'
+            f'drafter: a tree of {method.nodes} nodes; max_length is {model.max_length}'
         )
-    if stops is not None and stops.table.shape[1] != config.vocab_size:
+    if stops is not None and stops.table.shape[1] != model.vocab_size:
         raise ValueError(
-            f'stops: made for {stops.table.shape[1]} symbols; the model has {config.vocab_size}'
+            f'stops: made for {stops.table.shape[1]} symbols; the model has {model.vocab_size}'
         )
     if stops is not None and stops.start_B.shape[0] != len(prompts):
         raise ValueError(f'stops: for {stops.start_B.shape[0]} rows; there are {len(prompts)}')
     return np.asarray([len(p) for p in prompts], np.int32) + new.astype(np.int32)
 
 
-def _check_draft_model(model: Model, drafter: Drafter) -> None:
-    draft = drafter.model
+def _check_dense(
+    model: Model, sampler: Sampler, verifier: Verifier, transform: Transform | None
+) -> None:
+    if model.dense:
+        return
+    if transform is not None:
+        raise ValueError('transform: needs the logits of every token, and this model is searched')
+    if verifier.dense:
+        raise ValueError(
+            f'{verifier.name} needs the probability of every token, and this model is searched: '
+            f'use {verify.target_only_walk.name}'
+        )
+    for field in dataclasses.fields(sampler):
+        if field.name != 'temperature' and getattr(sampler, field.name) is not None:
+            raise ValueError(
+                f'{field.name}: needs the logits of every token, and this model is searched: only '
+                'the temperature can be set'
+            )
+
+
+def _check_draft_model(target: LM, drafter: Drafter) -> None:
+    draft = drafter.provenance.model
     if draft is None:
         return
-    if drafter.shared_layers and (draft.config, draft.bos) != (model.config, model.bos):
+    if drafter.method.shared_layers and draft.model is not target.model:
         raise ValueError(
             'drafter: an early exit of another model than the target, whose layers it runs'
         )
-    if draft.tokenizer and model.tokenizer and draft.tokenizer != model.tokenizer:
+    if draft.tokenizer and target.tokenizer and draft.tokenizer != target.tokenizer:
         raise ValueError(
             f'draft and target have different tokenizers ({draft.tokenizer[:12]} and '
-            f'{model.tokenizer[:12]}): their ids do not mean the same bytes'
+            f'{target.tokenizer[:12]}): their ids do not mean the same bytes'
         )
-    if draft.config.vocab_size != model.config.vocab_size:
+    if draft.model.vocab_size != target.model.vocab_size:
         raise ValueError(
-            f'draft and target have different vocabularies: {draft.config.vocab_size} and '
-            f'{model.config.vocab_size} symbols; they must share a tokenizer'
+            f'draft and target have different vocabularies: {draft.model.vocab_size} and '
+            f'{target.model.vocab_size} symbols; they must share a tokenizer'
         )
 
 

@@ -6,7 +6,6 @@ Sequoia (Chen et al. 2024, arXiv 2402.12374, section 4.2) and Parallel Prompt De
 al. 2024, arXiv 2405.18628, section 4).
 """
 
-import dataclasses
 import functools
 import json
 import time
@@ -18,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from decoding.drafter import Model
+from decoding import scores
 from decoding.drafts.template import Template, best_first
+from decoding.model import LM
 from lm.files import json_fields
 from lm.kernels.mask import pack_bits
-from lm.model import cache as cache_lib
-from lm.model import transformer
+from lm.model import contract
+from lm.model.contract import Nodes
 
 
 class Curve(NamedTuple):
@@ -52,40 +52,42 @@ class Choice(NamedTuple):
 
 
 def measure(
-    model: Model, batch: int, rows: int, nodes: Sequence[int] = (1, 2, 4, 8, 16, 32),
-    repeats: int = 9,
-) -> Curve:  # fmt: skip
+    lm: LM, batch: int, rows: int, nodes: Sequence[int] = (1, 2, 4, 8, 16, 32), repeats: int = 9
+) -> Curve:
     """Times passes over trees of several sizes, in turn; medians.
 
     Args:
-      model: the target, best as `generate.ready` returns it.
+      lm: the target, best as `model.for_decoding` returns it.
       batch: texts decoded together.
-      rows: of the cache, half of them in use.
+      rows: length of the texts, of which half is read.
       nodes: sizes to time.
       repeats: passes of each size.
     """
-    half_B = jnp.full(batch, rows // 2, jnp.int32)
+    model, half_B = lm.model, jnp.full(batch, rows // 2, jnp.int32)
+    key_B = jax.random.split(jax.random.key(0), batch)
+
+    @jax.jit
+    def start(params):
+        prompt = contract.chain(jnp.zeros((batch, rows // 2), jnp.int32))
+        return model.start(params, prompt, half_B, rows + max(nodes), key_B).memory
 
     @functools.partial(jax.jit, donate_argnums=2)
-    def run(params, token_BT, cache):
+    def run(params, token_BT, memory):
         t = token_BT.shape[1]
         # A node that sees nothing but itself costs as much as any.
         bits_BTW = pack_bits(jnp.broadcast_to(jnp.eye(t, dtype=bool), (batch, t, t)))
-        positions_BT = cache.length_B[:, None] + jnp.arange(t)
-        logits_BTV, cache = transformer.step(
-            params, model.config, token_BT, cache, positions_BL=positions_BT,
-            ancestors_BLW=bits_BTW if t > 1 else None,
-        )  # fmt: skip
-        return jnp.argmax(logits_BTV, axis=-1), cache_lib.truncate(cache, half_B)
+        tree = Nodes(token_BT, half_B[:, None] + jnp.arange(t), bits_BTW if t > 1 else None)
+        memory, seen = model.step(params, memory, tree)
+        best_BTK = scores.of_head(model.head(params, memory, seen.h_BTD)).top(1)
+        return best_BTK, model.keep(memory, None, jnp.zeros_like(half_B))
 
-    cache = cache_lib.init(model.config, batch, rows + max(nodes))
-    cache = dataclasses.replace(cache, length_B=jnp.copy(half_B))  # the cache is donated
+    memory = start(lm.params)
     seconds: dict[int, list[float]] = {t: [] for t in sorted(nodes)}
     for repeat in range(repeats + 1):
         for t, into in seconds.items():
             token_BT = jnp.zeros((batch, t), jnp.int32)
             begin = time.perf_counter()
-            _, cache = jax.block_until_ready(run(model.params, token_BT, cache))
+            _, memory = jax.block_until_ready(run(lm.params, token_BT, memory))
             if repeat:  # the first one compiles
                 into.append(time.perf_counter() - begin)
     return Curve(tuple(seconds), tuple(float(np.median(times)) for times in seconds.values()))

@@ -1,39 +1,23 @@
 """What a drafter and a verifier are, and what passes between them and the loop.
 
-One round of decoding (`decoding.generate`):
+One round of decoding (`decoding.rounds`):
 
-    propose   tree of T nodes below the last token of each text
-    target    one forward pass over all T nodes
-    verify    path down the tree, and one token after its end
-    commit    the path's cache rows, the new tokens
+    propose   a tree of T nodes below the last token of each text
+    step      one pass of the target over all T nodes
+    verify    a path down the tree, and one token after its end
+    keep      the path's nodes stay in the target's memory, the new tokens join the text
     update    the drafter learns what happened
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
 
+from decoding.model import LM
+from decoding.scores import Distribution, Scores
 from decoding.tree import DraftTree
-from lm.model.cache import Cache
-from lm.model.config import Config
-from lm.model.params import Params
-
-
-class Model(NamedTuple):
-    """A language model to decode with.
-
-    Attributes:
-      config, params: see `lm`.
-      tokenizer: digest of its tokenizer; draft and target must agree on it. Empty: not known.
-      bos: the input-only id that starts documents, never drawn; None if there is none.
-    """
-
-    config: Config
-    params: Params
-    tokenizer: str = ''
-    bos: int | None = None
+from lm.model.contract import NOTHING, Ask, Memory, Seen
 
 
 @flax.struct.dataclass
@@ -42,10 +26,10 @@ class Text:
 
     Attributes:
       token_BS: int32, prompt and continuation; behind `length_B`, anything.
-      length_B: int32, at least 1. The last token, the root of the next tree, is at `length - 1`
-        and not cached yet.
-      key_B: each row's own key. Draws for the token at position t fold in t, so that a row's text
-        does not depend on the rows beside it (`decoding.sample`).
+      length_B: int32, at least 1. The last token, at `length - 1`, is the root of the next tree;
+        the target has not read it yet.
+      key_B: each row's own key. The draw of the token at position t folds in t, so that a row's
+        text does not depend on the rows beside it (`decoding.sample`).
     """
 
     token_BS: jax.Array
@@ -53,16 +37,51 @@ class Text:
     key_B: jax.Array
 
 
-class Begun(NamedTuple):
-    """The target's first layers, already run over the nodes of a tree.
+class Prompt(NamedTuple):
+    """What the target saw of the prompts.
 
     Attributes:
-      x_BTD: the stream after `Drafter.shared_layers` layers.
-      cache: the target's, T rows longer, with those layers' keys and values written.
+      token_BL: int32, the prompts, padded on the right.
+      text: see `Text`.
+      rows: that a memory of the drafter's own needs: the longest text, and one tree.
+      params, memory: the target's; the memory holds all but each text's last token.
+      seen: of all L tokens, with the layers that `Method.ask` names.
+    """
+
+    token_BL: jax.Array
+    text: Text
+    rows: int
+    params: Any
+    memory: Memory
+    seen: Seen
+
+
+class Context(NamedTuple):
+    """What a drafter may look at when it drafts: the texts, the target's parameters and memory."""
+
+    text: Text
+    params: Any
+    memory: Memory
+
+
+class Begun(NamedTuple):
+    """Nodes of a tree that have run through the target's first `Method.shared_layers` layers.
+
+    Attributes:
+      x_BTD: the stream after these layers.
+      memory: the target's, with the nodes' rows of these layers.
     """
 
     x_BTD: jax.Array
-    cache: Cache
+    memory: Memory
+
+
+class Proposal(NamedTuple):
+    """A tree, the drafter's state, and what of the target's pass was done while drafting."""
+
+    tree: DraftTree
+    state: Any
+    begun: Begun | None = None
 
 
 class Verdict(NamedTuple):
@@ -85,63 +104,120 @@ class Outcome(NamedTuple):
 
     Attributes:
       tree: as it was proposed.
-      logits_BTV: f32, the target's own, after each node.
+      scores: the target's own, after each node.
+      seen: of the target's pass, with the layers that `Method.ask` names.
       verdict: see `Verdict`.
       text: with the new tokens.
+      count_B: int32, how many those are; 0 for rows that were done.
     """
 
     tree: DraftTree
-    logits_BTV: jax.Array
+    scores: Scores
+    seen: Seen
     verdict: Verdict
     text: Text
+    count_B: jax.Array
 
 
-class Drafter(NamedTuple):
-    """A way to draft: three pure functions, and what is static about the trees they make.
+class Init(Protocol):
+    """Returns a drafter's state before the first round."""
 
-    Make it once and use it for many calls: the functions are part of what is compiled.
+    def __call__(self, params: Any, prompt: Prompt, **extra: Any) -> Any: ...
+
+
+class Propose(Protocol):
+    """Returns a tree whose root is the last token of each text."""
+
+    def __call__(self, params: Any, state: Any, context: Context, **extra: Any) -> Proposal: ...
+
+
+class Update(Protocol):
+    """Returns a drafter's state after a round."""
+
+    def __call__(self, params: Any, state: Any, outcome: Outcome, **extra: Any) -> Any: ...
+
+
+class Method(NamedTuple):
+    """The static part of a drafter: three pure functions, and the sizes of their trees.
 
     Attributes:
-      init: (params, text, rows) -> state, for texts whose cached part is all but the last token;
-        caches of a drafter's own need `rows` rows.
-      propose: (params, state, text, target params, target cache) -> (tree, state, begun). The
-        root's position is `text.length_B - 1`. `begun` is None where `shared_layers` is 0.
-      update: (params, state, outcome) -> state.
-      params: what the functions need beside their state: a draft model's parameters, say.
-      trees: the class of trees that it makes; verifiers accept some classes only.
+      init, propose, update: see the protocols of these names.
+      trees: class of the trees; verifiers accept some classes only.
       nodes: T, the root included.
       depth: of the deepest node.
       branching: children of one node at most.
-      calls: passes of a draft model per round.
-      size: parameters run per draft call; the memory-bound speed-up sets them against the target's.
-      model: draft model, to be checked against the target; None where there is none.
-      shared_layers: of the target, run while drafting (`Begun`).
+      shared_layers: layers of the target that run while drafting (`Begun`).
+      ask: what the target's passes are to return for the drafter.
     """
 
-    init: Callable[[Any, Text, int], Any]
-    propose: Callable[[Any, Any, Text, Params, Cache], tuple[DraftTree, Any, Begun | None]]
-    update: Callable[[Any, Any, Outcome], Any]
-    params: Any
+    init: Init
+    propose: Propose
+    update: Update
     trees: type[DraftTree]
     nodes: int
     depth: int
     branching: int
+    shared_layers: int = 0
+    ask: Ask = NOTHING
+
+
+class Provenance(NamedTuple):
+    """Where drafts come from; for checks and for metrics.
+
+    Attributes:
+      model: draft model, to be checked against the target; None if there is none.
+      calls: passes of a draft model per round.
+      size: parameters that one such pass reads.
+    """
+
+    model: LM | None = None
     calls: int = 0
     size: int = 0
-    model: Model | None = None
-    shared_layers: int = 0
+
+
+class Drafter(NamedTuple):
+    """A way to draft.
+
+    Make it once and use it for many calls: the method is part of the compiled program.
+
+    Attributes:
+      method: see `Method`.
+      params: arrays that its functions need: a draft model's parameters, say.
+      provenance: see `Provenance`.
+    """
+
+    method: Method
+    params: Any = None
+    provenance: Provenance = Provenance()
+
+
+class Verify(Protocol):
+    """Returns which path of a tree stands, and the token after it.
+
+    Args:
+      tree: as proposed.
+      distribution: the target's after each node, adjusted by the sampler.
+      text: see `Text`.
+      depth, branching: of the tree, static.
+    """
+
+    def __call__(
+        self, tree: DraftTree, distribution: Distribution, text: Text, depth: int, branching: int,
+        **extra: Any,
+    ) -> Verdict: ...  # fmt: skip
 
 
 class Verifier(NamedTuple):
-    """An exact rule: whatever the drafter proposes, texts follow the target's law.
+    """An exact rule: whatever the drafter proposes, texts follow the target's distribution.
 
     Attributes:
-      verify: (tree, logprob_BTV, text, depth, branching) -> Verdict. `logprob_BTV` is the
-        target's law after each node, log-probabilities after the sampler's adjustments.
+      verify: see `Verify`.
       trees: the class of trees for which the rule is exact.
       name: for tables.
+      dense: whether it needs the probability of every token (`scores.Probabilities`).
     """
 
-    verify: Callable[[DraftTree, jax.Array, Text, int, int], Verdict]
+    verify: Verify
     trees: type[DraftTree]
     name: str
+    dense: bool = False

@@ -1,7 +1,7 @@
 """Generation: checks, buckets and results around one jitted loop.
 
-model = decoding.drafter.Model(bundle.config, bundle.params, bos=bundle.bos)
-result = generate(model, prompts, key=jax.random.key(0), max_new_tokens=100)
+target = decoding.model.transformer(bundle.config, bundle.params, bos=bundle.bos)
+result = generate(target, prompts, key=jax.random.key(0), max_new_tokens=100)
 """
 
 import time
@@ -14,13 +14,12 @@ import numpy as np
 
 from decoding import arguments, rounds, tree, verify
 from decoding import stop as stop_lib
-from decoding.drafter import Drafter, Model, Text, Verifier
-from decoding.rounds import Plan, State
+from decoding.drafter import Drafter, Method, Proposal, Text, Verifier
+from decoding.model import LM, for_decoding
+from decoding.rounds import Inputs, Plan, State
 from decoding.sample import Sampler
+from decoding.scores import Transform
 from decoding.stop import Stops
-from lm.attention import attention
-from lm.model import cpu_layout
-from lm.model import params as params_lib
 
 # (row, tokens): a round's new tokens, of which all but the last were drafted
 Stream = Callable[[int, np.ndarray], None]
@@ -34,8 +33,8 @@ class Metrics(NamedTuple):
       tokens: new ones.
       rounds: passes of the target, counted while a row was live.
       block_efficiency: tokens per target pass.
-      memory_bound_speedup: block efficiency over 1 + draft calls x size of a draft pass / size
-        of the target: the speed-up where reading weights is all that takes time.
+      memory_bound_speedup: block efficiency / (1 + draft calls x size of a draft pass / size of
+        the target): the speed-up if reading weights were all that takes time.
       acceptance_by_depth: of the walks that found a child at this depth, the share that took one;
         the first entry is depth 1.
       acceptance_by_rank: of the nodes that had a child of this rank, the share that took it.
@@ -70,27 +69,8 @@ class Generation(NamedTuple):
     draft: Any
 
 
-def plain() -> Drafter:
-    """Returns the drafter that drafts nothing: one token per target pass."""
-    return _PLAIN
-
-
-_PLAIN = Drafter(
-    init=lambda params, text, rows: None,
-    propose=lambda params, state, text, target, cache: (
-        tree.root_only(tree.at(text.token_BS, text.length_B - 1)), None, None,
-    ),
-    update=lambda params, state, outcome: None,
-    params=None,
-    trees=tree.DraftTree,
-    nodes=1,
-    depth=0,
-    branching=1,
-)  # fmt: skip
-
-
 def generate(
-    model: Model,
+    lm: LM,
     prompts: Sequence[Sequence[int] | np.ndarray],
     *,
     key: jax.Array,
@@ -98,23 +78,26 @@ def generate(
     sampler: Sampler | None = None,
     drafter: Drafter | None = None,
     verifier: Verifier | None = None,
+    transform: Transform | None = None,
     stops: Stops | None = None,
     stream: Stream | None = None,
 ) -> Generation:
-    """Continues a batch of prompts; with a drafter, several tokens per pass of the same law.
+    """Continues a batch of prompts; a drafter gives several tokens per pass, equally distributed.
 
-    What is compiled depends on the drafter, the verifier, which sampler fields are set, the number
-    of rows, and the buckets that the longest prompt and the longest text fall into (`bucket`).
+    What is compiled depends on the model, the drafter's method, the verifier, the transform, which
+    sampler fields are set, the number of rows, and the buckets that the longest prompt and the
+    longest text fall into (`bucket`).
 
     Args:
-      model: the target.
+      lm: the target.
       prompts: ids of each row's text so far, of any lengths from 1.
       key: one key, from which each row's is folded by its index; or a key for each row.
       max_new_tokens: for all rows, or for each.
-      sampler: how logits become the law; by default as they are. Temperature 0 is greedy. A
-        setting is a number, or one for each row.
+      sampler: how logits become a distribution; by default as they are. Temperature 0 is greedy.
+        A setting is a number, or one for each row.
       drafter: how to draft; by default not at all.
       verifier: the rule; by default the exact one that accepts most for the drafter's trees.
+      transform: changes the logits before the sampler.
       stops: what ends a row before its length does.
       stream: called after each round with each live row's new tokens.
 
@@ -123,43 +106,51 @@ def generate(
     """
     drafter = plain() if drafter is None else drafter
     sampler = Sampler() if sampler is None else sampler
-    verifier = verify.default_for(drafter.trees) if verifier is None else verifier
-    limits = arguments.check(model, prompts, max_new_tokens, sampler, drafter, verifier, stops)
+    verifier = verify.default_for(drafter.method.trees) if verifier is None else verifier
+    limits = arguments.check(
+        lm, prompts, max_new_tokens, sampler, drafter, verifier, stops, transform
+    )
     sampler = arguments.per_row(sampler, len(prompts))
     keys = arguments.row_keys(key, len(prompts))
-    model = ready(model)
-    plan, text, prompt_BL = _prepare(model, prompts, limits, drafter, verifier, keys)
-    stops = stop_lib.none(model.config.vocab_size, len(prompts)) if stops is None else stops
+    lm = for_decoding(lm)
+    stops = stop_lib.none(lm.model.vocab_size, len(prompts)) if stops is None else stops
+    apply, constants = (None, None) if transform is None else transform
+    text, prompt_BL = _texts(prompts, limits, keys)
+    rows = text.token_BS.shape[1] + drafter.method.nodes
+    plan = Plan(lm.model, drafter.method, verifier, rows, apply)
+    inputs = Inputs(lm.params, drafter.params, constants, sampler, stops.table)
     compiled = _compilations()
     began = time.perf_counter()
-    state = rounds.prefill(
-        plan, model.params, drafter.params, prompt_BL, text, jnp.asarray(limits), stops.start_B
-    )
+    state = rounds.prefill(plan, inputs, prompt_BL, text, jnp.asarray(limits), stops.start_B)
     jax.block_until_ready(state)
     prefilled = time.perf_counter()
-    state = _run(plan, model, drafter, sampler, stops, state, stream)
+    state = _run(plan, inputs, state, stream)
     jax.block_until_ready(state)
     seconds = (prefilled - began, time.perf_counter() - prefilled)
     lengths = [len(prompt) for prompt in prompts]
     token_BS, end_B = jax.device_get((state.text.token_BS, state.text.length_B))
     tokens = [row[start:end] for row, start, end in zip(token_BS, lengths, end_B, strict=True)]
     stopped_B = jax.device_get(stop_lib.stopped(state.stop_B))
-    metrics = _metrics(model, drafter, state, tokens, seconds, _compilations() - compiled)
+    metrics = _metrics(lm, drafter, state, tokens, seconds, _compilations() - compiled)
     ended: Any = ['stop' if x else 'length' for x in stopped_B]
     return Generation(tokens, ended, metrics, state.draft)
 
 
-def ready(model: Model) -> Model:
-    """Returns the model with its parameters in the form that the platform decodes with fastest.
+def plain() -> Drafter:
+    """Returns the drafter that drafts nothing: one token per target pass."""
+    return _PLAIN
 
-    On one CPU device that is a copy (`lm.model.cpu_layout`), the model itself elsewhere. `generate`
-    does it too; done before many calls, or for a draft model, it is done once.
-    """
-    if attention.platform() != 'cpu' or cpu_layout.is_prepared(model.params):
-        return model
-    if any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(model.params)):
-        return model  # the joined matrices have rows of several axes, which no mesh axis cuts
-    return model._replace(params=cpu_layout.prepare(model.params, model.config))
+
+def _root_only(params: Any, state: Any, context: Any, **extra: Any) -> Proposal:
+    text = context.text
+    return Proposal(tree.root_only(tree.at(text.token_BS, text.length_B - 1)), None)
+
+
+def _nothing(params: Any, *seen: Any, **extra: Any) -> None:
+    return None
+
+
+_PLAIN = Drafter(Method(_nothing, _root_only, _nothing, tree.DraftTree, 1, 0, 1))
 
 
 def bucket(n: int) -> int:
@@ -168,26 +159,23 @@ def bucket(n: int) -> int:
     return max(16, power * 3 // 4 if n <= power * 3 // 4 else power)
 
 
-def _prepare(model, prompts, limits, drafter, verifier, keys) -> tuple[Plan, Text, jax.Array]:
+def _texts(prompts, limits, keys) -> tuple[Text, jax.Array]:
+    """Returns the texts with room to their limits, and the prompts alone, both padded."""
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     width, size = bucket(int(lengths.max())), bucket(int(limits.max()))
     token_BS = np.zeros((len(prompts), size), np.int32)
     for row, prompt in zip(token_BS, prompts, strict=True):
         row[: len(prompt)] = prompt
-    rows = size + drafter.nodes
-    static = drafter._replace(params=None, model=None)
-    plan = Plan(model.config, static, verifier, model.bos, rows)
     text = Text(jnp.asarray(token_BS), jnp.asarray(lengths), keys)
-    return plan, text, jnp.asarray(token_BS[:, :width])
+    return text, jnp.asarray(token_BS[:, :width])
 
 
-def _run(plan, model, drafter, sampler, stops, state: State, stream: Stream | None) -> State:
-    inputs = (plan, model.params, drafter.params, sampler, stops.table)
+def _run(plan: Plan, inputs: Inputs, state: State, stream: Stream | None) -> State:
     if stream is None:
-        return rounds.loop(*inputs, state, FOREVER)
+        return rounds.loop(plan, inputs, state, FOREVER)
     length_B, done_B = jax.device_get((state.text.length_B, state.done_B))
     while not done_B.all():
-        state = rounds.loop(*inputs, state, 1)
+        state = rounds.loop(plan, inputs, state, 1)
         after_B, done_B, token_BS = jax.device_get(
             (state.text.length_B, state.done_B, state.text.token_BS)
         )
@@ -202,13 +190,13 @@ def _compilations() -> int:
     return sum(function._cache_size() for function in jitted)
 
 
-def _metrics(model, drafter, state: State, tokens, seconds, compilations) -> Metrics:
+def _metrics(lm: LM, drafter: Drafter, state: State, tokens, seconds, compilations) -> Metrics:
     counts = jax.device_get(state.counts)
     n_rounds = int(counts.rounds_B.sum())
     n_tokens = sum(map(len, tokens))
     efficiency = n_tokens / max(n_rounds, 1)
-    target = params_lib.count(model.config)
-    share = drafter.calls * drafter.size / target
+    draft = drafter.provenance
+    share = draft.calls * draft.size / lm.model.size
 
     def rates(accepted, offered):
         return tuple(float(a / max(o, 1)) for a, o in zip(accepted.sum(0), offered.sum(0)))

@@ -31,6 +31,7 @@ class Table:
     Attributes:
       rows_VD: those from `size` on are padding. Computed with in the dtype of the hidden states.
       size: tokens.
+      never: ids that are never drawn.
       softcap: of the logits (Gemma 2), or None.
       chunk: rows whose logits exist at a time, on each device; a multiple of `sample.BLOCK`.
     """
@@ -38,6 +39,7 @@ class Table:
     rows_VD: jax.Array
     size: int = flax.struct.field(pytree_node=False)
     softcap: float | None = flax.struct.field(pytree_node=False, default=None)
+    never: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     chunk: int = flax.struct.field(pytree_node=False, default=CHUNK)
 
 
@@ -63,7 +65,7 @@ class Found(NamedTuple):
 
     @property
     def kept_mass_B(self) -> jax.Array:
-        """Probability of the k together: how much of the law a draw among them keeps."""
+        """Probability of the k together, the share that a draw among them keeps."""
         return jnp.exp(jax.nn.logsumexp(self.logits_BK, axis=1) - self.log_normalizer_B)
 
 
@@ -137,7 +139,7 @@ def draw(
     # a block lies on one device: the others add zeros
     add = functools.partial(jax.lax.psum, axis_name=mesh_lib.AXES)
     logits_BX = _over_rows(table, on_device, add, h_BD, tokens_BX, found.temperature_B)
-    logits_BX = jnp.where(tokens_BX < table.size, logits_BX, -jnp.inf)
+    logits_BX = jnp.where(_drawable(table, tokens_BX), logits_BX, -jnp.inf)
     within_B = jnp.argmax(logits_BX + noise[:, blocks:], axis=1)
     drawn_B = (block_B * BLOCK + within_B).astype(jnp.int32)
     return jnp.where(found.temperature_B > 0, drawn_B, found.tokens_BK[:, 0])
@@ -146,8 +148,8 @@ def draw(
 def draw_among(found: Found, key_B: jax.Array, position_B: jax.Array) -> jax.Array:
     """Draws among the k found, by their probabilities renormalised to 1: int32 `[B]`.
 
-    That is the law of `Sampler(top_k=k)`, not the model's: `found.kept_mass_B` says how much of
-    that it keeps.
+    That is the distribution of `Sampler(top_k=k)`, not the model's: `found.kept_mass_B` is the
+    share of the model's that it keeps.
     """
     best_B = sample.draw(jax.nn.log_softmax(found.logits_BK), key_B, position_B)
     best_B = jnp.where(found.temperature_B > 0, best_B, 0)
@@ -187,6 +189,14 @@ def _logits(table: Table, spec: str, h_BD: jax.Array, rows, temperature_B: jax.A
     return logits / jnp.where(temperature_B > 0, temperature_B, 1)[:, None]
 
 
+def _drawable(table: Table, tokens: jax.Array) -> jax.Array:
+    """Returns which ids may be drawn."""
+    drawable = tokens < table.size
+    for token in table.never:
+        drawable &= tokens != token
+    return drawable
+
+
 def _search_rows(
     table: Table, h_BD: jax.Array, temperature_B: jax.Array, first: jax.Array | int, k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -198,7 +208,7 @@ def _search_rows(
         rows_CD = jax.lax.dynamic_slice_in_dim(table.rows_VD, start, size)
         logits_BC = _logits(table, 'bd,cd->bc', h_BD, rows_CD, temperature_B)
         token_C = first + start + jnp.arange(size, dtype=jnp.int32)
-        logits_BC = jnp.where(token_C < table.size, logits_BC, -jnp.inf)
+        logits_BC = jnp.where(_drawable(table, token_C), logits_BC, -jnp.inf)
         # those kept come first, so that of equal ones the lower id stays
         logits = jnp.concatenate([best[0], logits_BC], axis=1)
         tokens = jnp.concatenate([best[1], jnp.broadcast_to(token_C, (b, size))], axis=1)

@@ -40,7 +40,7 @@ def project(table: Table, rank: int) -> Projection:
     basis_DR = jnp.linalg.eigh(products_DD)[1][:, -rank:].astype(table.rows_VD.dtype)
     rows_VR = layers.einsum('vd,dr->vr', table.rows_VD, basis_DR)
     chunk = table.chunk * (d // rank)  # about as many bytes at a time
-    return Projection(basis_DR, Table(rows_VR, table.size, None, chunk))
+    return Projection(basis_DR, Table(rows_VR, table.size, None, table.never, chunk))
 
 
 def search(
@@ -49,7 +49,7 @@ def search(
     """Returns k logits f32 `[B, k]` and their tokens int32: the greatest of a shortlist, exact.
 
     Each logit is right; a token may be missing, which `recall` measures. Softmax over what is found
-    is not the model's law.
+    is not the model's distribution.
 
     Raises:
       ValueError: the shortlist is shorter than k, or longer than the vocabulary.

@@ -8,45 +8,60 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from decoding import sample, tree
+from decoding import scores as scores_lib
 from decoding import stop as stop_lib
-from decoding.drafter import Begun, Drafter, Outcome, Text, Verdict, Verifier
+from decoding import tree
+from decoding.drafter import Context, Method, Outcome, Prompt, Proposal, Text, Verdict, Verifier
 from decoding.sample import Sampler
+from decoding.scores import Apply, Distribution, Scores
 from decoding.tree import DraftTree
-from lm.kernels.mask import Mask, pack_bits
-from lm.model import cache as cache_lib
-from lm.model import lexinvariant, tables, transformer
-from lm.model.cache import Cache
-from lm.model.config import Config
-from lm.model.params import Params
+from lm.kernels.mask import pack_bits
+from lm.model import contract
+from lm.model.contract import Memory, Model, Nodes, Seen
 
 
 class Plan(NamedTuple):
     """What is compiled into the loop: functions and sizes, no arrays.
 
     Attributes:
-      config: of the target.
-      drafter: without its parameters.
+      model: the target.
+      method: how to draft.
       verifier: see `Verifier`.
-      bos: id that is never drawn, or None.
-      rows: of the cache: the longest text, and one tree.
+      rows: room in memories: the longest text, and one tree.
+      transform: changes the logits before the sampler; None leaves them as they are.
     """
 
-    config: Config
-    drafter: Drafter
+    model: Model
+    method: Method
     verifier: Verifier
-    bos: int | None
     rows: int
+    transform: Apply | None = None
+
+
+class Inputs(NamedTuple):
+    """Arrays that a round reads and never changes.
+
+    Attributes:
+      params, draft, transform: of the target, the drafter and the logits transform.
+      sampler: see `Sampler`.
+      stops: table of the stop automaton.
+    """
+
+    params: Any
+    draft: Any
+    transform: Any
+    sampler: Sampler
+    stops: jax.Array
 
 
 @flax.struct.dataclass
 class Counts:
-    """What happened so far; a depth's and a rank's share of acceptances is accepted / offered.
+    """Events so far; the acceptance rate of a depth or a rank is accepted / offered.
 
     Attributes:
       rounds_B: target passes while the row was live.
-      offered_BP, accepted_BP: at each depth, walks that found a child there, and took one.
-      offered_BR, accepted_BR: the same for a child's rank among its siblings.
+      offered_BP, accepted_BP: by depth, walks that found a child there, and that took one.
+      offered_BR, accepted_BR: the same by a child's rank among its siblings.
     """
 
     rounds_B: jax.Array
@@ -62,9 +77,8 @@ class State:
 
     Attributes:
       text: prompts and continuations.
-      cache: the target's; holds `text.length_B - 1` rows.
+      memory: the target's; it holds all but each text's last token.
       draft: the drafter's state.
-      tables: the target's, drawn for these texts; None where they are learned.
       stop_B: state of each row's stop automaton.
       limit_B: length at which a row ends.
       done_B: rows that are finished.
@@ -72,9 +86,8 @@ class State:
     """
 
     text: Text
-    cache: Cache
+    memory: Memory
     draft: Any
-    tables: Params | None
     stop_B: jax.Array
     limit_B: jax.Array
     done_B: jax.Array
@@ -83,33 +96,26 @@ class State:
 
 @functools.partial(jax.jit, static_argnums=0)
 def prefill(
-    plan: Plan, params: Params, draft_params: Any, prompt_BL: jax.Array, text: Text,
-    limit_B: jax.Array, stop_B: jax.Array,
+    plan: Plan, inputs: Inputs, prompt_BL: jax.Array, text: Text, limit_B: jax.Array,
+    stop_B: jax.Array,
 ) -> State:  # fmt: skip
     """Reads the prompts; returns the state before the first round."""
-    config, drafter = plan.config, plan.drafter
-    b, l = prompt_BL.shape
-    cache = cache_lib.init(config, b, plan.rows)
-    own = lexinvariant.drawn_for(params, config, text.key_B)
-    params = lexinvariant.with_tables(params, own)
-    positions_BL = jnp.broadcast_to(jnp.arange(l), (b, l))
-    x_BLD = tables.embed(params['tables'], config, prompt_BL)
-    _, read = transformer.body(params['body'], config, x_BLD, positions_BL, cache=cache)
-    assert read is not None
-    cache = cache_lib.truncate(read, text.length_B - 1)
-    draft = drafter.init(draft_params, text, plan.rows)
-    by_depth = jnp.zeros((b, drafter.depth + 1), jnp.int32)
-    by_rank = jnp.zeros((b, max(drafter.branching, 1)), jnp.int32)
+    method, b = plan.method, prompt_BL.shape[0]
+    memory, seen = plan.model.start(
+        inputs.params, contract.chain(prompt_BL), text.length_B - 1, plan.rows, text.key_B,
+        ask=method.ask,
+    )  # fmt: skip
+    prompt = Prompt(prompt_BL, text, plan.rows, inputs.params, memory, seen)
+    draft = method.init(inputs.draft, prompt)
+    by_depth = jnp.zeros((b, method.depth + 1), jnp.int32)
+    by_rank = jnp.zeros((b, max(method.branching, 1)), jnp.int32)
     counts = Counts(jnp.zeros(b, jnp.int32), by_depth, by_depth, by_rank, by_rank)
     done_B = text.length_B >= limit_B
-    return State(text, cache, draft, own, stop_B, limit_B, done_B, counts)
+    return State(text, memory, draft, stop_B, limit_B, done_B, counts)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=5)
-def loop(
-    plan: Plan, params: Params, draft_params: Any, sampler: Sampler, stops: jax.Array,
-    state: State, rounds: jax.Array,
-) -> State:  # fmt: skip
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def loop(plan: Plan, inputs: Inputs, state: State, rounds: jax.Array) -> State:
     """Runs rounds until every row is done, or as many as given."""
 
     def unfinished(carry):
@@ -118,40 +124,67 @@ def loop(
 
     def run(carry):
         state, done = carry
-        return one_round(plan, params, draft_params, sampler, stops, state), done + 1
+        return one_round(plan, inputs, state), done + 1
 
     return jax.lax.while_loop(unfinished, run, (state, jnp.zeros((), jnp.int32)))[0]
 
 
-def one_round(
-    plan: Plan, params: Params, draft_params: Any, sampler: Sampler, stops: jax.Array, state: State
-) -> State:
-    """Drafts, verifies and commits once; every live row gains at least one token."""
-    drafter, text = plan.drafter, state.text
-    params = lexinvariant.with_tables(params, state.tables)
-    drafted, draft, begun = drafter.propose(draft_params, state.draft, text, params, state.cache)
-    logits_BTV, cache = target_pass(plan, params, drafted, begun, text, state.cache)
-    logprob_BTV = law(plan, sampler, drafted, logits_BTV, text)
-    verdict = plan.verifier.verify(drafted, logprob_BTV, text, drafter.depth, drafter.branching)
-    state = dataclasses.replace(state, cache=cache, draft=draft)
-    return commit(plan, draft_params, stops, state, drafted, logits_BTV, verdict)
+def one_round(plan: Plan, inputs: Inputs, state: State) -> State:
+    """Drafts, verifies and keeps once; every live row gains at least one token."""
+    method, text = plan.method, state.text
+    context = Context(text, inputs.params, state.memory)
+    proposal = method.propose(inputs.draft, state.draft, context)
+    scores, seen, memory = target_pass(plan, inputs.params, proposal, context)
+    scored = distribution(plan, inputs, proposal.tree, scores, text)
+    verdict = plan.verifier.verify(proposal.tree, scored, text, method.depth, method.branching)
+    state = dataclasses.replace(state, memory=memory, draft=proposal.state)
+    return commit(plan, inputs, state, proposal.tree, scores, seen, verdict)
+
+
+def target_pass(
+    plan: Plan, params: Any, proposal: Proposal, context: Context
+) -> tuple[Scores, Seen, Memory]:
+    """Runs the target over the nodes of a tree; its memory then holds T nodes more."""
+    model, method, drafted = plan.model, plan.method, proposal.tree
+    position_BT = (context.text.length_B - 1)[:, None] + drafted.depth_BT
+    bits_BTW = None
+    if method.nodes > 1:
+        bits_BTW = pack_bits(tree.ancestors(drafted, method.depth))
+    nodes, memory = Nodes(drafted.token_BT, position_BT, bits_BTW), context.memory
+    if proposal.begun is not None:
+        x_BTD, memory = proposal.begun
+        nodes = nodes._replace(x_BTD=x_BTD, begun=method.shared_layers)
+    memory, seen = model.step(params, memory, nodes, ask=method.ask)
+    return scores_lib.of_head(model.head(params, memory, seen.h_BTD)), seen, memory
+
+
+def distribution(
+    plan: Plan, inputs: Inputs, drafted: DraftTree, scores: Scores, text: Text
+) -> Distribution:
+    """Returns the target's distribution after each node, as transform and sampler adjust it."""
+    if plan.transform is not None:
+        assert isinstance(scores, scores_lib.Logits), 'a logits transform needs dense logits'
+        logits_BTV = plan.transform(inputs.transform, scores.logits_BTV, drafted, text)
+        scores = scores_lib.Logits(logits_BTV)
+    seen_BTV = None
+    if inputs.sampler.repetition_penalty is not None:
+        seen_BTV = _seen(drafted, text, plan.model.vocab_size, plan.method.depth)
+    return scores.distribution(inputs.sampler, seen_BTV)
 
 
 def commit(
-    plan: Plan, draft_params: Any, stops: jax.Array, state: State, drafted: DraftTree,
-    logits_BTV: jax.Array, verdict: Verdict,
+    plan: Plan, inputs: Inputs, state: State, drafted: DraftTree, scores: Scores, seen: Seen,
+    verdict: Verdict,
 ) -> State:  # fmt: skip
-    """Returns what a round leaves, from the state with the caches as drafting and verifying did."""
+    """Returns the state after a round, from the state with the memories as the passes left them."""
     emitted_BP = _emitted(drafted, verdict)
-    count_B, stop_B, stopped_B = _stop(stops, state, emitted_BP, verdict)
-    root_B = state.text.length_B - 1
+    count_B, stop_B, stopped_B = _stop(inputs.stops, state, emitted_BP, verdict)
     after = _append(state.text, emitted_BP, count_B)
-    outcome = Outcome(drafted, logits_BTV, verdict, after)
+    outcome = Outcome(drafted, scores, seen, verdict, after, count_B)
     return State(
         text=after,
-        cache=cache_lib.keep(state.cache, root_B, verdict.path_BP, count_B),
-        draft=plan.drafter.update(draft_params, state.draft, outcome),
-        tables=state.tables,
+        memory=plan.model.keep(state.memory, verdict.path_BP, count_B),
+        draft=plan.method.update(inputs.draft, state.draft, outcome),
         stop_B=stop_B,
         limit_B=state.limit_B,
         done_B=state.done_B | stopped_B | (after.length_B >= state.limit_B),
@@ -159,51 +192,16 @@ def commit(
     )
 
 
-def target_pass(
-    plan: Plan, params: Params, drafted: DraftTree, begun: Begun | None, text: Text, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """Runs the target over the nodes of a tree: logits f32 `[B, T, V]`, and T more cache rows."""
-    config, drafter = plan.config, plan.drafter
-    positions_BT = (text.length_B - 1)[:, None] + drafted.depth_BT
-    bits_BTW = None
-    if drafter.nodes > 1:
-        bits_BTW = pack_bits(tree.ancestors(drafted, drafter.depth))
-    if begun is None:
-        logits_BTV, cache = transformer.step(
-            params, config, drafted.token_BT, cache, positions_BL=positions_BT,
-            ancestors_BLW=bits_BTW,
-        )  # fmt: skip
-    else:
-        mask = Mask(positions_BT, positions_BT[:, None], ancestors=bits_BTW)
-        deeper = (drafter.shared_layers, config.n_layers)
-        x_BTD, longer = transformer.blocks(
-            params['body'], config, begun.x_BTD, mask, begun.cache, only=deeper
-        )
-        assert longer is not None
-        cache = longer
-        h_BTD = transformer.final_norm(params['body'], config, x_BTD)
-        logits_BTV = tables.unembed(params['tables'], config, h_BTD)
-    if plan.bos is not None:
-        logits_BTV = logits_BTV.at[..., plan.bos].set(-jnp.inf)
-    return logits_BTV, cache
-
-
-def law(
-    plan: Plan, sampler: Sampler, drafted: DraftTree, logits_BTV: jax.Array, text: Text
-) -> jax.Array:
-    """Returns the target's law after each node, log-probabilities `[B, T, V]`."""
-    seen_BTV = None
-    if sampler.repetition_penalty is not None:
-        b, s = text.token_BS.shape
-        vocab_size = logits_BTV.shape[-1]
-        live_BS = jnp.arange(s) < text.length_B[:, None]
-        token_BS = jnp.where(live_BS, text.token_BS, vocab_size)
-        rows = jnp.arange(b)[:, None]
-        in_text = jnp.zeros((b, vocab_size), bool).at[rows, token_BS].set(True, mode='drop')
-        on_path = tree.ancestors(drafted, plan.drafter.depth).astype(jnp.float32)
-        tokens = jax.nn.one_hot(drafted.token_BT, vocab_size)
-        seen_BTV = in_text[:, None] | (jnp.einsum('bij,bjv->biv', on_path, tokens) > 0)
-    return sample.log_law(sampler, logits_BTV, seen_BTV)
+def _seen(drafted: DraftTree, text: Text, vocab_size: int, depth: int) -> jax.Array:
+    """Returns bool `[B, T, V]`: tokens of the text, and of each node's path."""
+    b, s = text.token_BS.shape
+    live_BS = jnp.arange(s) < text.length_B[:, None]
+    token_BS = jnp.where(live_BS, text.token_BS, vocab_size)
+    rows = jnp.arange(b)[:, None]
+    in_text = jnp.zeros((b, vocab_size), bool).at[rows, token_BS].set(True, mode='drop')
+    on_path = tree.ancestors(drafted, depth).astype(jnp.float32)
+    tokens = jax.nn.one_hot(drafted.token_BT, vocab_size)
+    return in_text[:, None] | (jnp.einsum('bij,bjv->biv', on_path, tokens) > 0)
 
 
 def _emitted(drafted: DraftTree, verdict: Verdict) -> jax.Array:

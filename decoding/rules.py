@@ -1,4 +1,4 @@
-"""The exact rules at one node, on the laws of one token: what `decoding.verify` walks trees by."""
+"""The exact rules at one node, on distributions of one token (see `decoding.verify` for trees)."""
 
 from typing import NamedTuple
 
@@ -12,18 +12,24 @@ def rejection_step(
     """One draft in recursive rejection (Jeon et al. 2024, RSD; Chen et al. 2024, Sequoia).
 
     Args:
-      target_V: law that the emitted token is to follow.
-      draft_V: law from which `token` was drawn; all 0 if nothing was left to draw.
+      target_V: probabilities that the emitted token is to follow.
+      draft_V: probabilities from which `token` was drawn; all 0 if nothing was left to draw.
       token: scalar.
 
     Returns:
-      Probability of accepting the token, min(1, target / draft), and what holds if it is rejected:
-      the target's residual, [target - draft]_+ normalised, and the law of a next draft drawn
-      without replacement. With replacement the next draft's law is `draft_V` again.
+      The probability of accepting the token x, and for its rejection the target's residual and
+      the distribution of the next draft without replacement (with replacement it is `draft_V`):
+
+          min(1, target(x) / draft(x))    [target - draft]_+ / sum    draft without x / sum
+
+    >>> import jax.numpy as jnp
+    >>> target, draft = jnp.asarray([0.5, 0.5]), jnp.asarray([0.75, 0.25])
+    >>> [x.round(3).tolist() for x in rejection_step(target, draft, 0)]
+    [0.667..., [0.0, 1.0], [0.0, 1.0]]
     """
     q, p = target_V[token], draft_V[token]
     acceptance = jnp.minimum(1, _ratio(q, p))
-    # rounding may leave no residual where the two laws agree: then rejection is rounding too
+    # rounding may leave no residual where the two agree: then rejection is rounding too
     residual_V = _normalised(jnp.maximum(target_V - draft_V, 0), otherwise=target_V)
     rest_V = draft_V.at[token].set(0)
     return acceptance, residual_V, _normalised(rest_V, otherwise=jnp.zeros_like(rest_V))
@@ -35,7 +41,7 @@ class KSeqPlan(NamedTuple):
     Attributes:
       rho: draft x is accepted with probability min(1, target(x) / (rho draft(x))).
       beta: probability that a given draft is accepted.
-      residual_V: law of the token where none is.
+      residual_V: distribution of the token if none is accepted.
     """
 
     rho: jax.Array
@@ -50,7 +56,7 @@ def k_seq_plan(target_V: jax.Array, draft_V: jax.Array, k: jax.Array | int) -> K
     side falls with rho and the right side rises: bisection, which ends on the exact side.
 
     Args:
-      target_V, draft_V: laws.
+      target_V, draft_V: probabilities.
       k: drafts, drawn independently of each other; none counts as one.
     """
     k = jnp.maximum(jnp.asarray(k, target_V.dtype), 1)
@@ -78,7 +84,7 @@ def k_seq_plan(target_V: jax.Array, draft_V: jax.Array, k: jax.Array | int) -> K
 
 
 def k_seq_acceptance(target: jax.Array, draft: jax.Array, rho: jax.Array) -> jax.Array:
-    """Returns the probability of accepting a draft, from both laws at its token; any shape."""
+    """Returns the probability of accepting a draft from its token's probabilities; any shape."""
     return jnp.minimum(1, _ratio(target, rho * draft))
 
 

@@ -1,4 +1,4 @@
-"""From logits to the law that is sampled, and draws from it that are keyed by position."""
+"""From logits to the distribution that is sampled, and draws keyed by position."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ BLOCK = 256  # tokens whose mass `draw` adds up
 
 @flax.struct.dataclass
 class Sampler:
-    """How logits become the law of the next token; None leaves a step out.
+    """How logits become the distribution of the next token; None leaves a step out.
 
     In this order: repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (Holtzman et
     al. 2020), min-p (Nguyen et al. 2024).
@@ -56,7 +56,7 @@ def check(sampler: Sampler) -> None:
     require('repetition_penalty', 'more than 0, and finite', lambda x: (x > 0) & np.isfinite(x))
 
 
-def log_law(sampler: Sampler, logits: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+def log_probs(sampler: Sampler, logits: jax.Array, seen: jax.Array | None = None) -> jax.Array:
     """Returns log-probabilities `[..., V]` of what is sampled, -inf outside of its support.
 
     Args:
@@ -147,8 +147,7 @@ def draw(logprob_BV: jax.Array, key_B: jax.Array, position_B: jax.Array) -> jax.
 
     First a block of the vocabulary, by its mass, and then one of its tokens: that takes noise for
     V / 256 blocks and 256 tokens, where noise for V tokens would cost more than a small draft
-    model's pass. The same law, key and position give the same token, however the law was
-    arrived at.
+    model's pass. Equal log-probabilities, key and position give equal tokens.
     """
     b, v = logprob_BV.shape
     size = min(v, BLOCK)

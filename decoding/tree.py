@@ -34,12 +34,12 @@ class WithoutReplacement(DraftTree):
     """Each node's children were drawn one after another, each from what the earlier ones left.
 
     Attributes:
-      law_BTV: log-probabilities from which each node's first child was drawn; for the i-th, those
-        of its elder siblings are struck out and the rest normalised. Whether there is an i-th
-        child may depend on its elders, never on what it turned out to be. Leaves: anything.
+      logprob_BTV: log-probabilities from which each node's first child was drawn. Child i is drawn
+        from them with its earlier siblings' tokens removed and the rest renormalised. Whether there
+        is a child i may depend on its earlier siblings, never on its own token. Unused at leaves.
     """
 
-    law_BTV: jax.Array
+    logprob_BTV: jax.Array
 
 
 @flax.struct.dataclass
@@ -47,11 +47,11 @@ class Independent(DraftTree):
     """K sequences, each drawn by itself: the root has K children, and every other node at most one.
 
     Attributes:
-      law_BTV: log-probabilities from which each node's child, or each of the root's children, was
-        drawn.
+      logprob_BTV: log-probabilities from which each node's child, or each of the root's children,
+        was drawn.
     """
 
-    law_BTV: jax.Array
+    logprob_BTV: jax.Array
 
 
 def root_only(token_B: jax.Array) -> DraftTree:

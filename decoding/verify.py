@@ -1,8 +1,8 @@
-"""The exact rules: which drafted tokens stand, and what is drawn after them.
+"""The exact rules: which drafted tokens stand, and which token is drawn after them.
 
-Texts follow the target's law under each of them, for the class of trees that it names and for no
-other: top-k children under recursive rejection, say, give another law. So trees of another class
-are refused, by type.
+Each rule keeps the target's distribution for the class of trees that it names, and for no other:
+recursive rejection over top-k children, for example, is biased. So a tree of another class is
+refused by its type.
 
     greedy walk           any tree          temperature 0
     target-only walk      any tree          the very tokens of plain sampling
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from decoding import rules, sample
-from decoding.drafter import Drafter, Text, Verdict, Verifier
+from decoding.drafter import Method, Text, Verdict, Verifier
+from decoding.scores import Distribution, Probabilities
 from decoding.tree import DraftTree, Independent, WithoutReplacement, at, child
 
 ACCEPTANCE = 1  # tag of the uniforms that accept; the draw of a token has none
@@ -71,26 +72,33 @@ def _follow(tree: DraftTree, depth: int, choose: Callable[[jax.Array, jax.Array]
     return walk.verdict(next_B)
 
 
-def _greedy(tree: DraftTree, logprob_BTV, text: Text, depth: int, branching: int) -> Verdict:
+def _greedy(
+    tree: DraftTree, distribution: Distribution, text: Text, depth: int, branching: int, **extra
+) -> Verdict:
     def choose(node_B, level):
-        return jnp.argmax(at(logprob_BTV, node_B), axis=1).astype(jnp.int32)
+        return distribution.greatest(node_B)
 
     return _follow(tree, depth, choose)
 
 
-def _target_only(tree: DraftTree, logprob_BTV, text: Text, depth: int, branching: int) -> Verdict:
+def _target_only(
+    tree: DraftTree, distribution: Distribution, text: Text, depth: int, branching: int, **extra
+) -> Verdict:
     def choose(node_B, level):
-        return sample.draw(at(logprob_BTV, node_B), text.key_B, text.length_B + level)
+        return distribution.draw(node_B, text.key_B, text.length_B + level)
 
     return _follow(tree, depth, choose)
 
 
-def _recursive(tree: DraftTree, logprob_BTV, text: Text, depth: int, branching: int) -> Verdict:
+def _recursive(
+    tree: DraftTree, distribution: Probabilities, text: Text, depth: int, branching: int, **extra
+) -> Verdict:
     if not isinstance(tree, WithoutReplacement):
         raise _refusal(recursive_rejection, type(tree))
+    logprob_BTV = distribution.logprob_BTV
 
-    def laws(node_B):
-        draft_BV = jnp.exp(at(tree.law_BTV, node_B)).astype(logprob_BTV.dtype)
+    def both(node_B):
+        draft_BV = jnp.exp(at(tree.logprob_BTV, node_B)).astype(logprob_BTV.dtype)
         return jnp.exp(at(logprob_BTV, node_B)), draft_BV
 
     def candidate(walk, rank_B):
@@ -109,7 +117,7 @@ def _recursive(tree: DraftTree, logprob_BTV, text: Text, depth: int, branching: 
         reject_B = exists_B & ~accept_B
         walk = walk.descend(child_B, accept_B)
         rank_B = jnp.where(accept_B, 0, rank_B + reject_B)
-        new_target_BV, new_draft_BV = laws(child_B)
+        new_target_BV, new_draft_BV = both(child_B)
         target_BV = jnp.where(reject_B[:, None], residual_BV, target_BV)
         target_BV = jnp.where(accept_B[:, None], new_target_BV, target_BV)
         draft_BV = jnp.where(accept_B[:, None], new_draft_BV, rest_BV)
@@ -119,30 +127,35 @@ def _recursive(tree: DraftTree, logprob_BTV, text: Text, depth: int, branching: 
 
     walk = _at_root(tree.token_BT.shape[0], depth)
     rank_B = jnp.zeros_like(walk.accepted_B)
-    start = (walk, rank_B, candidate(walk, rank_B), *laws(walk.node_B))
+    start = (walk, rank_B, candidate(walk, rank_B), *both(walk.node_B))
     final = jax.lax.while_loop(lambda state: jnp.any(state[2][1]), step, start)
     return _emit(final[0], final[3], text)
 
 
-def _speculative(tree: DraftTree, logprob_BTV, text: Text, depth: int, branching: int) -> Verdict:
+def _speculative(
+    tree: DraftTree, distribution: Probabilities, text: Text, depth: int, branching: int, **extra
+) -> Verdict:
     if not isinstance(tree, WithoutReplacement):
         raise _refusal(speculative_sampling, type(tree))
     if branching > 1:
         raise ValueError(ONE_CHILD.format(branching))
-    return _recursive(tree, logprob_BTV, text, depth, branching)
+    return _recursive(tree, distribution, text, depth, branching)
 
 
-def _k_seq(tree: DraftTree, logprob_BTV, text: Text, depth: int, branching: int) -> Verdict:
+def _k_seq(
+    tree: DraftTree, distribution: Probabilities, text: Text, depth: int, branching: int, **extra
+) -> Verdict:
     if not isinstance(tree, Independent):
         raise _refusal(k_seq, type(tree))
+    logprob_BTV = distribution.logprob_BTV
     children = jax.vmap(child, (None, 1, 0), 1)
     rank_K = jnp.arange(branching)
 
     def step(state):
         level, walk, node_BK, alive_BK, target_BV = state
         alive_B = jnp.any(alive_BK, axis=1)
-        # the survivors carry the same tokens, so that both laws are the same after each of them
-        draft_BV = jnp.exp(at(tree.law_BTV, walk.node_B)).astype(target_BV.dtype)
+        # the survivors carry the same tokens, so that both distributions are the same after each
+        draft_BV = jnp.exp(at(tree.logprob_BTV, walk.node_B)).astype(target_BV.dtype)
         plan = jax.vmap(rules.k_seq_plan)(target_BV, draft_BV, jnp.sum(alive_BK, axis=1))
         token_BK = jnp.take_along_axis(tree.token_BT, node_BK, axis=1)
         acceptance_BK = rules.k_seq_acceptance(
@@ -178,17 +191,19 @@ def _uniforms(text: Text, depth_B: jax.Array, k: int, dtype) -> jax.Array:
     return jax.vmap(lambda key: jax.random.uniform(key, (k,), dtype))(key_B)
 
 
-def _emit(walk: _Walk, law_BV: jax.Array, text: Text) -> Verdict:
+def _emit(walk: _Walk, probability_BV: jax.Array, text: Text) -> Verdict:
     """Draws the token after the path of each row."""
     position_B = text.length_B + walk.accepted_B
-    return walk.verdict(sample.draw(jnp.log(law_BV), text.key_B, position_B))
+    return walk.verdict(sample.draw(jnp.log(probability_BV), text.key_B, position_B))
 
 
 greedy_walk = Verifier(_greedy, DraftTree, 'greedy walk')
 target_only_walk = Verifier(_target_only, DraftTree, 'target-only walk')
-recursive_rejection = Verifier(_recursive, WithoutReplacement, 'recursive rejection')
-speculative_sampling = Verifier(_speculative, WithoutReplacement, 'speculative sampling')
-k_seq = Verifier(_k_seq, Independent, 'K-SEQ')
+recursive_rejection = Verifier(_recursive, WithoutReplacement, 'recursive rejection', dense=True)
+speculative_sampling = Verifier(
+    _speculative, WithoutReplacement, 'speculative sampling', dense=True
+)
+k_seq = Verifier(_k_seq, Independent, 'K-SEQ', dense=True)
 
 
 def default_for(trees: type[DraftTree]) -> Verifier:
@@ -196,24 +211,24 @@ def default_for(trees: type[DraftTree]) -> Verifier:
     return _exact_for(trees)[0]
 
 
-def check_pairing(drafter: Drafter, verifier: Verifier, sampler: sample.Sampler | None = None):
-    """Refuses a verifier whose texts would not follow the target's law.
+def check_pairing(method: Method, verifier: Verifier, sampler: sample.Sampler | None = None):
+    """Refuses a verifier whose texts would not follow the target's distribution.
 
     Raises:
       TypeError: the verifier is not exact for the drafter's trees.
       ValueError: speculative sampling with several children per node; or a greedy walk where the
         sampler's temperature is known and not 0.
     """
-    if not issubclass(drafter.trees, verifier.trees):
-        raise _refusal(verifier, drafter.trees, f' ({_module(drafter.propose)})')
-    if verifier is speculative_sampling and drafter.branching > 1:
-        raise ValueError(ONE_CHILD.format(drafter.branching))
+    if not issubclass(method.trees, verifier.trees):
+        raise _refusal(verifier, method.trees, f' ({_module(method.propose)})')
+    if verifier is speculative_sampling and method.branching > 1:
+        raise ValueError(ONE_CHILD.format(method.branching))
     if verifier is greedy_walk and sampler is not None:
         temperature = sampler.temperature
         if not isinstance(temperature, jax.core.Tracer) and np.any(np.asarray(temperature) != 0):
             raise ValueError(
                 f'a greedy walk is for temperature 0, not {temperature}: '
-                f'use {default_for(drafter.trees).name}'
+                f'use {default_for(method.trees).name}'
             )
 
 

@@ -1,115 +1,111 @@
-"""A draft model and its cache: what of it is run in a round, and what is kept of it.
+"""A draft model and its memory: the nodes that run in a round, and those that stay.
 
-The nodes of a level are run together, and see the text, their ancestors and themselves. The root
-and the levels stand behind each other in the draft model's cache:
+The nodes of a level run together, and see the text, their ancestors and themselves. In the memory
+they stand behind the text, in the order in which they ran:
 
-    ... text | root | level 1 | level 2 | ...        rows root, root + 1, ...
+    ... text | last but one | root | level 1 | level 2 | ...
 
-Nodes of the last level are never run. If one of them is accepted, its row is missing when the next
-round begins, which is why each round runs the last two tokens of the text, not only the root.
+Nodes of the last level never run. If one of them is accepted, the memory lacks it when the next
+round begins. So each round runs the last two tokens of the text, not only the root.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from decoding import sample
-from decoding.drafter import Model, Outcome, Text
+from decoding import scores
+from decoding.drafter import Outcome, Prompt, Text
 from decoding.sample import Sampler
 from lm.kernels.mask import pack_bits
-from lm.model import cache as cache_lib
-from lm.model import tables, transformer
-from lm.model.cache import Cache
-from lm.model.params import Params
+from lm.model import contract
+from lm.model.contract import Memory, Model, Nodes
 
 
 class Weights(NamedTuple):
-    """`Drafter.params` of a drafter with a model; another sampler compiles nothing anew."""
+    """`Drafter.params` of a drafter with a model; another sampler recompiles nothing."""
 
-    params: Params
+    params: Any
+    sampler: Sampler
+
+
+class Draft(NamedTuple):
+    """A draft model in use: its functions, and what it is run with."""
+
+    model: Model
+    params: Any
     sampler: Sampler
 
 
 @flax.struct.dataclass
 class State:
-    """Between rounds.
+    """The state between rounds.
 
     Attributes:
-      cache: of the draft model; after `update`, all of the text that it will not run again.
-      root_B: int32, the row of the last tree's root.
-      row_BT: int32, row of each node of that tree, counted from its root's.
-      tables: drawn for these texts (`lm.model.lexinvariant`); None where they are learned.
+      memory: of the draft model; after `update` it lacks the last two tokens of each text.
+      index_BT: int32, place of each node of the last tree among those that ran, the root's being 0.
     """
 
-    cache: Cache
-    root_B: jax.Array
-    row_BT: jax.Array
-    tables: Params | None
+    memory: Memory
+    index_BT: jax.Array
 
 
 class Level(NamedTuple):
-    """Nodes of one depth, run through the draft model.
+    """Nodes of one depth, after their pass.
 
     Attributes:
-      law_BMV: log-probabilities from which their children are drawn.
-      sees_BMR: bool, which of the R tree rows in the cache each node sees; the last M are its
-        own level's.
-      seen_BMV: bool, tokens of the text and of the path; None where the sampler does not ask.
+      logprob_BMV: log-probabilities from which their children are drawn.
+      sees_BMR: bool, which of the R nodes from the root on each node sees; the last M are its own
+        level's.
+      seen_BMV: bool, tokens of the text and of the path; None if the sampler does not ask.
       depth: of the nodes.
     """
 
-    law_BMV: jax.Array
+    logprob_BMV: jax.Array
     sees_BMR: jax.Array
     seen_BMV: jax.Array | None
     depth: int
 
 
-def prefill(model: Model, text: Text, rows: int) -> Cache:
-    """Returns a cache that holds each text but its last token."""
-    b, l = text.token_BS.shape
-    positions_BL = jnp.broadcast_to(jnp.arange(l), (b, l))
-    token_BL = jnp.where(positions_BL < text.length_B[:, None], text.token_BS, 0)
-    _, cache = _body(model, token_BL, positions_BL, cache_lib.init(model.config, b, rows))
-    return cache_lib.truncate(cache, text.length_B - 1)
+def prefill(model: Model, params: Any, prompt: Prompt, rows: int) -> Memory:
+    """Returns a memory of each prompt but its last two tokens."""
+    text = prompt.text
+    kept_B = jnp.maximum(text.length_B - 2, 0)
+    return model.start(params, contract.chain(prompt.token_BL), kept_B, rows, text.key_B).memory
 
 
-def update(weights: Weights, state: State, outcome: Outcome) -> State:
-    """Keeps the rows of the root and of the accepted nodes but the last, which will run again."""
+def update(model: Model, weights: Weights, state: State, outcome: Outcome, **extra: Any) -> State:
+    """Keeps the last token but one, the root, and the accepted nodes but the last."""
     del weights
-    path_BP, accepted_B = outcome.verdict.path_BP, outcome.verdict.accepted_B
-    rows_BP = jnp.take_along_axis(state.row_BT, path_BP, axis=1)
-    cache = cache_lib.keep(state.cache, state.root_B, rows_BP, accepted_B)
-    return dataclasses.replace(state, cache=cache)
+    index_BP = jnp.take_along_axis(state.index_BT, outcome.verdict.path_BP, axis=1)
+    index_BP = jnp.pad(index_BP[:, :-1] + 1, ((0, 0), (1, 0)))  # the last but one ran first
+    return dataclasses.replace(state, memory=model.keep(state.memory, index_BP, outcome.count_B))
 
 
-def begin(model: Model, sampler: Sampler, cache: Cache, text: Text) -> tuple[Level, Cache]:
-    """Runs the last two tokens of each text; returns the root, and a cache that ends with it."""
-    last_B = text.length_B - 1
-    start_B = jnp.maximum(last_B - 1, 0)
-    positions_BL = start_B[:, None] + jnp.arange(2)
-    # A text of one token runs it twice, once in the row behind it, which is then given up.
-    token_BL = pick(text.token_BS, jnp.minimum(positions_BL, last_B[:, None]))
-    h_BLD, cache = _body(model, token_BL, positions_BL, cache_lib.truncate(cache, start_B))
-    h_BLD = pick(h_BLD, (last_B - start_B)[:, None])
-    sees_BMR = jnp.ones((*last_B.shape, 1, 1), bool)
+def begin(draft: Draft, memory: Memory, text: Text) -> tuple[Level, Memory]:
+    """Runs the last two tokens of each text; returns the root's level, and the memory."""
+    position_BL = text.length_B[:, None] + jnp.arange(-2, 0)
+    # In a text of one token the first of the two is a node that nothing sees, at position -1.
+    token_BL = pick(text.token_BS, jnp.maximum(position_BL, 0))
+    memory, seen = draft.model.step(draft.params, memory, Nodes(token_BL, position_BL))
+    sees_BMR = jnp.ones((text.length_B.shape[0], 1, 1), bool)
     seen_BMV = None
-    if sampler.repetition_penalty is not None:
-        seen_BMV = _in_text(text, model.config.vocab_size)[:, None]
-    level = Level(_law(model, sampler, h_BLD, seen_BMV), sees_BMR, seen_BMV, 0)
-    return level, cache_lib.truncate(cache, text.length_B)
+    if draft.sampler.repetition_penalty is not None:
+        seen_BMV = _in_text(text, draft.model.vocab_size)[:, None]
+    logprob_BMV = _log_probs(draft, memory, seen.h_BTD[:, 1:], seen_BMV)
+    return Level(logprob_BMV, sees_BMR, seen_BMV, 0), memory
 
 
 def extend(
-    model: Model, sampler: Sampler, cache: Cache, text: Text, above: Level,
-    parent_BM: jax.Array, token_BM: jax.Array,
-) -> tuple[Level, Cache]:  # fmt: skip
-    """Runs the level below one, the last in the cache; returns it, and a longer cache.
+    draft: Draft, memory: Memory, text: Text, above: Level, parent_BM: jax.Array,
+    token_BM: jax.Array,
+) -> tuple[Level, Memory]:  # fmt: skip
+    """Runs the level below one that ran last; returns it, and the memory.
 
     Args:
-      model, sampler, cache, text: see `begin`.
+      draft, memory, text: see `begin`.
       above: the level above.
       parent_BM: int32, each new node's place in it.
       token_BM: int32, the new nodes' tokens.
@@ -118,16 +114,15 @@ def extend(
     itself_BMM = jnp.broadcast_to(jnp.eye(m, dtype=bool), (b, m, m))
     sees_BMR = jnp.concatenate([pick(above.sees_BMR, parent_BM), itself_BMM], axis=-1)
     depth = above.depth + 1
-    positions_BM = jnp.broadcast_to((text.length_B - 1 + depth)[:, None], (b, m))
-    h_BMD, cache = _body(
-        model, token_BM, positions_BM, cache,
-        ancestors_BLW=pack_bits(sees_BMR), nodes=sees_BMR.shape[-1],
-    )  # fmt: skip
+    position_BM = jnp.broadcast_to((text.length_B - 1 + depth)[:, None], (b, m))
+    nodes = Nodes(token_BM, position_BM, pack_bits(sees_BMR), span=sees_BMR.shape[-1])
+    memory, seen = draft.model.step(draft.params, memory, nodes)
     seen_BMV = None
     if above.seen_BMV is not None:
-        own_BMV = jax.nn.one_hot(token_BM, model.config.vocab_size, dtype=bool)
+        own_BMV = jax.nn.one_hot(token_BM, draft.model.vocab_size, dtype=bool)
         seen_BMV = pick(above.seen_BMV, parent_BM) | own_BMV
-    return Level(_law(model, sampler, h_BMD, seen_BMV), sees_BMR, seen_BMV, depth), cache
+    logprob_BMV = _log_probs(draft, memory, seen.h_BTD, seen_BMV)
+    return Level(logprob_BMV, sees_BMR, seen_BMV, depth), memory
 
 
 def pick(values_BM: jax.Array, index_BK: jax.Array) -> jax.Array:
@@ -135,20 +130,11 @@ def pick(values_BM: jax.Array, index_BK: jax.Array) -> jax.Array:
     return jax.vmap(lambda values_M, index_K: values_M[index_K])(values_BM, index_BK)
 
 
-def _body(model: Model, token_BL, positions_BL, cache: Cache, **tree) -> tuple[jax.Array, Cache]:
-    x_BLD = tables.embed(model.params['tables'], model.config, token_BL)
-    h_BLD, longer = transformer.body(
-        model.params['body'], model.config, x_BLD, positions_BL, cache=cache, **tree
-    )
-    assert longer is not None
-    return h_BLD, longer
-
-
-def _law(model: Model, sampler: Sampler, h_BMD: jax.Array, seen_BMV) -> jax.Array:
-    logits_BMV = tables.unembed(model.params['tables'], model.config, h_BMD)
-    if model.bos is not None:
-        logits_BMV = logits_BMV.at[..., model.bos].set(-jnp.inf)
-    return sample.log_law(sampler, logits_BMV, seen_BMV)
+def _log_probs(draft: Draft, memory: Memory, h_BMD: jax.Array, seen_BMV) -> jax.Array:
+    logits = scores.of_head(draft.model.head(draft.params, memory, h_BMD))
+    distribution = logits.distribution(draft.sampler, seen_BMV)
+    assert isinstance(distribution, scores.Probabilities), 'a draft model needs dense logits'
+    return distribution.logprob_BTV
 
 
 def _in_text(text: Text, vocab_size: int) -> jax.Array:

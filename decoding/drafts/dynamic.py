@@ -26,25 +26,27 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from decoding.drafter import Drafter, Model
+from decoding.drafter import Drafter
 from decoding.drafts import levels
 from decoding.drafts.draft_model import pick
+from decoding.model import LM
 from decoding.sample import Sampler
 from decoding.tree import DraftTree, WithoutReplacement
 
 
 def dynamic(
-    model: Model, nodes: int, depth: int, threshold: float = 0.0, sampler: Sampler | None = None
+    lm: LM, nodes: int, depth: int, threshold: float = 0.0, sampler: Sampler | None = None
 ) -> Drafter:
     """Returns the drafter of trees of the most valuable slots.
 
     Args:
-      model: the draft model.
+      lm: the draft model.
       nodes: of the tree, root included; where fewer slots are worth it, the rest is not valid.
       depth: of the deepest node at most; draft calls per round.
       threshold: slots of this value or less stay empty. It saves no time where, as here, a pass
         over a tree costs the same whatever is in it.
-      sampler: how its logits become the law that children are drawn from; by default as they are.
+      sampler: how its logits become the distribution that children are drawn from; by default as
+        they are.
 
     Raises:
       ValueError: nodes below 2 or more than a tree of this depth has, depth below 1 or above
@@ -54,7 +56,7 @@ def dynamic(
     levels.check('depth', depth, most=nodes - 1)
     if not 0 <= threshold < 1:
         raise ValueError(f'threshold: {threshold}; expected at least 0 and below 1')
-    vocab_size = model.config.vocab_size
+    vocab_size = lm.model.vocab_size
     # Who stays at a level has an ancestor at each level above, and may have only elder siblings
     # beside these: so many slots of a level, and of a node, can stay at most.
     most = [nodes - level for level in range(1, depth + 1)]
@@ -64,10 +66,10 @@ def dynamic(
         sizes += (min(m, k * (sizes[-1] if sizes else 1)),)
     levels.check('nodes', nodes, most=1 + sum(sizes))
 
-    def draw(law_BMV, key_B, level, carry):
-        mass_BM, worth = carry or (jnp.ones(law_BMV.shape[:2], law_BMV.dtype), ())
-        token_BMK, perturbed_BMK = levels.top(law_BMV, key_B, ranks[level - 1])
-        q_BMK = jnp.exp(jnp.take_along_axis(law_BMV, token_BMK, axis=2))
+    def draw(logprob_BMV, key_B, level, carry):
+        mass_BM, worth = carry or (jnp.ones(logprob_BMV.shape[:2], logprob_BMV.dtype), ())
+        token_BMK, perturbed_BMK = levels.top(logprob_BMV, key_B, ranks[level - 1])
+        q_BMK = jnp.exp(jnp.take_along_axis(logprob_BMV, token_BMK, axis=2))
         value_BMK = slot_values(mass_BM, q_BMK)
         value_BMK = jnp.where(perturbed_BMK > -jnp.inf, value_BMK, 0)
         # a child's own slots are worth no more than its own, whatever rounding does
@@ -77,14 +79,14 @@ def dynamic(
         mass_BM, ranked_BM = children.carry
         return children._replace(carry=(mass_BM, (*worth, ranked_BM)))
 
-    def propose(model, sampler, cache, text):
-        drawn, cache, (_, worth) = levels.grow(
-            draw, depth, WithoutReplacement, model, sampler, cache, text
+    def grown(draft, memory, text):
+        drawn, memory, (_, worth) = levels.grow(
+            draw, depth, WithoutReplacement, draft, memory, text
         )
-        tree, row_BT = most_valuable(drawn, jnp.concatenate(worth, axis=1), nodes)
-        return tree, row_BT, cache
+        tree, index_BT = most_valuable(drawn, jnp.concatenate(worth, axis=1), nodes)
+        return levels.Grown(tree, index_BT, memory)
 
-    return levels.drafter(model, sampler, propose, WithoutReplacement, sizes, ranks[0], nodes=nodes)
+    return levels.drafter(lm, sampler, grown, WithoutReplacement, sizes, ranks[0], nodes=nodes)
 
 
 def slot_values(mass_BM: jax.Array, q_BMK: jax.Array) -> jax.Array:

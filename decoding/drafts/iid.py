@@ -6,23 +6,25 @@ the i.i.d. draft sequences that its K-SEQ verifies.
 
 import jax.numpy as jnp
 
-from decoding.drafter import Drafter, Model
+from decoding.drafter import Drafter
 from decoding.drafts import levels
 from decoding.drafts.levels import Children
+from decoding.model import LM
 from decoding.sample import Sampler
 from decoding.tree import Independent
 
 
-def iid(model: Model, sequences: int, length: int, sampler: Sampler | None = None) -> Drafter:
+def iid(lm: LM, sequences: int, length: int, sampler: Sampler | None = None) -> Drafter:
     """Returns the drafter of K sequences that share the root; some may be equal.
 
     The tree has 1 + K length nodes.
 
     Args:
-      model: the draft model.
+      lm: the draft model.
       sequences: K.
       length: tokens of each.
-      sampler: how its logits become the law that tokens are drawn from; by default as they are.
+      sampler: how its logits become the distribution that tokens are drawn from; by default as they
+        are.
 
     Raises:
       ValueError: sequences or length below 1.
@@ -30,15 +32,15 @@ def iid(model: Model, sequences: int, length: int, sampler: Sampler | None = Non
     levels.check('sequences', sequences)
     levels.check('length', length)
 
-    def draw(law_BMV, key_B, level, carry):
+    def draw(logprob_BMV, key_B, level, carry):
         del level, carry
         # all start from the root, each with noise of its own, and then continue themselves
-        parent = jnp.arange(sequences) % law_BMV.shape[1]
-        token_BK1, _ = levels.top(law_BMV[:, parent], key_B, 1)
+        parent = jnp.arange(sequences) % logprob_BMV.shape[1]
+        token_BK1, _ = levels.top(logprob_BMV[:, parent], key_B, 1)
         token_BK = token_BK1[..., 0]
         parent_BK = jnp.broadcast_to(parent, token_BK.shape)
         return Children(parent_BK, token_BK, jnp.ones_like(token_BK, bool))
 
-    propose = levels.whole(draw, length, Independent)
+    grown = levels.whole(draw, length, Independent)
     sizes = (sequences,) * length
-    return levels.drafter(model, sampler, propose, Independent, sizes, sequences)
+    return levels.drafter(lm, sampler, grown, Independent, sizes, sequences)

@@ -1,21 +1,20 @@
 """Trees that a draft model grows level by level, and the drafters made of them."""
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from decoding import sample
-from decoding.drafter import Drafter, Model, Text
+from decoding.drafter import Context, Drafter, Method, Prompt, Proposal, Provenance, Text
 from decoding.drafts import draft_model
-from decoding.drafts.draft_model import State, Weights, pick
+from decoding.drafts.draft_model import Draft, State, Weights, pick
+from decoding.model import LM
 from decoding.sample import Sampler
 from decoding.tree import DraftTree
-from lm.model import lexinvariant
-from lm.model import params as params_lib
-from lm.model.cache import Cache
-from lm.model.params import Params
+from lm.model.contract import Memory
 
 DRAFTS = 2  # tag of draft noise, which must not be the noise that verifies (`sample.at_position`)
 
@@ -36,124 +35,142 @@ class Children(NamedTuple):
     carry: Any = None
 
 
-Draw = Callable[[jax.Array, jax.Array, int, Any], Children]
-Propose = Callable[[Model, Sampler, Cache, Text], tuple[DraftTree, jax.Array, Cache]]
+class Draw(Protocol):
+    """Draws the children of a level's nodes from their log-probabilities.
+
+    Above level 1 is the root, with a carry of None.
+    """
+
+    def __call__(
+        self, logprob_BMV: jax.Array, key_B: jax.Array, level: int, carry: Any
+    ) -> Children: ...
+
+
+class Grown(NamedTuple):
+    """A tree, the place of each node among those drawn, and the draft model's memory."""
+
+    tree: DraftTree
+    index_BT: jax.Array
+    memory: Memory
+
+
+class Grow(Protocol):
+    """Grows a tree below the last token of each text."""
+
+    def __call__(self, draft: Draft, memory: Memory, text: Text) -> Grown: ...
 
 
 def drafter(
-    model: Model,
+    lm: LM,
     sampler: Sampler | None,
-    propose: Propose,
+    grown: Grow,
     trees: type[DraftTree],
     sizes: tuple[int, ...],
     branching: int,
     nodes: int | None = None,
 ) -> Drafter:
-    """Returns the drafter that asks `propose(model, sampler, cache, text)` for trees.
+    """Returns the drafter that proposes the trees that `grown` grows.
 
     Args:
-      model: the draft model.
-      sampler: how its logits become the law that children are drawn from; by default as they are.
-      propose: returns a tree, each node's row counted from the root's, and the cache.
+      lm: the draft model.
+      sampler: how its logits become the distribution that children are drawn from; by default as
+        they are.
+      grown: see `Grow`.
       trees: class of the trees.
-      sizes: nodes of each level below the root that `propose` draws.
+      sizes: nodes of each level below the root that are drawn.
       branching: children of one node at most.
-      nodes: of the trees, root included; by default all those that are drawn.
+      nodes: of the trees, root included; by default all that are drawn.
     """
     drawn = 1 + sum(sizes)
     nodes = drawn if nodes is None else nodes
-    # tracing must see the weights as arguments, never as constants
-    bare = model._replace(params={})
+    model = lm.model
 
-    def run(weights: Weights, state: State, text: Text, target: Params, target_cache: Cache):
-        del target, target_cache
-        live = bare._replace(params=lexinvariant.with_tables(weights.params, state.tables))
-        tree, row_BT, cache = propose(live, weights.sampler, state.cache, text)
-        return tree, State(cache, text.length_B - 1, row_BT, state.tables), None
+    def init(weights: Weights, prompt: Prompt, **extra: Any) -> State:
+        # nodes that the tree leaves out, and the last token but one, need rows too
+        rows = prompt.rows + drawn - nodes + 1
+        memory = draft_model.prefill(model, weights.params, prompt, rows)
+        return State(memory, jnp.zeros((prompt.text.length_B.shape[0], nodes), jnp.int32))
 
-    def init(weights: Weights, text: Text, rows: int) -> State:
-        own = lexinvariant.drawn_for(weights.params, model.config, text.key_B)
-        live = bare._replace(params=lexinvariant.with_tables(weights.params, own))
-        cache = draft_model.prefill(live, text, rows + drawn - nodes)
-        row_BT = jnp.zeros((text.length_B.shape[0], nodes), jnp.int32)
-        return State(cache, text.length_B - 1, row_BT, own)
+    def propose(weights: Weights, state: State, context: Context, **extra: Any) -> Proposal:
+        draft = Draft(model, *weights)
+        tree, index_BT, memory = grown(draft, state.memory, context.text)
+        return Proposal(tree, State(memory, index_BT))
 
     return Drafter(
-        init=init,
-        propose=run,
-        update=draft_model.update,
-        params=Weights(model.params, Sampler() if sampler is None else sampler),
-        trees=trees,
-        nodes=nodes,
-        depth=len(sizes),
-        branching=branching,
-        calls=len(sizes),
-        size=params_lib.count(model.config),
-        model=model,
+        Method(
+            init=init,
+            propose=propose,
+            update=functools.partial(draft_model.update, model),
+            trees=trees,
+            nodes=nodes,
+            depth=len(sizes),
+            branching=branching,
+        ),
+        Weights(lm.params, Sampler() if sampler is None else sampler),
+        Provenance(lm, calls=len(sizes), size=model.size),
     )
 
 
 def grow(
-    draw: Draw, depth: int, trees: Callable[..., DraftTree], model: Model, sampler: Sampler,
-    cache: Cache, text: Text,
-) -> tuple[DraftTree, Cache, Any]:  # fmt: skip
-    """Grows a tree level by level; its nodes stand in the cache in their own order.
+    draw: Draw, depth: int, trees: Callable[..., DraftTree], draft: Draft, memory: Memory,
+    text: Text,
+) -> tuple[DraftTree, Memory, Any]:  # fmt: skip
+    """Grows a tree level by level; its nodes stand in the memory in their own order.
 
     Args:
-      draw: (law_BMV of the nodes above, key_B, level, carry) -> their children. Above level 1
-        is the root, with a carry of None.
+      draw: see `Draw`.
       depth: of the deepest level.
-      trees: makes the tree, from token, parent, depth, validity and law.
-      model, sampler, cache, text: see `draft_model.begin`.
+      trees: makes the tree of token, parent, depth, validity and log-probabilities.
+      draft, memory, text: see `draft_model.begin`.
 
     Returns:
-      The tree, the cache, and the last carry.
+      The tree, the memory, and the last carry.
     """
-    above, cache = draft_model.begin(model, sampler, cache, text)
+    above, memory = draft_model.begin(draft, memory, text)
     token_BM = pick(text.token_BS, text.length_B[:, None] - 1)
     zeros = jnp.zeros_like(token_BM)
     nodes = [(token_BM, zeros - 1, zeros, zeros == 0)]
-    laws = [above.law_BMV]
+    logprobs = [above.logprob_BMV]
     first, carry = 0, None  # `first` is the first node of the level above
     for level in range(1, depth + 1):
         key_B = sample.at_position(text.key_B, text.length_B - 1, DRAFTS, level)
-        children = draw(above.law_BMV, key_B, level, carry)
+        children = draw(above.logprob_BMV, key_B, level, carry)
         carry = children.carry
         valid_BM = children.valid_BM & pick(nodes[-1][3], children.parent_BM)
         at_level = jnp.full_like(children.token_BM, level)
         nodes.append((children.token_BM, first + children.parent_BM, at_level, valid_BM))
-        first += above.law_BMV.shape[1]
+        first += above.logprob_BMV.shape[1]
         if level < depth:
-            above, cache = draft_model.extend(
-                model, sampler, cache, text, above, children.parent_BM, children.token_BM
+            above, memory = draft_model.extend(
+                draft, memory, text, above, children.parent_BM, children.token_BM
             )
-            laws.append(above.law_BMV)
-    leaves = (*nodes[-1][0].shape, laws[0].shape[-1])
-    laws.append(jnp.zeros(leaves, laws[0].dtype))
+            logprobs.append(above.logprob_BMV)
+    leaves = (*nodes[-1][0].shape, logprobs[0].shape[-1])
+    logprobs.append(jnp.zeros(leaves, logprobs[0].dtype))
     fields = [jnp.concatenate(parts, axis=1) for parts in zip(*nodes, strict=True)]
-    return trees(*fields, jnp.concatenate(laws, axis=1)), cache, carry
+    return trees(*fields, jnp.concatenate(logprobs, axis=1)), memory, carry
 
 
-def whole(draw: Draw, depth: int, trees: Callable[..., DraftTree]) -> Propose:
-    """Returns what proposes all that `grow` grew."""
+def whole(draw: Draw, depth: int, trees: Callable[..., DraftTree]) -> Grow:
+    """Returns the function that proposes every node that `grow` draws."""
 
-    def propose(model, sampler, cache, text):
-        tree, cache, _ = grow(draw, depth, trees, model, sampler, cache, text)
-        row_BT = jnp.broadcast_to(jnp.arange(tree.token_BT.shape[1]), tree.token_BT.shape)
-        return tree, row_BT, cache
+    def grown(draft: Draft, memory: Memory, text: Text) -> Grown:
+        tree, memory, _ = grow(draw, depth, trees, draft, memory, text)
+        index_BT = jnp.broadcast_to(jnp.arange(tree.token_BT.shape[1]), tree.token_BT.shape)
+        return Grown(tree, index_BT, memory)
 
-    return propose
+    return grown
 
 
-def top(law_BMV: jax.Array, key_B: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Draws without replacement from each law: the Gumbel-top-k trick (Kool et al. 2019).
+def top(logprob_BMV: jax.Array, key_B: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Draws without replacement from each distribution: the Gumbel-top-k trick (Kool et al. 2019).
 
     Returns:
       Tokens `[B, M, count]` in the order drawn, and their perturbed log-probabilities; tokens
       outside of the support come last, with -inf.
     """
-    noise_BMV = sample.gumbel(key_B, law_BMV.shape[1:], law_BMV.dtype)
-    perturbed, token = jax.lax.top_k(law_BMV + noise_BMV, count)
+    noise_BMV = sample.gumbel(key_B, logprob_BMV.shape[1:], logprob_BMV.dtype)
+    perturbed, token = jax.lax.top_k(logprob_BMV + noise_BMV, count)
     return token, perturbed
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from decoding import tree as tree_lib
-from decoding.drafter import Drafter, Outcome, Text
+from decoding.drafter import Context, Drafter, Method, Outcome, Prompt, Proposal, Text
 from decoding.tree import DraftTree
 
 # A draft stays right with about this probability per token: settles where the nodes go when the
@@ -64,20 +64,22 @@ def lookup(
         raise ValueError(f'lookup: {buckets} buckets; expected a power of two')
     nodes = min(nodes, 1 + branches * length)
 
-    def init(params, text: Text, rows: int) -> State:
+    def init(params, prompt: Prompt, **extra) -> State:
+        text = prompt.text
         s = text.token_BS.shape[1]
         count = buckets or 1 << (s - 1).bit_length()
         tables = [_index(text, size, count, branches) for size in range(longest, 0, -1)]
         return State(jnp.stack(tables, axis=1), text.length_B - 1)
 
-    def propose(params, state: State, text: Text, target, cache):
+    def propose(params, state: State, context: Context, **extra) -> Proposal:
+        text = context.text
         start_BK, weight_BK = _matches(state, text, longest, branches)
         token_BKL, valid_BKL = _continuations(text, start_BK, length)
         valid_BKL &= weight_BK[..., None] > 0
         root_B = tree_lib.at(text.token_BS, text.length_B - 1)
-        return trie(root_B, token_BKL, valid_BKL, weight_BK, nodes), state, None
+        return Proposal(trie(root_B, token_BKL, valid_BKL, weight_BK, nodes), state)
 
-    def update(params, state: State, outcome: Outcome) -> State:
+    def update(params, state: State, outcome: Outcome, **extra) -> State:
         # a round adds at most length + 1 tokens
         table = jax.lax.fori_loop(
             0, length + 1,
@@ -86,7 +88,7 @@ def lookup(
         )  # fmt: skip
         return State(table, outcome.text.length_B - 1)
 
-    return Drafter(init, propose, update, None, DraftTree, nodes, length, branches)
+    return Drafter(Method(init, propose, update, DraftTree, nodes, length, branches))
 
 
 def trie(

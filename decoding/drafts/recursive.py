@@ -10,41 +10,43 @@ import math
 import jax
 import jax.numpy as jnp
 
-from decoding.drafter import Drafter, Model
+from decoding.drafter import Drafter
 from decoding.drafts import levels
 from decoding.drafts.levels import Children
+from decoding.model import LM
 from decoding.sample import Sampler
 from decoding.tree import WithoutReplacement
 
 
-def branching(model: Model, factors: tuple[int, ...], sampler: Sampler | None = None) -> Drafter:
+def branching(lm: LM, factors: tuple[int, ...], sampler: Sampler | None = None) -> Drafter:
     """Returns RSD-C: every node at depth d has `factors[d]` children, by Gumbel-top-k.
 
     The tree has 1 + b0 + b0 b1 + ... nodes.
 
     Args:
-      model: the draft model.
+      lm: the draft model.
       factors: children of the root, of each of these, and so on.
-      sampler: how its logits become the law that children are drawn from; by default as they are.
+      sampler: how its logits become the distribution that children are drawn from; by default as
+        they are.
 
     Raises:
       ValueError: no factors, or one that is not between 1 and the vocabulary.
     """
     levels.check('factors: how many', len(factors))
     for i, factor in enumerate(factors):
-        levels.check(f'factors[{i}]', factor, most=model.config.vocab_size)
+        levels.check(f'factors[{i}]', factor, most=lm.model.vocab_size)
 
-    def draw(law_BMV, key_B, level, carry):
+    def draw(logprob_BMV, key_B, level, carry):
         del carry
-        token_BMK, perturbed_BMK = levels.top(law_BMV, key_B, factors[level - 1])
+        token_BMK, perturbed_BMK = levels.top(logprob_BMV, key_B, factors[level - 1])
         return _children(token_BMK, perturbed_BMK > -jnp.inf)
 
     sizes = tuple(math.prod(factors[: i + 1]) for i in range(len(factors)))
-    propose = levels.whole(draw, len(factors), WithoutReplacement)
-    return levels.drafter(model, sampler, propose, WithoutReplacement, sizes, max(factors))
+    grown = levels.whole(draw, len(factors), WithoutReplacement)
+    return levels.drafter(lm, sampler, grown, WithoutReplacement, sizes, max(factors))
 
 
-def beam(model: Model, width: int, length: int, sampler: Sampler | None = None) -> Drafter:
+def beam(lm: LM, width: int, length: int, sampler: Sampler | None = None) -> Drafter:
     """Returns RSD-S: each level holds the `width` nodes that stochastic beam search keeps.
 
     Kool et al. 2019, "Stochastic Beams and Where to Find Them: The Gumbel-Top-k Trick for Sampling
@@ -57,36 +59,37 @@ def beam(model: Model, width: int, length: int, sampler: Sampler | None = None) 
     is an i-th child depends on its value, and so says nothing about which token it is.
 
     Args:
-      model: the draft model.
+      lm: the draft model.
       width: nodes of a level.
       length: levels.
-      sampler: how its logits become the law that children are drawn from; by default as they are.
+      sampler: how its logits become the distribution that children are drawn from; by default as
+        they are.
 
     Raises:
       ValueError: width or length below 1.
     """
     levels.check('width', width)
     levels.check('length', length)
-    vocab_size = model.config.vocab_size
+    vocab_size = lm.model.vocab_size
     sizes: tuple[int, ...] = ()
     for _ in range(length):
         # small vocabularies fill the width over several levels
         sizes += (min(width, vocab_size * (sizes[-1] if sizes else 1)),)
     ranks = min(width, vocab_size)
 
-    def draw(law_BMV, key_B, level, carry):
+    def draw(logprob_BMV, key_B, level, carry):
         # log-probability and perturbed log-probability of each path; the root's are any constants
-        zeros_BM = jnp.zeros(law_BMV.shape[:2], law_BMV.dtype)
+        zeros_BM = jnp.zeros(logprob_BMV.shape[:2], logprob_BMV.dtype)
         phi_BM, psi_BM = carry or (zeros_BM, zeros_BM)
-        token_BMK, g_BMK = levels.top(phi_BM[..., None] + law_BMV, key_B, ranks)
-        phi_BMK = phi_BM[..., None] + jnp.take_along_axis(law_BMV, token_BMK, axis=2)
+        token_BMK, g_BMK = levels.top(phi_BM[..., None] + logprob_BMV, key_B, ranks)
+        phi_BMK = phi_BM[..., None] + jnp.take_along_axis(logprob_BMV, token_BMK, axis=2)
         psi_BMK = given_maximum(g_BMK, psi_BM)
         # rounding must not put a node before its elder: it would decide about it
         psi_BMK = jax.lax.cummin(psi_BMK, axis=2)
         return levels.keep(token_BMK, psi_BMK, sizes[level - 1], (phi_BMK, psi_BMK))
 
-    propose = levels.whole(draw, length, WithoutReplacement)
-    return levels.drafter(model, sampler, propose, WithoutReplacement, sizes, ranks)
+    grown = levels.whole(draw, length, WithoutReplacement)
+    return levels.drafter(lm, sampler, grown, WithoutReplacement, sizes, ranks)
 
 
 def given_maximum(g_BMK: jax.Array, psi_BM: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from decoding import tree as tree_lib
-from decoding.drafter import Drafter, Outcome, Text, Verdict
+from decoding.drafter import Context, Drafter, Method, Outcome, Prompt, Proposal, Verdict
 from decoding.drafts import template as template_lib
 from decoding.drafts.template import Template
 from decoding.tree import DraftTree
@@ -56,71 +56,50 @@ def recycling(
         template = template_lib.of_levels(template_lib.acceptance_of(RANKS), LEVELS)
     _check(vocab_size, template, ranks, warm_VR)
 
-    def init(params: jax.Array | None, text: Text, rows: int) -> State:
-        b = text.length_B.shape[0]
+    def init(params: jax.Array | None, prompt: Prompt, **extra) -> State:
+        b = prompt.text.length_B.shape[0]
         if params is None:
             return State(jnp.full((b, vocab_size, ranks), -1, jnp.int32))
         return State(jnp.broadcast_to(params, (b, vocab_size, ranks)))
 
-    def propose(params, state: State, text: Text, target, cache):
+    def propose(params, state: State, context: Context, **extra) -> Proposal:
+        text = context.text
         batch = jnp.arange(text.length_B.shape[0])[:, None]
         root_B = tree_lib.at(text.token_BS, text.length_B - 1)
         drafted = template_lib.fill(template, root_B, lambda x: state.successor_BVR[batch, x])
-        return drafted, state, None
+        return Proposal(drafted, state)
 
-    def update(params, state: State, outcome: Outcome) -> State:
+    def update(params, state: State, outcome: Outcome, **extra) -> State:
         newest_BT = _newest(outcome.tree, outcome.verdict)
-        return State(
-            write(state.successor_BVR, outcome.tree.token_BT, outcome.logits_BTV, newest_BT)
-        )
+        best_BTR = outcome.scores.top(ranks)
+        return State(write(state.successor_BVR, outcome.tree.token_BT, best_BTR, newest_BT))
 
-    return Drafter(
+    method = Method(
         init=init,
         propose=propose,
         update=update,
-        params=None if warm_VR is None else jnp.asarray(warm_VR, jnp.int32),
         trees=DraftTree,
         nodes=len(template.parent),
         depth=int(template.depth.max()),
         branching=max(int(template.rank.max()) + 1, 1),
     )
+    return Drafter(method, None if warm_VR is None else jnp.asarray(warm_VR, jnp.int32))
 
 
 def write(
-    successor_BVR: jax.Array, token_BT: jax.Array, logits_BTV: jax.Array, write_BT: jax.Array
+    successor_BVR: jax.Array, token_BT: jax.Array, best_BTR: jax.Array, write_BT: jax.Array
 ) -> jax.Array:
-    """Returns the matrix with the successors of T tokens replaced by the best of their logits.
+    """Returns the matrix with the successors of T tokens replaced.
 
     Args:
       successor_BVR: see `State`.
       token_BT: int32.
-      logits_BTV: what the target thinks follows each of them.
+      best_BTR: int32, the target's k most probable tokens after each of them.
       write_BT: bool: which of them count; at most one of those that are the same token.
     """
-    b, v, ranks = successor_BVR.shape
-    best_BTR = top(logits_BTV, ranks)
+    b, v, _ = successor_BVR.shape
     target_BT = jnp.where(write_BT, token_BT, v)  # out of range: dropped
     return successor_BVR.at[jnp.arange(b)[:, None], target_BT].set(best_BTR, mode='drop')
-
-
-def top(x: jax.Array, k: int, block: int = 128) -> jax.Array:
-    """Returns what `lax.top_k` does, indices only, in about a fifth of its time for large V on CPU.
-
-    Only the k blocks of greatest maxima can hold one of the k greatest. Kept in their order, they
-    also decide ties as the whole would: the first ones win.
-
-    Args:
-      x: `[..., V]`.
-      k: at most V.
-      block: entries per block.
-    """
-    padding = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]
-    blocks = jnp.pad(x, padding, constant_values=-jnp.inf).reshape(*x.shape[:-1], -1, block)
-    kept = min(k, blocks.shape[-2])
-    best = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), kept)[1], axis=-1)
-    entries = jnp.take_along_axis(blocks, best[..., None], axis=-2)
-    place = jax.lax.top_k(entries.reshape(*x.shape[:-1], -1), k)[1]
-    return jnp.take_along_axis(best, place // block, axis=-1) * block + place % block
 
 
 def pool(successor_BVR: jax.Array) -> jax.Array:

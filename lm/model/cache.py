@@ -1,10 +1,16 @@
-"""The key/value cache: rows addressed per KV head, each with the position it came from."""
+"""The key/value cache: rows addressed per KV head, each with the position it came from.
+
+Rows are not positions: a cache that has evicted rows is shorter than its text.
+"""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm.devices import mesh
 from lm.model.config import Config
@@ -39,17 +45,36 @@ def init(config: Config, batch: int, rows: int) -> Cache:
     )
 
 
-def write_positions(cache: Cache, positions_BL: jax.Array) -> Cache:
+def write_positions(
+    cache: Cache, positions_BL: jax.Array, layers: Sequence[int] | None = None
+) -> Cache:
     """Appends L rows: notes their positions and lengthens the cache; `write` fills them.
 
     Rows past the end of the cache are dropped: the caller allocates enough.
+
+    Args:
+      cache: see `Cache`.
+      positions_BL: int32, of the new rows.
+      layers: layers that the nodes run; all by default. In the others the rows hold no key.
     """
-    l = positions_BL.shape[1]
-    rows = _rows(cache.length_B[:, None] + jnp.arange(l), cache.position_NBKS.shape[2])
-    position_NBKS = cache.position_NBKS.at[(slice(None), *rows)].set(
-        positions_BL[:, None], mode='drop'
-    )
-    return dataclasses.replace(cache, position_NBKS=position_NBKS, length_B=cache.length_B + l)
+    noted = positions_BL[:, None]
+    if layers is not None:
+        runs_N = np.isin(np.arange(cache.position_NBKS.shape[0]), np.asarray(layers))
+        noted = jnp.where(runs_N[:, None, None, None], noted, -1)
+    length_B = cache.length_B + positions_BL.shape[1]
+    return _note(dataclasses.replace(cache, length_B=length_B), noted, slice(None))
+
+
+def reveal(cache: Cache, positions_BL: jax.Array, layers: Sequence[int]) -> Cache:
+    """Notes the positions of the last L rows in further layers, which the nodes run now."""
+    return _note(cache, positions_BL[:, None], np.asarray(layers)[:, None, None, None])
+
+
+def _note(cache: Cache, positions: jax.Array, layers: Any) -> Cache:
+    l = positions.shape[-1]
+    rows = _rows(cache.length_B[:, None] - l + jnp.arange(l), cache.position_NBKS.shape[2])
+    position_NBKS = cache.position_NBKS.at[(layers, *rows)].set(positions, mode='drop')
+    return dataclasses.replace(cache, position_NBKS=position_NBKS)
 
 
 def write(rows_NBKSC: jax.Array, layer: jax.Array | int, start_B: jax.Array, new_BKLC: jax.Array):

@@ -1,183 +1,30 @@
-"""The decoder transformer as pure functions: the body, and what joins it with its tables.
+"""The decoder transformer as pure functions of whole texts, and the blocks it is made of.
 
-    tokens_BL -- embed --> x_BLD -- body --> h_BLD -- unembed --> logits_BLV
+    tokens_BL -- embed --> x_BLD -- blocks, final norm --> h_BLD -- head --> logits_BLV
 
-The body knows nothing of tokens: other tables may stand before and after it.
+The body knows nothing of tokens: vectors of any other origin may stand before it, and other tables
+after it. `lm.model.stepped` makes a model of it that decodes.
 """
 
-import dataclasses
 import functools
-from typing import Any
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lm.attention.attention import attention
 from lm.devices import mesh
 from lm.kernels.mask import Mask
-from lm.model import cache as cache_lib
-from lm.model import layers, rope, tables
-from lm.model.cache import Cache
+from lm.model import attend as attend_lib
+from lm.model import layers as layers_lib
+from lm.model import rope, tables
+from lm.model.attend import Attend, Attended, Layer
 from lm.model.config import Config
+from lm.model.contract import NOTHING, Ask, Nodes, Seen, chain
 from lm.model.params import Params
 
 ACTIVATIONS = ('batch', 'length', 'embed')
-
-
-def body(
-    params: Params,
-    config: Config,
-    x_BLD: jax.Array,
-    positions_BL: jax.Array,
-    *,
-    segments_BL: jax.Array | None = None,
-    ancestors_BLW: jax.Array | None = None,
-    nodes: int | None = None,
-    cache: Cache | None = None,
-    causal: bool = True,
-) -> tuple[jax.Array, Cache | None]:
-    """Runs the blocks and the final norm.
-
-    Args:
-      params: the `body` part of the parameters.
-      x_BLD: vectors of L new nodes.
-      positions_BL: int32, each node's position in its text.
-      segments_BL: int32; without a cache, nodes of different segments do not see each other.
-      ancestors_BLW: which nodes of a draft tree each new node sees, itself included, as packed
-        bits (`lm.kernels.mask.pack_bits`); all those of no later position where not given. With
-        it, one call verifies a draft tree.
-      nodes: nodes of the tree, the last rows of the cache with the L new ones; L by default.
-      cache: what the nodes also see; they are appended to it.
-      causal: whether positions forbid looking ahead.
-
-    Returns:
-      Hidden states `[B, L, D]`, ready for `unembed`, and the longer cache.
-    """
-    mask = Mask(
-        positions_BL, positions_BL[:, None], segments_BL, segments_BL, None, ancestors_BLW,
-        causal=causal, nodes=nodes,
-    )  # fmt: skip
-    if cache is not None:
-        cache = cache_lib.write_positions(cache, positions_BL)
-        mask = dataclasses.replace(mask, query_segment=None, key_segment=None)
-    x_BLD, cache = blocks(params, config, x_BLD, mask, cache)
-    return final_norm(params, config, x_BLD), cache
-
-
-def final_norm(params: Params, config: Config, x_BLD: jax.Array) -> jax.Array:
-    """Returns hidden states, ready for `unembed`, from what the blocks left."""
-    return layers.rms_norm(x_BLD, params['final_norm_D'], config.norm_epsilon, config.unit_offset)
-
-
-def blocks(
-    params: Params,
-    config: Config,
-    x_BLD: jax.Array,
-    mask: Mask,
-    cache: Cache | None = None,
-    only: tuple[int, int] | None = None,
-) -> tuple[jax.Array, Cache | None]:
-    """Runs all blocks, or those of a range, without the final norm.
-
-    Args:
-      params, config, x_BLD: see `body`.
-      mask: over the new nodes alone; with a cache, its keys and length are the cache's own.
-      cache: its last L rows in use are those of the new nodes, with their positions written
-        (`cache.write_positions`) and their keys and values yet to be.
-      only: first block and one past the last; reads and writes just their rows of the cache.
-
-    Returns:
-      The stream after the last block `[B, L, D]`, and the cache with the rows filled in.
-    """
-    positions_BL = mask.query_position
-    start_B: Any = None if cache is None else cache.length_B - positions_BL.shape[1]
-    look = functools.partial(
-        attention, scale=config.query_scale, softcap=config.attention_softcap, ring=config.ring
-    )
-
-    def run_block(carry, inputs):
-        (x_BLD, kv), (layer, block_params, frequencies, window) = carry, inputs
-        x_BLD = mesh.constrain(x_BLD, ACTIVATIONS)
-        layer_mask = _mask_of_layer(mask, cache, layer, None if config.window is None else window)
-
-        def attend(q_BLHC, k_BLKC, v_BLKC):
-            q_BLHC = rope.rotate(q_BLHC, positions_BL, frequencies)
-            k_BKLC = rope.rotate(k_BLKC, positions_BL, frequencies).swapaxes(1, 2)
-            v_BKLC = v_BLKC.swapaxes(1, 2)
-            if kv is None:
-                return look(q_BLHC, k_BKLC, v_BKLC, layer_mask), None
-            k_NBKSC = cache_lib.write(kv[0], layer, start_B, k_BKLC)
-            v_NBKSC = cache_lib.write(kv[1], layer, start_B, v_BKLC)
-            out_BLHC = look(q_BLHC, k_NBKSC, v_NBKSC, layer_mask, layer=layer)
-            return out_BLHC, (k_NBKSC, v_NBKSC)
-
-        return block(block_params, config, x_BLD, attend), None
-
-    if config.remat:
-        run_block = jax.checkpoint(run_block)
-    kv = None if cache is None else (cache.k_NBKSC, cache.v_NBKSC)
-    carry = x_BLD, kv
-    if isinstance(params['layers'], tuple):  # `weights_first.prepare`
-        for inputs in list(zip(*_per_layer(params, config)))[slice(*(only or (None,)))]:
-            carry, _ = run_block(carry, inputs)
-    else:
-        per_layer = _per_layer(params, config)
-        if only is not None:
-            per_layer = jax.tree.map(lambda x: x[slice(*only)], per_layer)
-        carry, _ = jax.lax.scan(run_block, carry, per_layer, unroll=config.unroll)
-    x_BLD, kv = carry
-    if cache is not None and kv is not None:
-        cache = dataclasses.replace(cache, k_NBKSC=kv[0], v_NBKSC=kv[1])
-    return x_BLD, cache
-
-
-def _per_layer(params: Params, config: Config) -> tuple[Any, ...]:
-    """Returns what differs between layers, stacked: index, parameters, RoPE and window.
-
-    Windows and frequencies are data, so that one scanned block serves layers of both kinds.
-    """
-    unlimited = jnp.iinfo(jnp.int32).max
-    windows = [config.window if w else unlimited for w in config.windowed_layers]
-    return (
-        np.arange(config.n_layers),
-        params['layers'],
-        rope.frequencies(config),
-        np.asarray(windows, np.int32),
-    )
-
-
-def _mask_of_layer(mask: Mask, cache: Cache | None, layer, window) -> Mask:
-    """Returns the mask with a layer's own window, over its own rows of the cache."""
-    if cache is None:
-        return dataclasses.replace(mask, window=window)
-    keys = cache.position_NBKS[layer]
-    return dataclasses.replace(mask, key_position=keys, length=cache.length_B, window=window)
-
-
-def block(p: Params, config: Config, x_BLD: jax.Array, attend: Any) -> tuple[jax.Array, Any]:
-    """One block: attention and gated MLP, each behind a norm, added to the stream.
-
-    `attend(q_BLHC, k_BLKC, v_BLKC) -> (out_BLHC, state)` decides what the nodes see.
-    """
-
-    def norm(x, name):
-        return layers.rms_norm(x, p[name], config.norm_epsilon, config.unit_offset)
-
-    y_BLD = norm(x_BLD, 'attention_norm_ND')
-    q_BLHC, k_BLKC, v_BLKC = layers.project(y_BLD, p, 'wq_NDHC', 'wk_NDKC', 'wv_NDKC')
-    if config.qkv_bias:
-        q_BLHC += p['bq_NHC'].astype(q_BLHC.dtype)
-        k_BLKC += p['bk_NKC'].astype(k_BLKC.dtype)
-        v_BLKC += p['bv_NKC'].astype(v_BLKC.dtype)
-    if config.qk_norm:
-        q_BLHC, k_BLKC = norm(q_BLHC, 'q_norm_NC'), norm(k_BLKC, 'k_norm_NC')
-    out_BLHC, state = attend(q_BLHC, k_BLKC, v_BLKC)
-    y_BLD = layers.einsum('blhc,hcd->bld', out_BLHC, p['wo_NHCD'])
-    x_BLD += norm(y_BLD, 'post_attention_norm_ND') if config.post_norm else y_BLD
-    y_BLD = layers.gated_mlp(norm(x_BLD, 'mlp_norm_ND'), p, config.activation)
-    x_BLD += norm(y_BLD, 'post_mlp_norm_ND') if config.post_norm else y_BLD
-    return x_BLD, state
 
 
 def forward(
@@ -188,41 +35,197 @@ def forward(
     segments_BL: jax.Array | None = None,
 ) -> jax.Array:
     """Returns logits f32 `[B, L, V]` of whole texts; positions count from 0 by default."""
-    if positions_BL is None:
-        positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-    x_BLD = tables.embed(params['tables'], config, tokens_BL)
-    h_BLD, _ = body(params['body'], config, x_BLD, positions_BL, segments_BL=segments_BL)
+    nodes = chain(tokens_BL) if positions_BL is None else Nodes(tokens_BL, positions_BL)
+    return head(params, config, read(params, config, nodes, segments_BL).h_BTD)
+
+
+class MLP(Protocol):
+    """Returns what a block adds to the stream after attention, from the normed stream."""
+
+    def __call__(
+        self, p: Params, config: Config, y_BLD: jax.Array, layer: Layer, **extra: Any
+    ) -> jax.Array: ...
+
+
+def gated_mlp(p: Params, config: Config, y_BLD: jax.Array, layer: Layer, **extra: Any) -> jax.Array:
+    """The gated MLP that `params.leaves` describes (`layers.gated_mlp`)."""
+    return layers_lib.gated_mlp(y_BLD, p, config.activation)
+
+
+def read(
+    params: Params,
+    config: Config,
+    nodes: Nodes,
+    segments_BL: jax.Array | None = None,
+    *,
+    ask: Ask = NOTHING,
+    mlp: MLP | None = gated_mlp,
+    causal: bool = True,
+) -> Seen:
+    """Reads whole texts, without a memory.
+
+    Args:
+      params: of the model; its tables serve tokens, not vectors.
+      config: of the model.
+      nodes: the texts, as tokens or as vectors.
+      segments_BL: int32; nodes of different segments do not see each other.
+      ask: see `Ask`; there is no mass without a memory.
+      mlp: see `blocks`.
+      causal: whether nodes see only earlier positions.
+    """
+    positions_BL = nodes.position_BT
+    mask = Mask(positions_BL, positions_BL[:, None], segments_BL, segments_BL, causal=causal)
+    return run(params, config, nodes, attend_lib.among(config, mask), ask=ask, mlp=mlp).seen
+
+
+def head(params: Params, config: Config, h_BLD: jax.Array) -> jax.Array:
+    """Returns logits f32 `[B, ..., V]` of hidden states `[B, ..., D]`."""
     return tables.unembed(params['tables'], config, h_BLD)
 
 
-def step(
+class Ran(NamedTuple):
+    """What a pass saw, and the carry of its attention."""
+
+    seen: Seen
+    carry: Any
+
+
+def run(
     params: Params,
     config: Config,
-    tokens_BL: jax.Array,
-    cache: Cache,
+    nodes: Nodes,
+    attend: Attend,
+    carry: Any = None,
     *,
-    positions_BL: jax.Array | None = None,
-    ancestors_BLW: jax.Array | None = None,
-    nodes: int | None = None,
-) -> tuple[jax.Array, Cache]:
-    """Runs L new nodes against a cache: prefill, decoding and the verification of draft trees.
+    layers: Sequence[int] | None = None,
+    ask: Ask = NOTHING,
+    mlp: MLP | None = gated_mlp,
+) -> Ran:
+    """Runs nodes through the input table, the blocks and the final norm.
 
     Args:
-      tokens_BL: the new nodes' tokens.
-      cache: what each row has read so far; rows may have different lengths.
-      positions_BL: by default the nodes continue each row as a chain.
-      ancestors_BLW, nodes: see `body`.
-
-    Returns:
-      Logits f32 `[B, L, V]` after each node, and the cache with L more rows. To take nodes back
-      afterwards, `cache.truncate` it.
+      params, config: of the model.
+      nodes: see `Nodes`; vectors pass the table by.
+      attend, carry, layers, mlp: see `blocks`.
+      ask: see `Ask`.
     """
-    if positions_BL is None:
-        positions_BL = cache.length_B[:, None] + jnp.arange(tokens_BL.shape[1])
-    x_BLD = tables.embed(params['tables'], config, tokens_BL)
-    h_BLD, longer = body(
-        params['body'], config, x_BLD, positions_BL, ancestors_BLW=ancestors_BLW, nodes=nodes,
-        cache=cache,
-    )  # fmt: skip
-    assert longer is not None
-    return tables.unembed(params['tables'], config, h_BLD), longer
+    x_BTD, body = nodes.x_BTD, params['body']
+    if x_BTD is None:
+        assert nodes.token_BT is not None, 'nodes have neither tokens nor vectors'
+        x_BTD = tables.embed(params['tables'], config, nodes.token_BT)
+    layers = range(config.n_layers) if layers is None else layers
+    ends = [i + 1 for i, layer in enumerate(layers) if layer in ask.layers]
+    streams: list[jax.Array] = []
+    begin = 0
+    for end in dict.fromkeys([*ends, len(layers)]):
+        x_BTD, carry = blocks(body, config, x_BTD, attend, carry, mlp=mlp, layers=layers[begin:end])
+        streams += [x_BTD] if end in ends else []
+        begin = end
+    h_BTD = layers_lib.rms_norm(
+        x_BTD, body['final_norm_D'], config.norm_epsilon, config.unit_offset
+    )
+    return Ran(Seen(h_BTD, x_BTD, tuple(streams)), carry)
+
+
+class Blocks(NamedTuple):
+    """The stream after the blocks, and the carry of their attention."""
+
+    x_BLD: jax.Array
+    carry: Any
+
+
+def blocks(
+    body: Params,
+    config: Config,
+    x_BLD: jax.Array,
+    attend: Attend,
+    carry: Any = None,
+    *,
+    mlp: MLP | None = gated_mlp,
+    layers: Sequence[int] | None = None,
+) -> Blocks:
+    """Runs all blocks, or some, without the final norm.
+
+    Args:
+      body: the `body` of the parameters.
+      config: of the model.
+      x_BLD: the stream before them.
+      attend: see `Attend`.
+      carry: what the first block's attention gets.
+      mlp: see `MLP`; None leaves it out.
+      layers: blocks to run, in this order; all by default.
+    """
+    layers = range(config.n_layers) if layers is None else layers
+
+    def run_block(state, inputs):
+        (x_BLD, carry), (layer, block_params) = state, inputs
+        x_BLD = mesh.constrain(x_BLD, ACTIVATIONS)
+        look = functools.partial(attend, layer, carry=carry)
+        add = None
+        if mlp is not None:
+            add = functools.partial(mlp, block_params, config, layer=layer)
+        x_BLD, carry = block(block_params, config, x_BLD, look, add)
+        return (x_BLD, carry), None
+
+    if config.remat:
+        run_block = jax.checkpoint(run_block)
+    state = x_BLD, carry
+    each = Layer(np.arange(config.n_layers), rope.frequencies(config), _windows(config))
+    stacked = body['layers']
+    if isinstance(stacked, tuple):  # `cpu_layout.prepare`
+        for i in layers:
+            state, _ = run_block(state, (jax.tree.map(operator.itemgetter(i), each), stacked[i]))
+    else:
+        inputs = jax.tree.map(lambda x: _of_layers(x, layers), (each, stacked))
+        state, _ = jax.lax.scan(run_block, state, inputs, unroll=config.unroll)
+    return Blocks(*state)
+
+
+def block(
+    p: Params, config: Config, x_BLD: jax.Array, attend: Callable[..., Attended],
+    mlp: Callable[[jax.Array], jax.Array] | None,
+) -> Blocks:  # fmt: skip
+    """One block: attention and MLP, each behind a norm, added to the stream.
+
+    Args:
+      p: parameters of the block.
+      config: of the model.
+      x_BLD: the stream.
+      attend: `(q_BLHC, k_BLKC, v_BLKC) -> Attended`.
+      mlp: of the normed stream; None leaves it out.
+    """
+
+    def norm(x, name):
+        return layers_lib.rms_norm(x, p[name], config.norm_epsilon, config.unit_offset)
+
+    y_BLD = norm(x_BLD, 'attention_norm_ND')
+    q_BLHC, k_BLKC, v_BLKC = layers_lib.project(y_BLD, p, 'wq_NDHC', 'wk_NDKC', 'wv_NDKC')
+    if config.qkv_bias:
+        q_BLHC += p['bq_NHC'].astype(q_BLHC.dtype)
+        k_BLKC += p['bk_NKC'].astype(k_BLKC.dtype)
+        v_BLKC += p['bv_NKC'].astype(v_BLKC.dtype)
+    if config.qk_norm:
+        q_BLHC, k_BLKC = norm(q_BLHC, 'q_norm_NC'), norm(k_BLKC, 'k_norm_NC')
+    out_BLHC, carry = attend(q_BLHC, k_BLKC, v_BLKC)
+    y_BLD = layers_lib.einsum('blhc,hcd->bld', out_BLHC, p['wo_NHCD'])
+    x_BLD += norm(y_BLD, 'post_attention_norm_ND') if config.post_norm else y_BLD
+    if mlp is not None:
+        y_BLD = mlp(norm(x_BLD, 'mlp_norm_ND'))
+        x_BLD += norm(y_BLD, 'post_mlp_norm_ND') if config.post_norm else y_BLD
+    return Blocks(x_BLD, carry)
+
+
+def _of_layers(x_N: Any, layers: Sequence[int]) -> Any:
+    """Returns the entries of some layers, which a slice takes out without a copy if it can."""
+    whole = slice(layers[0], layers[-1] + 1)
+    if list(layers) == list(range(whole.start, whole.stop)):
+        return x_N if len(layers) == len(x_N) else x_N[whole]
+    return x_N[np.asarray(layers)]
+
+
+def _windows(config: Config) -> np.ndarray | None:
+    """Returns each layer's window, int32 `[N]`; None if no layer has one."""
+    if config.window is None:
+        return None
+    unlimited = np.iinfo(np.int32).max
+    return np.asarray([config.window if w else unlimited for w in config.windowed_layers], np.int32)

@@ -259,7 +259,7 @@ def put(batch: Mapping[str, np.ndarray | Shared], mesh: Mesh) -> dict[str, jax.A
     """Returns a host batch as arrays split over the mesh; each process gives its own rows.
 
     Rows are divided over `data`. Where there are devices along `sequence`, each row is in zigzag
-    order (`lm.attention.zigzag`). What is `Shared` is whole on each device; `documents` is left out.
+    order (`lm.attention.zigzag`). `Shared` arrays are replicated; `documents` is left out.
 
     Raises:
       ValueError: the rows do not divide into two chunks per device of `sequence`.

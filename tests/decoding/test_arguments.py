@@ -1,27 +1,25 @@
 """What cannot work is refused before anything compiles; the models here have no weights."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import pytest
 
-from decoding import stop, verify
-from decoding.drafter import Model
+from decoding import model, stop, verify
 from decoding.drafts import chain, early_exit, lookup
 from decoding.generate import generate, plain
 from decoding.sample import Sampler
 from lm.model.config import Config
 
 V = 17
-TARGET = Model(Config(V, 16, 3, 2, 1, 8, 32, max_length=256), {})
-DEEPER = TARGET._replace(config=dataclasses.replace(TARGET.config, n_layers=4))
-DRAFT = Model(Config(V, 8, 1, 1, 1, 8, 8), {})
+TARGET = model.transformer(Config(V, 16, 3, 2, 1, 8, 32, max_length=256), {})
+DEEPER = model.transformer(Config(V, 16, 4, 2, 1, 8, 32, max_length=256), {})
+DRAFT = model.transformer(Config(V, 8, 1, 1, 1, 8, 8), {})
+LARGE = plain()._replace(method=plain().method._replace(nodes=300))
 
 
 def test_bad_arguments_are_refused_before_anything_compiles():
     key = jax.random.key(0)
-    other = Model(Config(V + 1, 8, 1, 1, 1, 8, 8), {}, 'abc')
+    other = model.transformer(Config(V + 1, 8, 1, 1, 1, 8, 8), {}, 'abc')
     cases = [
         ('none given', {'prompts': []}),
         ('prompt 1 is empty', {'prompts': [[1], []]}),
@@ -30,7 +28,7 @@ def test_bad_arguments_are_refused_before_anything_compiles():
         ('max_new_tokens', {'max_new_tokens': 0}),
         ('temperature', {'sampler': Sampler(temperature=-1.0)}),
         ('vocabularies', {'drafter': chain.chain(other, 2)}),
-        ('tree of', {'drafter': plain()._replace(nodes=300)}),
+        ('tree of', {'drafter': LARGE}),
         ('expected one key', {'key': jax.random.split(key, 3)}),
         ('for 3 rows', {'stops': stop.none(V, 3)}),
         ('made for 9', {'stops': stop.none(9, 1)}),

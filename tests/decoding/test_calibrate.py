@@ -8,9 +8,8 @@ import pytest
 
 from decoding import calibrate
 from decoding.calibrate import Curve
-from decoding.drafter import Model
 from decoding.drafts.template import best_first
-from decoding.generate import ready
+from decoding.model import for_decoding, transformer
 from lm.model import params
 from lm.model.config import Config
 
@@ -65,12 +64,12 @@ def test_measured_rates_that_rise_or_vanish_are_mended():
 
 def test_a_curve_is_measured_once_per_machine(tmp_path):
     config = Config(32, 16, 2, 2, 1, 8, 16, max_length=32)
-    model = ready(Model(config, params.init(config, jax.random.key(0))))
+    lm = for_decoding(transformer(config, params.init(config, jax.random.key(0))))
     calls = []
 
     def find():
         calls.append(1)
-        return calibrate.measure(model, batch=2, rows=16, nodes=(4, 1), repeats=2)
+        return calibrate.measure(lm, batch=2, rows=16, nodes=(4, 1), repeats=2)
 
     path = tmp_path / 'curve.json'
     first = calibrate.remembered(path, {'cpu': 'a', 'nodes': (1, 4)}, find)

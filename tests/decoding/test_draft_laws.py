@@ -1,4 +1,4 @@
-"""What drafters with a draft model draw: laws of tokens and paths, and which slots DySpec fills."""
+"""What drafters with a draft model draw: tokens, paths, and the slots that DySpec fills."""
 
 import functools
 import itertools
@@ -15,22 +15,23 @@ from decoding.drafts.chain import chain
 from decoding.drafts.dynamic import dynamic, slot_values
 from decoding.drafts.iid import iid
 from decoding.drafts.recursive import beam, branching, given_maximum
+from decoding.scores import Probabilities
 from lm.model import transformer
 from lm.model.config import Config
-from tests.decoding.trees import check_tree, texts, tiny
+from tests.decoding.trees import check_tree, context_of, prompt_of, texts, tiny
 
 
 def test_gumbel_top_k_draws_without_replacement():
-    law_V = np.asarray([0.5, 0.3, 0.15, 0.05, 0.0])
+    p_V = np.asarray([0.5, 0.3, 0.15, 0.05, 0.0])
     n = 40_000
     keys = jax.random.split(jax.random.key(7), 1)
-    law_BMV = jnp.broadcast_to(jnp.log(law_V), (1, n, 5)).astype(jnp.float32)
-    token, perturbed = levels.top(law_BMV, keys, 5)
+    logprob_BMV = jnp.broadcast_to(jnp.log(p_V), (1, n, 5)).astype(jnp.float32)
+    token, perturbed = levels.top(logprob_BMV, keys, 5)
     token = np.asarray(token)[0]
     assert (np.asarray(perturbed)[..., 4] == -np.inf).all() and (token[:, 4] == 4).all()
     statistic = 0.0
     for order in itertools.permutations(range(4), 3):
-        a, b, c = (law_V[i] for i in order)
+        a, b, c = (p_V[i] for i in order)
         expected = n * a * b / (1 - a) * c / (1 - a - b)  # Plackett-Luce
         observed = (token[:, :3] == order).all(1).sum()
         statistic += (observed - expected) ** 2 / expected
@@ -58,7 +59,7 @@ def test_children_of_a_beam_have_their_parents_value_as_maximum():
 
 SMALL = Config(5, 16, 1, 2, 1, 8, 16, max_length=16)
 SMALL_MODEL = tiny(SMALL, 2.0)
-# the target: a law after each token, unlike any of the draft model's
+# the target: a distribution after each token, unlike any of the draft model's
 TARGET_VV = np.random.default_rng(5).dirichlet([0.7] * 5, size=5)
 PAIRINGS = {
     'branching': (branching(SMALL_MODEL, (3, 2)), verify.recursive_rejection),
@@ -72,19 +73,21 @@ PAIRINGS = {
 def many_rounds(name: str):
     """Trees and verdicts of 15000 rounds after one text."""
     drafter, verifier = PAIRINGS[name]
+    method = drafter.method
 
     @jax.jit
     def one_round(weights, text):
-        state = drafter.init(weights, text, 3 + drafter.nodes)
-        tree, _, _ = drafter.propose(weights, state, text, {}, state.cache)
+        state = method.init(weights, prompt_of(text, 3 + method.nodes))
+        tree = method.propose(weights, state, context_of(text)).tree
         logprob_BTV = jnp.log(jnp.asarray(TARGET_VV, jnp.float32))[tree.token_BT]
-        return tree, verifier.verify(tree, logprob_BTV, text, drafter.depth, drafter.branching)
+        target = Probabilities(logprob_BTV)
+        return tree, verifier.verify(tree, target, text, method.depth, method.branching)
 
     n = 15_000
     token_BS = jnp.broadcast_to(jnp.asarray([2, 4, 0]), (n, 3))
     text = Text(token_BS, jnp.full(n, 2), jax.random.split(jax.random.key(3), n))
     tree, verdict = jax.device_get(one_round(drafter.params, text))
-    check_tree(jax.tree.map(lambda x: x[:200], tree), drafter.depth, drafter.branching)
+    check_tree(jax.tree.map(lambda x: x[:200], tree), method.depth, method.branching)
     return tree, verdict
 
 
@@ -95,7 +98,7 @@ def test_the_first_two_tokens_follow_the_target(name):
     accepted = verdict.accepted_B
     assert 0.1 < (accepted > 0).mean() < 0.99 and (accepted == 2).any()
     first = np.where(accepted > 0, path_tokens[:, 1], verdict.next_B)
-    # where the round gave one token, the next round would follow the target: count its law
+    # after a round of one token, the next would follow the target: count its probabilities
     counts = np.zeros((5, 5))
     second = np.where(accepted > 1, path_tokens[:, 2], verdict.next_B)
     np.add.at(counts, (first[accepted > 0], second[accepted > 0]), 1)
@@ -129,9 +132,9 @@ THREE = tiny(Config(3, 16, 1, 2, 1, 8, 16, max_length=16), 5.0)
 
 
 def values_of(tree, row: int) -> np.ndarray:
-    """The value of each node's slot, from the laws."""
+    """The value of each node's slot, from the log-probabilities."""
     token, parent = tree.token_BT[row], tree.parent_BT[row]
-    q = np.exp(tree.law_BTV[row].astype(np.float64))
+    q = np.exp(tree.logprob_BTV[row].astype(np.float64))
     mass, value = np.ones(len(token)), np.ones(len(token))
     for node in range(1, len(token)):
         up = parent[node]
@@ -143,9 +146,11 @@ def values_of(tree, row: int) -> np.ndarray:
 
 def propose_once(drafter, text):
     return jax.jit(
-        lambda weights, text: drafter.propose(
-            weights, drafter.init(weights, text, 32), text, {}, None
-        )[0]
+        lambda weights, text: (
+            drafter.method.propose(
+                weights, drafter.method.init(weights, prompt_of(text, 32)), context_of(text)
+            ).tree
+        )
     )(drafter.params, text)
 
 

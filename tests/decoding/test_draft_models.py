@@ -17,7 +17,7 @@ from decoding.sample import Sampler
 from decoding.tree import WithoutReplacement
 from lm.model import transformer
 from lm.model.config import Config
-from tests.decoding.trees import check_tree, path_of, texts, tiny
+from tests.decoding.trees import check_tree, context_of, path_of, prompt_of, texts, tiny
 
 V = 17
 CONFIG = Config(V, 16, 2, 2, 1, 8, 32, max_length=64, window=5, window_pattern=(True, False))
@@ -34,25 +34,32 @@ MAKERS = {
 @pytest.fixture(scope='module', params=MAKERS)
 def compiled(request):
     drafter = MAKERS[request.param](MODEL, sampler=SAMPLER)
-    init = jax.jit(drafter.init, static_argnums=2)
-    return drafter, init, jax.jit(drafter.propose), jax.jit(drafter.update)
+    method = drafter.method
+
+    def init(weights, text):
+        return method.init(weights, prompt_of(text, LENGTH + method.nodes))
+
+    def propose(weights, state, text):
+        return method.propose(weights, state, context_of(text))
+
+    return drafter, jax.jit(init), jax.jit(propose), jax.jit(method.update)
 
 
 @jax.jit
-def laws_after(token_NL, length_N, seen_NV):
+def log_probs_after(token_NL, length_N, seen_NV):
     logits_NLV = transformer.forward(MODEL.params, CONFIG, token_NL)
     logits_NV = logits_NLV[jnp.arange(length_N.shape[0]), length_N - 1]
-    return sample.log_law(SAMPLER, logits_NV.at[:, MODEL.bos].set(-jnp.inf), seen_NV)
+    return sample.log_probs(SAMPLER, logits_NV.at[:, 3].set(-jnp.inf), seen_NV)
 
 
-def expected_laws(sequences: list[list[int]]) -> np.ndarray:
-    """The law after each sequence, by full forward passes of one shape."""
+def expected_log_probs(sequences: list[list[int]]) -> np.ndarray:
+    """The log-probabilities after each sequence, by full forward passes of one shape."""
     token_NL, length_N = np.zeros((96, LENGTH), np.int32), np.ones(96, np.int32)
     seen_NV = np.zeros((96, V), bool)
     for i, ids in enumerate(sequences):
         token_NL[i, : len(ids)], length_N[i] = ids, len(ids)
         seen_NV[i, ids] = True
-    return np.asarray(laws_after(token_NL, length_N, seen_NV))[: len(sequences)]
+    return np.asarray(log_probs_after(token_NL, length_N, seen_NV))[: len(sequences)]
 
 
 def made_up(tree, depth: int, how: int, generator) -> Verdict:
@@ -68,37 +75,39 @@ def made_up(tree, depth: int, how: int, generator) -> Verdict:
     return jax.tree.map(jnp.asarray, Verdict(path_BP, accepted_B, next_B))  # type: ignore[arg-type]
 
 
-def poisoned(cache):
-    """The cache with NaN in the rows behind its end."""
-    cache = jax.tree.map(np.asarray, cache)
+def poisoned(state):
+    """The state with NaN in the rows behind the end of its cache."""
+    cache = jax.tree.map(np.asarray, state.memory.cache)
     used_BS = np.arange(cache.position_NBKS.shape[-1]) < cache.length_B[:, None]
     used = used_BS[:, None, :, None]
     k, v = (np.where(used, x, np.float32(np.nan)) for x in (cache.k_NBKSC, cache.v_NBKSC))
-    return dataclasses.replace(cache, k_NBKSC=k, v_NBKSC=v)
+    cache = dataclasses.replace(cache, k_NBKSC=k, v_NBKSC=v)
+    return dataclasses.replace(state, memory=dataclasses.replace(state.memory, cache=cache))
 
 
-def test_every_law_is_that_of_a_full_forward_over_several_rounds(compiled):
+def test_log_probabilities_are_those_of_a_full_forward_over_several_rounds(compiled):
     drafter, init, propose, update = compiled
+    method = drafter.method
     rows = [[5], [1, 2, 3, 4], [7, 7, 0, 2, 16, 9, 11]]
     generator = np.random.default_rng(0)
     text = texts(rows, [0, 1, 2], LENGTH)
-    state = init(drafter.params, text, LENGTH + drafter.nodes)
+    state = init(drafter.params, text)
     for how in (2, 0, 1, 0, 2):
-        state = dataclasses.replace(state, cache=poisoned(state.cache))
-        proposed, state, begun = propose(drafter.params, state, text, {}, None)
+        proposed, state, begun = propose(drafter.params, poisoned(state), text)
         tree = jax.device_get(proposed)
-        assert begun is None and isinstance(tree, drafter.trees)
-        assert tree.token_BT.shape == (3, drafter.nodes)
-        check_tree(tree, drafter.depth, drafter.branching)
-        inner = tree.valid_BT & (tree.depth_BT < drafter.depth)
+        assert begun is None and isinstance(tree, method.trees)
+        assert tree.token_BT.shape == (3, method.nodes)
+        check_tree(tree, method.depth, method.branching)
+        inner = tree.valid_BT & (tree.depth_BT < method.depth)
         sequences = [
             rows[b] + tree.token_BT[b, path_of(tree.parent_BT[b], node)].tolist()
             for b, node in np.argwhere(inner)
         ]
         np.testing.assert_array_equal(tree.token_BT[:, 0], [row[-1] for row in rows])
-        laws = tree.law_BTV[inner]
-        np.testing.assert_allclose(laws, expected_laws(sequences), rtol=2e-4, atol=2e-4)
-        verdict = made_up(tree, drafter.depth, how, generator)
+        actual = tree.logprob_BTV[inner]
+        np.testing.assert_allclose(actual, expected_log_probs(sequences), rtol=2e-4, atol=2e-4)
+        verdict = made_up(tree, method.depth, how, generator)
+        before = text.length_B
         path_BP, accepted_B, next_B = map(np.asarray, verdict)
         for b, row in enumerate(rows):
             accepted = path_BP[b, 1 : accepted_B[b] + 1]
@@ -106,7 +115,8 @@ def test_every_law_is_that_of_a_full_forward_over_several_rounds(compiled):
             # a text may get fewer tokens than the verdict has, as at a limit
             row += new[:1] if (b, how) == (1, 0) else new
         text = texts(rows, [0, 1, 2], LENGTH)
-        state = update(drafter.params, state, Outcome(proposed, proposed.law_BTV, verdict, text))
+        outcome = Outcome(proposed, None, None, verdict, text, text.length_B - before)  # type: ignore[arg-type]
+        state = update(drafter.params, state, outcome)
     assert propose._cache_size() == 1
 
 
@@ -116,12 +126,11 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(compiled):
     for place, others in ((0, [[1], [2, 3]]), (2, [[9, 9, 9, 9, 9, 9, 9, 9], [0, 1, 0]])):
         others.insert(place, ours)
         text = texts(others, [11 if row is ours else 5 + place for row in others], LENGTH)
-        state = init(drafter.params, text, LENGTH + drafter.nodes)
-        tree, _, _ = propose(drafter.params, state, text, {}, None)
+        tree = propose(drafter.params, init(drafter.params, text), text).tree
         trees.append(jax.tree.map(lambda x, place=place: np.asarray(x)[place], tree))
     for field in ('token_BT', 'parent_BT', 'depth_BT', 'valid_BT'):
         np.testing.assert_array_equal(getattr(trees[0], field), getattr(trees[1], field))
-    np.testing.assert_allclose(trees[0].law_BTV, trees[1].law_BTV, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(trees[0].logprob_BTV, trees[1].logprob_BTV, rtol=1e-5, atol=1e-5)
 
 
 def test_a_greedy_sampler_compiles_nothing_and_leaves_one_path(compiled):
@@ -129,13 +138,13 @@ def test_a_greedy_sampler_compiles_nothing_and_leaves_one_path(compiled):
     text = texts([[5], [1, 2, 3, 4], [7, 7, 0]], [0, 1, 2], LENGTH)
     greedy = drafter.params._replace(sampler=dataclasses.replace(SAMPLER, temperature=0.0))
     before = propose._cache_size()
-    state = init(greedy, text, LENGTH + drafter.nodes)
-    tree, _, _ = propose(greedy, state, text, {}, None)
+    tree = propose(greedy, init(greedy, text), text).tree
+    method = drafter.method
     assert propose._cache_size() == max(before, 1)
     tree = jax.device_get(tree)
-    check_tree(tree, drafter.depth, drafter.branching)
+    check_tree(tree, method.depth, method.branching)
     # nothing but the chain of greatest tokens has any probability
-    distinct = drafter.depth if drafter.trees is WithoutReplacement else drafter.nodes - 1
+    distinct = method.depth if method.trees is WithoutReplacement else method.nodes - 1
     np.testing.assert_array_equal(tree.valid_BT.sum(1) - 1, [distinct] * 3)
 
 

@@ -1,5 +1,6 @@
 """Layers that draft are run once, and what they leave is what a full pass would have left."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,17 +9,17 @@ import numpy as np
 import optax
 import pytest
 
-from decoding import sample, tree
-from decoding.drafter import Model, Outcome, Text, Verdict
+from decoding import model, sample, tree
+from decoding.drafter import Context, Outcome, Prompt, Text, Verdict
 from decoding.drafts import adapter as adapter_lib
-from decoding.drafts.early_exit import early_exit
+from decoding.drafts.early_exit import Adapter, early_exit
 from decoding.sample import Sampler
 from decoding.tree import WithoutReplacement
-from lm.kernels.mask import Mask, pack_bits
-from lm.model import cache as cache_lib
+from lm.kernels.mask import pack_bits
 from lm.model import params as params_lib
-from lm.model import tables, transformer
+from lm.model import transformer
 from lm.model.config import Config
+from lm.model.contract import Nodes, chain
 
 CONFIG = Config(
     23, 16, 3, 4, 2, 8, 24, max_length=64, activation='gelu_tanh', unit_offset=True,
@@ -38,69 +39,77 @@ def shaken(weights, seed: int):
 
 
 PARAMS = shaken(params_lib.init(CONFIG, jax.random.key(0)), 1)
-MODEL = Model(CONFIG, PARAMS, bos=0)
+TARGET = model.transformer(CONFIG, PARAMS, bos=0)
 ADAPTER = shaken(adapter_lib.init(jax.random.key(2), CONFIG), 3)
 
 
 @functools.cache
 def drafter(adapted: bool):
     sampler = Sampler(temperature=0.7, top_k=9, repetition_penalty=1.5)
-    made = early_exit(MODEL, E, DRAFT, sampler, ADAPTER if adapted else None)
-    return made._replace(init=jax.jit(made.init, static_argnums=2), propose=jax.jit(made.propose))
+    adapter = Adapter(adapter_lib.model(CONFIG), adapter_lib.as_params(ADAPTER))
+    return early_exit(TARGET, E, DRAFT, sampler, adapter if adapted else None)
 
 
 @functools.cache
-def start() -> tuple[Text, cache_lib.Cache]:
-    """Returns two texts, and the target's cache of all but their last tokens."""
+def compiled(adapted: bool):
+    """Returns the drafter's functions, and its parameters."""
+    made = drafter(adapted)
+
+    def init(weights, prompt_BL, text):
+        ask = made.method.ask
+        memory, seen = TARGET.model.start(
+            PARAMS, chain(prompt_BL), text.length_B - 1, ROWS, text.key_B, ask=ask
+        )
+        prompt = Prompt(prompt_BL, text, ROWS, PARAMS, memory, seen)
+        return memory, made.method.init(weights, prompt)
+
+    def propose(weights, own, text, memory):
+        return made.method.propose(weights, own, Context(text, PARAMS, memory))
+
+    return jax.jit(init), jax.jit(propose), jax.jit(made.method.update), made.params
+
+
+def start(adapted: bool):
+    """Returns two texts, the target's memory of all but their last tokens, and the drafter's."""
     token_BS = jax.random.randint(jax.random.key(4), (2, ROWS - DRAFT - 1), 1, 23)
-    length_B = jnp.asarray(LENGTHS, jnp.int32)
-    text = Text(token_BS, length_B, jax.random.split(jax.random.key(5), 2))
-
-    @jax.jit
-    def prefill():
-        cache = cache_lib.init(CONFIG, 2, ROWS)
-        _, cache = transformer.step(PARAMS, CONFIG, token_BS[:, : max(LENGTHS)], cache)
-        return cache_lib.truncate(cache, length_B - 1)
-
-    return text, prefill()
+    text = Text(token_BS, jnp.asarray(LENGTHS, jnp.int32), jax.random.split(jax.random.key(5), 2))
+    init, _, _, weights = compiled(adapted)
+    return text, *init(weights, token_BS[:, : max(LENGTHS)], text)
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def read_out(token_BL: jax.Array, adapted: bool) -> jax.Array:
-    """Returns the draft's laws `[B, L, V]` after each token, without any cache."""
-    positions_BL = jnp.broadcast_to(jnp.arange(token_BL.shape[1]), token_BL.shape)
-    x_BLD = tables.embed(PARAMS['tables'], CONFIG, token_BL)
-    mask = Mask(positions_BL, positions_BL[:, None])
-    x_BLD, _ = transformer.blocks(PARAMS['body'], CONFIG, x_BLD, mask, only=(0, E))
-    h_BLD = transformer.final_norm(PARAMS['body'], CONFIG, x_BLD)
+    """Returns the draft's log-probabilities `[B, L, V]` after each token, without any memory."""
+    shallow = dataclasses.replace(CONFIG, n_layers=E)
+    body = {**PARAMS['body'], 'layers': jax.tree.map(lambda x: x[:E], PARAMS['body']['layers'])}
+    nodes = chain(token_BL)
+    seen = transformer.read({**PARAMS, 'body': body}, shallow, nodes)
     if adapted:
-        h_BLD, _ = adapter_lib.adapt(ADAPTER, CONFIG, x_BLD, positions_BL)
-    logits_BLV = tables.unembed(PARAMS['tables'], CONFIG, h_BLD).at[..., 0].set(-jnp.inf)
-    return sample.log_law(Sampler(temperature=0.7, top_k=9), logits_BLV)
+        seen = transformer.read(
+            adapter_lib.as_params(ADAPTER), adapter_lib.one_layer(CONFIG),
+            nodes._replace(x_BTD=seen.x_BTD), mlp=None,
+        )  # fmt: skip
+    logits_BLV = transformer.head(PARAMS, CONFIG, seen.h_BTD).at[..., 0].set(-jnp.inf)
+    return sample.log_probs(Sampler(temperature=0.7, top_k=9), logits_BLV)
 
 
 @jax.jit
-def both_passes(drafted, begun, text, cache):
-    """Returns logits and cache of the layers above, and those of a full pass."""
+def both_passes(drafted, begun, text, memory):
+    """Returns logits and memory of the layers above, and those of a full pass."""
     positions_BT = (text.length_B - 1)[:, None] + drafted.depth_BT
-    bits = pack_bits(tree.ancestors(drafted, DRAFT))
-    full = transformer.step(
-        PARAMS, CONFIG, drafted.token_BT, cache, positions_BL=positions_BT, ancestors_BLW=bits
-    )
-    mask = Mask(positions_BT, positions_BT[:, None], ancestors=bits)
-    x_BTD, deep = transformer.blocks(
-        PARAMS['body'], CONFIG, begun.x_BTD, mask, begun.cache, only=(E, CONFIG.n_layers)
-    )
-    h_BTD = transformer.final_norm(PARAMS['body'], CONFIG, x_BTD)
-    return (tables.unembed(PARAMS['tables'], CONFIG, h_BTD), deep), full
+    nodes = Nodes(drafted.token_BT, positions_BT, pack_bits(tree.ancestors(drafted, DRAFT)))
+    step, head = TARGET.model.step, TARGET.model.head
+    full = step(PARAMS, memory, nodes)
+    deep = step(PARAMS, begun.memory, nodes._replace(x_BTD=begun.x_BTD, begun=E))
+    return [(head(PARAMS, x.memory, x.seen.h_BTD), x.memory.cache) for x in (deep, full)]
 
 
 @jax.jit
 def redraw(drafted, text):
-    """Returns the tokens that the stored laws and the text's key give, `[B, DRAFT]`."""
+    """Returns the tokens that the stored probabilities and the text's key give, `[B, DRAFT]`."""
     keys = [sample.at_position(text.key_B, text.length_B - 1, 2, d) for d in range(DRAFT)]
     noise = jnp.stack([sample.gumbel(key_B, (23,)) for key_B in keys], axis=1)
-    return jnp.argmax(drafted.law_BTV[:, :DRAFT] + noise, axis=-1)
+    return jnp.argmax(drafted.logprob_BTV[:, :DRAFT] + noise, axis=-1)
 
 
 def after(text: Text, drafted, accepted: list[int]) -> Text:
@@ -116,16 +125,16 @@ def after(text: Text, drafted, accepted: list[int]) -> Text:
 
 @pytest.mark.parametrize('adapted', [False, True], ids=['bare', 'adapter'])
 def test_shallow_then_deep_equals_the_full_pass(adapted):
-    made = drafter(adapted)
-    text, cache = start()
-    own = made.init(made.params, text, ROWS)
-    drafted, _, begun = made.propose(made.params, own, text, PARAMS, cache)
-    (logits, deep), (expected, full) = both_passes(drafted, begun, text, cache)
+    _, propose, _, weights = compiled(adapted)
+    text, memory, own = start(adapted)
+    drafted, _, begun = propose(weights, own, text, memory)
+    (logits, deep), (expected, full) = both_passes(drafted, begun, text, memory)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(deep.length_B, full.length_B)
     np.testing.assert_array_equal(deep.position_NBKS, full.position_NBKS)
     for name in ('k_NBKSC', 'v_NBKSC'):
-        shallow, got, rows = (np.asarray(getattr(x, name)) for x in (begun.cache, deep, full))
+        caches = begun.memory.cache, deep, full
+        shallow, got, rows = (np.asarray(getattr(x, name)) for x in caches)
         # the drafting layers' rows are there before the deep pass, and it leaves them alone
         np.testing.assert_array_equal(shallow[:E], got[:E])
         for row, n in enumerate(LENGTHS):
@@ -134,35 +143,36 @@ def test_shallow_then_deep_equals_the_full_pass(adapted):
 
 
 @pytest.mark.parametrize('adapted', [False, True], ids=['bare', 'adapter'])
-def test_chains_are_drawn_from_the_stored_law_round_after_round(adapted):
-    made = drafter(adapted)
-    text, cache = start()
-    own = made.init(made.params, text, ROWS)
+def test_chains_are_drawn_from_the_stored_distribution_round_after_round(adapted):
+    _, propose, update, weights = compiled(adapted)
+    text, memory, own = start(adapted)
     for accepted in ([DRAFT, 1], [0, DRAFT]):
-        drafted, own, begun = made.propose(made.params, own, text, PARAMS, cache)
+        drafted, own, begun = propose(weights, own, text, memory)
         assert isinstance(drafted, WithoutReplacement)
         assert drafted.parent_BT.tolist() == [[-1, 0, 1, 2]] * 2 and drafted.valid_BT.all()
         np.testing.assert_array_equal(redraw(drafted, text), drafted.token_BT[:, 1:])
-        stored = np.asarray(drafted.law_BTV)[:, :DRAFT]
-        laws = np.asarray(read_out(after(text, drafted, [DRAFT] * 2).token_BS, adapted))
+        stored = np.asarray(drafted.logprob_BTV)[:, :DRAFT]
+        expected = np.asarray(read_out(after(text, drafted, [DRAFT] * 2).token_BS, adapted))
         for row, n in enumerate(np.asarray(text.length_B)):
             assert drafted.token_BT[row, 0] == text.token_BS[row, n - 1]
-            law = laws[row, n - 1 : n - 1 + DRAFT]
-            np.testing.assert_allclose(stored[row], law, rtol=1e-4, atol=1e-4)
+            of_row = expected[row, n - 1 : n - 1 + DRAFT]
+            np.testing.assert_allclose(stored[row], of_row, rtol=1e-4, atol=1e-4)
         text = after(text, drafted, accepted)
+        count_B = jnp.asarray(accepted) + 1
         verdict = Verdict(jnp.zeros((2, DRAFT + 1)), jnp.asarray(accepted), jnp.full(2, 20))
-        own = made.update(made.params, own, Outcome(drafted, jnp.zeros(()), verdict, text))
-        cache = cache_lib.truncate(begun.cache, text.length_B - 1)
+        outcome = Outcome(drafted, jnp.zeros(()), None, verdict, text, count_B)  # type: ignore[arg-type]
+        own = update(weights, own, outcome)
+        memory = TARGET.model.keep(begun.memory, None, count_B)
 
 
 def test_temperature_zero_takes_the_most_probable_token():
-    greedy = drafter(True).params._replace(sampler=Sampler(0.0, top_k=9))
-    text, cache = start()
-    own = drafter(True).init(greedy, text, ROWS)
-    drafted, *_ = drafter(True).propose(greedy, own, text, PARAMS, cache)
-    law = np.asarray(drafted.law_BTV)[:, :-1]
-    np.testing.assert_array_equal(drafted.token_BT[:, 1:], law.argmax(axis=-1))
-    assert (np.isneginf(law).sum(axis=-1) == 22).all() and not np.isnan(law).any()
+    _, propose, _, weights = compiled(True)
+    greedy = weights._replace(sampler=Sampler(0.0, top_k=9))
+    text, memory, own = start(True)
+    drafted = propose(greedy, own, text, memory).tree
+    logprobs = np.asarray(drafted.logprob_BTV)[:, :-1]
+    np.testing.assert_array_equal(drafted.token_BT[:, 1:], logprobs.argmax(axis=-1))
+    assert (np.isneginf(logprobs).sum(axis=-1) == 22).all() and not np.isnan(logprobs).any()
 
 
 def packed() -> dict[str, jax.Array]:
@@ -217,12 +227,14 @@ def test_sizes_count_what_a_draft_call_runs():
     bare, adapted = drafter(False), drafter(True)
     count = params_lib.count(CONFIG)
     layer = (count - 2 * 23 * 16 - 16) // 3
-    assert bare.size == E * layer + 23 * 16
-    assert adapted.size - bare.size == sum(x.size for x in jax.tree.leaves(ADAPTER))
-    assert (bare.calls, bare.nodes, bare.shared_layers) == (DRAFT, DRAFT + 1, E)
+    own = sum(x.size for x in jax.tree.leaves(ADAPTER))
+    assert bare.provenance.size == E * layer + 23 * 16
+    assert adapted.provenance.size - bare.provenance.size == own
+    assert bare.provenance.calls == DRAFT
+    assert (bare.method.nodes, bare.method.shared_layers) == (DRAFT + 1, E)
 
 
 @pytest.mark.parametrize(('layers', 'length'), [(0, 2), (3, 2), (1, 0)])
 def test_sizes_out_of_range_are_refused(layers, length):
     with pytest.raises(ValueError, match='early_exit'):
-        early_exit(MODEL, layers, length)
+        early_exit(TARGET, layers, length)

@@ -1,4 +1,4 @@
-"""The loop: with any drafter, the very text or the very law of plain sampling."""
+"""The loop: with any drafter, the very text or the very distribution of plain sampling."""
 
 import functools
 
@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding import rounds, stop, verify
+from decoding import model, rounds, stop, verify
 from decoding import tree as tree_lib
-from decoding.drafter import Drafter, Model
+from decoding.drafter import Drafter, Proposal
 from decoding.drafts import chain, dynamic, early_exit, iid, lookup, recursive, recycling
 from decoding.generate import bucket, generate, plain
-from decoding.sample import Sampler, draw, log_law
+from decoding.model import LM
+from decoding.sample import Sampler, draw, log_probs
 from lm.model import params, transformer
 from lm.model.config import Config
 
@@ -20,12 +21,16 @@ V = 17
 NEW = 24
 
 
-def make(layers: int, width: int, seed: int, vocab_size: int = V, sharp: float = 1.5) -> Model:
-    """A small model; `sharp` laws put most of their mass on few tokens."""
-    config = Config(vocab_size, width, layers, 2, 1, 8, 2 * width, max_length=256, unroll=layers)
+def config_of(layers: int, width: int, vocab_size: int = V) -> Config:
+    return Config(vocab_size, width, layers, 2, 1, 8, 2 * width, max_length=256, unroll=layers)
+
+
+def make(layers: int, width: int, seed: int, vocab_size: int = V, sharp: float = 1.5) -> LM:
+    """A small model; a `sharp` one puts most of its mass on few tokens."""
+    config = config_of(layers, width, vocab_size)
     weights = params.init(config, jax.random.key(seed))
     weights['tables']['output_VD'] *= sharp * width**0.5
-    return Model(config, weights)
+    return model.transformer(config, weights)
 
 
 TARGET, DRAFT = make(3, 16, 0), make(1, 8, 1)
@@ -60,14 +65,14 @@ def equal(actual, expected):
 def test_plain_decoding_is_the_full_forward_token_by_token():
     sampler = Sampler(temperature=jnp.float32(0.8))
     texts = [list(prompt) for prompt in PROMPTS[:4]]
-    forward = jax.jit(functools.partial(transformer.forward, TARGET.params, TARGET.config))
+    forward = jax.jit(functools.partial(transformer.forward, TARGET.params, config_of(3, 16)))
     for _ in range(NEW):
         for row, text in enumerate(texts):
             padded = jnp.asarray([text + [0] * (48 - len(text))])
             logits = forward(padded)[:, len(text) - 1]
             position = jnp.asarray([len(text)])
-            law = log_law(sampler, logits)
-            text.append(int(draw(law, KEYS[row : row + 1], position)[0]))
+            logprobs = log_probs(sampler, logits)
+            text.append(int(draw(logprobs, KEYS[row : row + 1], position)[0]))
     result = generate(TARGET, PROMPTS[:4], key=KEYS[:4], max_new_tokens=NEW, sampler=sampler)
     for text, prompt, tokens in zip(texts, PROMPTS, result.tokens, strict=False):
         assert text[len(prompt) :] == tokens.tolist()
@@ -105,9 +110,9 @@ def replay(texts: list[list[int]], depth: int, wrong: bool = False) -> Drafter:
     """Drafts what is known to come, or what is known not to."""
     known = jnp.asarray([text + [0] * (64 - len(text)) for text in texts])
 
-    def propose(params, state, text, target, cache):
+    def propose(params, state, context, **extra):
         nodes = jnp.arange(depth + 1)
-        position = (text.length_B - 1)[:, None] + nodes
+        position = (context.text.length_B - 1)[:, None] + nodes
         token = jnp.take_along_axis(known, jnp.minimum(position, 63), axis=1)
         if wrong:
             token = jnp.where(nodes > 0, (token + 1) % V, token)
@@ -116,9 +121,10 @@ def replay(texts: list[list[int]], depth: int, wrong: bool = False) -> Drafter:
             token, jnp.broadcast_to(nodes - 1, shape), jnp.broadcast_to(nodes, shape),
             jnp.ones(shape, bool),
         )  # fmt: skip
-        return tree, state, None
+        return Proposal(tree, state)
 
-    return plain()._replace(propose=propose, nodes=depth + 1, depth=depth)
+    method = plain().method._replace(propose=propose, nodes=depth + 1, depth=depth)
+    return plain()._replace(method=method)
 
 
 def test_an_oracle_needs_the_fewest_rounds_and_an_adversary_the_most():
@@ -172,16 +178,10 @@ def test_the_committed_cache_is_the_plain_one_and_garbage_behind_it_changes_noth
     states = {}
     for drafter in (plain(), DRAFTERS[name]):
         for poison in (False, True):
-            plan, start, arguments = prefilled(drafter)
+            plan, inputs, start = prefilled(drafter)
             if poison:
-                rows = jnp.arange(plan.rows) >= start.cache.length_B[:, None]
-                behind = rows[None, :, None, :, None]
-                cache = start.cache.replace(
-                    k_NBKSC=jnp.where(behind, jnp.nan, start.cache.k_NBKSC),
-                    v_NBKSC=jnp.where(behind, jnp.nan, start.cache.v_NBKSC),
-                )
-                start = start.replace(cache=cache)
-            states[drafter.nodes, poison] = rounds.loop(plan, *arguments, start, 100)
+                start = start.replace(memory=poisoned(start.memory))
+            states[drafter.method.nodes, poison] = rounds.loop(plan, inputs, start, 100)
     for state in states.values():
         expected = states[1, False]
         np.testing.assert_array_equal(state.text.length_B, expected.text.length_B)
@@ -189,9 +189,9 @@ def test_the_committed_cache_is_the_plain_one_and_garbage_behind_it_changes_noth
             np.testing.assert_array_equal(
                 state.text.token_BS[row, :length], expected.text.token_BS[row, :length]
             )
-            assert state.cache.length_B[row] == length - 1
+            assert state.memory.cache.length_B[row] == length - 1
             for field in ('k_NBKSC', 'v_NBKSC', 'position_NBKS'):
-                a, e = (np.asarray(getattr(s.cache, field))[:, row, :, : length - 1]
+                a, e = (np.asarray(getattr(s.memory.cache, field))[:, row, :, : length - 1]
                         for s in (state, expected))  # fmt: skip
                 np.testing.assert_allclose(a, e, atol=1e-5)
 
@@ -201,15 +201,26 @@ def prefilled(drafter: Drafter):
     from decoding import generate as generate_lib
 
     limits = np.asarray([len(p) + NEW for p in PROMPTS], np.int32)
-    plan, text, prompt = generate_lib._prepare(
-        TARGET, PROMPTS, limits, drafter, verify.target_only_walk, KEYS
-    )
+    text, prompt = generate_lib._texts(PROMPTS, limits, KEYS)
     stops = stop.none(V, 8)
-    state = rounds.prefill(
-        plan, TARGET.params, drafter.params, prompt, text, jnp.asarray(limits), stops.start_B
-    )
+    rows = text.token_BS.shape[1] + drafter.method.nodes
+    plan = rounds.Plan(TARGET.model, drafter.method, verify.target_only_walk, rows)
     sampler = Sampler(temperature=jnp.float32(1.0))
-    return plan, state, (TARGET.params, drafter.params, sampler, stops.table)
+    inputs = rounds.Inputs(TARGET.params, drafter.params, None, sampler, stops.table)
+    return (
+        plan,
+        inputs,
+        rounds.prefill(plan, inputs, prompt, text, jnp.asarray(limits), stops.start_B),
+    )
+
+
+def poisoned(memory):
+    """The memory with NaN in the rows that hold nothing."""
+    cache = memory.cache
+    rows = jnp.arange(cache.k_NBKSC.shape[3]) >= cache.length_B[:, None]
+    behind = rows[None, :, None, :, None]
+    k, v = (jnp.where(behind, jnp.nan, x) for x in (cache.k_NBKSC, cache.v_NBKSC))
+    return memory.replace(cache=cache.replace(k_NBKSC=k, v_NBKSC=v))
 
 
 SMALL_TARGET, SMALL_DRAFT = make(2, 8, 3, 5, 0.5), make(1, 8, 6, 5, 0.5)
@@ -224,7 +235,7 @@ SMALL_TARGET, SMALL_DRAFT = make(2, 8, 3, 5, 0.5), make(1, 8, 6, 5, 0.5)
     ],
     ids=['chain', 'iid', 'branching', 'beam', 'dynamic', 'early_exit'],
 )  # fmt: skip
-def test_the_first_two_tokens_follow_the_law(drafter):
+def test_the_first_two_tokens_follow_the_distribution(drafter):
     rows = 4096
     sampler = Sampler(temperature=1.3, top_k=4)
     keys = jax.random.split(jax.random.key(11), rows)
@@ -236,9 +247,9 @@ def test_the_first_two_tokens_follow_the_law(drafter):
     counts = np.zeros((5, 5))
     np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
     after = jnp.asarray([[1, 3, token] for token in range(5)])
-    logits = transformer.forward(SMALL_TARGET.params, SMALL_TARGET.config, after)
-    law = np.exp(np.asarray(log_law(sampler, logits), np.float64))
-    expected = rows * law[0, 1][:, None] * law[:, 2]
+    logits = transformer.forward(SMALL_TARGET.params, config_of(2, 8, 5), after)
+    p = np.exp(np.asarray(log_probs(sampler, logits), np.float64))
+    expected = rows * p[0, 1][:, None] * p[:, 2]
     likely = expected > 0
     assert counts[~likely].sum() == 0
     chi_square = ((counts - expected)[likely] ** 2 / expected[likely]).sum()
@@ -259,8 +270,8 @@ def test_buckets_and_compilations():
 
 
 def test_a_drawn_token_is_never_the_one_that_starts_documents():
-    model = TARGET._replace(bos=3)
-    result = generate(model, [[3]] * 4, key=jax.random.key(0), max_new_tokens=40,
+    target = model.transformer(config_of(3, 16), TARGET.params, bos=3)
+    result = generate(target, [[3]] * 4, key=jax.random.key(0), max_new_tokens=40,
                       sampler=Sampler(temperature=50.0))  # fmt: skip
     assert not any((tokens == 3).any() for tokens in result.tokens)
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding import large_generate, projected_search, sample
 from decoding import large_vocabulary as large
-from decoding.drafter import Model
+from decoding import model, projected_search, sample, searched
+from decoding.drafts import chain, lookup, recycling
 from decoding.generate import generate
 from decoding.sample import Sampler
+from decoding.scores import Transform
 from lm.devices import mesh as mesh_lib
 from lm.model import params
 from lm.model.config import Config
@@ -53,8 +54,8 @@ def test_exactly_the_greatest_of_dense_logits(run, k):
     np.testing.assert_array_equal(found.tokens_BK, tokens_BK)
     np.testing.assert_allclose(log_normalizer_B, jax.nn.logsumexp(DENSE, axis=1), rtol=1e-6)
     if k == V:  # all of the softmax
-        law = jnp.exp(found.logits_BK - log_normalizer_B[:, None])
-        placed = jnp.zeros((B, V)).at[jnp.arange(B)[:, None], found.tokens_BK].set(law)
+        probability = jnp.exp(found.logits_BK - log_normalizer_B[:, None])
+        placed = jnp.zeros((B, V)).at[jnp.arange(B)[:, None], found.tokens_BK].set(probability)
         np.testing.assert_allclose(placed, jax.nn.softmax(DENSE), rtol=1e-5)
         np.testing.assert_allclose(found.kept_mass_B, 1, rtol=1e-5)
 
@@ -71,15 +72,15 @@ def test_draws_are_those_from_dense_logits(run):
 
     @jax.jit
     def draw_dense():
-        law = sample.log_law(Sampler(temperature=temperatures), 6 * jnp.tanh(DENSE / 6))
-        return jax.lax.map(lambda p: sample.draw(law, ROW_KEYS, jnp.full(B, p)), positions)
+        logprobs = sample.log_probs(Sampler(temperature=temperatures), 6 * jnp.tanh(DENSE / 6))
+        return jax.lax.map(lambda p: sample.draw(logprobs, ROW_KEYS, jnp.full(B, p)), positions)
 
     drawn = run(draw, table)
     np.testing.assert_array_equal(drawn, draw_dense())
     assert len(set(drawn[:, 2].tolist())) > 20 and len(set(drawn[:, 3].tolist())) == 1
 
 
-def test_draws_among_the_greatest_follow_their_renormalised_law():
+def test_draws_among_the_greatest_follow_their_renormalised_distribution():
     n, k, temperature = 4000, 5, 8.0
 
     @jax.jit
@@ -98,21 +99,45 @@ def test_draws_among_the_greatest_follow_their_renormalised_law():
     np.testing.assert_allclose(mass, dense[tokens].sum() / dense.sum(), rtol=1e-5)
 
 
-def test_text_is_what_plain_generation_gives():
+@pytest.mark.parametrize('bos', [None, 3])
+def test_text_is_what_dense_logits_give(bos):
     config = Config(600, 16, 1, 2, 1, 8, 32, max_length=64, logit_softcap=5.0)
     weights = params.init(config, jax.random.key(0))
     weights['tables']['output_VD'] *= 6
-    model = Model(config, weights)
+    dense = model.transformer(config, weights, bos=bos)
     prompts = [[1, 2, 3], [599], [7] * 9]
-    settings = {'key': jax.random.key(3), 'max_new_tokens': 8}
-    temperature = jnp.asarray([1.0, 0.5, 0.0])
-    text = functools.partial(large_generate.generate, model, prompts, temperature=temperature)
-    actual = text(**settings)
-    expected = generate(model, prompts, sampler=Sampler(temperature=temperature), **settings)
-    np.testing.assert_array_equal(actual, expected.tokens)
-    among = text(top_k=5, **settings)
-    assert among[2].tolist() == actual[2].tolist()  # greedy
-    assert among[0].tolist() != actual[0].tolist()
+    sampler = Sampler(temperature=jnp.asarray([1.0, 0.5, 0.0]))
+
+    def text(lm, **settings):
+        return generate(
+            lm, prompts, key=jax.random.key(3), max_new_tokens=8, sampler=sampler, **settings
+        ).tokens
+
+    expected = text(dense)
+    large_head = searched.transformer(config, weights, bos=bos, chunk=512)
+    np.testing.assert_array_equal(text(large_head), expected)
+    assert bos not in np.concatenate(expected).tolist()
+    drafted = text(large_head, drafter=lookup.lookup(nodes=6))  # a tree, verified by the search
+    np.testing.assert_array_equal(drafted, expected)
+    warm = text(large_head, drafter=recycling.recycling(600))  # asks the head for the best k
+    np.testing.assert_array_equal(warm, expected)
+    among = text(searched.transformer(config, weights, bos=bos, top_k=5))
+    assert among[2].tolist() == expected[2].tolist()  # greedy
+    assert among[0].tolist() != expected[0].tolist()
+
+
+def test_what_needs_all_logits_is_refused():
+    config = Config(600, 16, 1, 2, 1, 8, 32, max_length=64)
+    weights = params.init(config, jax.random.key(0))
+    large_head = searched.transformer(config, weights)
+    call = functools.partial(generate, large_head, [[1]], key=jax.random.key(0), max_new_tokens=2)
+    draft = chain.chain(model.transformer(config, weights), 2)
+    with pytest.raises(ValueError, match='recursive rejection needs the probability of every'):
+        call(drafter=draft)
+    with pytest.raises(ValueError, match='top_p: needs the logits of every token'):
+        call(sampler=Sampler(top_p=0.5))
+    with pytest.raises(ValueError, match='transform: needs the logits'):
+        call(transform=Transform(lambda params, logits, tree, text, **extra: logits))
 
 
 def test_a_shortlist_finds_what_its_rank_allows():

@@ -1,6 +1,5 @@
 """Models with tables drawn per text decode as any other: plainly, and with every kind of draft."""
 
-import dataclasses
 import functools
 
 import jax
@@ -8,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.drafter import Model
+from decoding import model
 from decoding.drafts import adapter, chain, early_exit, recursive
 from decoding.generate import generate
-from decoding.sample import Sampler, at_position, draw, log_law
+from decoding.model import LM
+from decoding.sample import Sampler, at_position, draw, log_probs
 from decoding.verify import target_only_walk
 from lm.model import lexinvariant, params, transformer
 from lm.model.config import Config, Lexinvariant
@@ -20,39 +20,46 @@ V, NEW = 13, 12
 PROMPTS = [[1, 2, 3, 1, 2], [5, 5], [7, 4, 7, 4]]
 KEYS = jax.random.split(jax.random.key(5), 3)
 SAMPLER = Sampler(temperature=jnp.float32(0.7))
-LAWS = {
+KINDS = {
     'gaussian': Lexinvariant('gaussian'),
     'permuted': Lexinvariant('permuted'),
     'partial': Lexinvariant('gaussian', 0.5),
 }
 
 
-def make(law: Lexinvariant | None, layers: int, width: int) -> Model:
-    config = Config(
+def config_of(kind: Lexinvariant | None, layers: int = 2, width: int = 16) -> Config:
+    return Config(
         V, width, layers, 2, 1, 8, 2 * width, max_length=64, unroll=layers, tied=True,
-        scale_embeddings=True, lexinvariant=law,
+        scale_embeddings=True, lexinvariant=kind,
     )  # fmt: skip
-    return Model(config, params.init(config, jax.random.key(width)))
 
 
+def make(kind: Lexinvariant | None, layers: int = 2, width: int = 16) -> LM:
+    config = config_of(kind, layers, width)
+    return model.transformer(config, params.init(config, jax.random.key(width)))
+
+
+OWN = config_of(Lexinvariant())
+ADAPTER = early_exit.Adapter(
+    adapter.model(OWN), adapter.as_params(adapter.init(jax.random.key(1), OWN))
+)
 DRAFTERS = {
     'chain': lambda target: chain.chain(make(None, 1, 8), 2),
     'beam': lambda target: recursive.beam(make(Lexinvariant(), 1, 8), 2, 2),
-    'early exit': lambda target: early_exit.early_exit(
-        target, 1, 3, adapter=adapter.init(jax.random.key(1), target.config)
-    ),
+    'early exit': lambda target: early_exit.early_exit(target, 1, 3, adapter=ADAPTER),
 }
 
 
 @functools.cache
-def plain_text(law):
-    return generate(make(law, 2, 16), PROMPTS, key=KEYS, max_new_tokens=NEW, sampler=SAMPLER)
+def plain_text(kind):
+    return generate(make(kind), PROMPTS, key=KEYS, max_new_tokens=NEW, sampler=SAMPLER)
 
 
-@pytest.mark.parametrize('law', LAWS.values(), ids=LAWS)
-def test_a_text_keeps_its_table(law):
-    target, plain = make(law, 2, 16), plain_text(law)
-    drawn = lexinvariant.drawn_for(target.params, target.config, KEYS)
+@pytest.mark.parametrize('kind', KINDS.values(), ids=KINDS)
+def test_a_text_keeps_its_table(kind):
+    target, plain = make(kind), plain_text(kind)
+    config = config_of(kind)
+    drawn = lexinvariant.drawn_for(target.params, config, KEYS)
     p = lexinvariant.with_tables(target.params, drawn)
     forward = jax.jit(transformer.forward, static_argnums=1)
     texts = np.zeros((3, 24), np.int32)
@@ -60,26 +67,26 @@ def test_a_text_keeps_its_table(law):
     for row, prompt in zip(texts, PROMPTS):
         row[: len(prompt)] = prompt
     for _ in range(NEW):
-        logits = forward(p, target.config, jnp.asarray(texts))[np.arange(3), ends - 1]
-        texts[np.arange(3), ends] = draw(log_law(SAMPLER, logits), KEYS, jnp.asarray(ends))
+        logits = forward(p, config, jnp.asarray(texts))[np.arange(3), ends - 1]
+        texts[np.arange(3), ends] = draw(log_probs(SAMPLER, logits), KEYS, jnp.asarray(ends))
         ends += 1
     for row, end, tokens in zip(texts, ends, plain.tokens):
         np.testing.assert_array_equal(row[end - NEW : end], tokens)
 
 
-@pytest.mark.parametrize('kind', DRAFTERS)
-def test_drafts_leave_the_text_as_it_was(kind):
-    law = LAWS['permuted' if kind == 'chain' else 'gaussian']
-    target, call = make(law, 2, 16), {'key': KEYS, 'max_new_tokens': NEW, 'sampler': SAMPLER}
-    drafter = DRAFTERS[kind](target)
+@pytest.mark.parametrize('name', DRAFTERS)
+def test_drafts_leave_the_text_as_it_was(name):
+    kind = KINDS['permuted' if name == 'chain' else 'gaussian']
+    target, call = make(kind), {'key': KEYS, 'max_new_tokens': NEW, 'sampler': SAMPLER}
+    drafter = DRAFTERS[name](target)
     drafted = generate(target, PROMPTS, drafter=drafter, verifier=target_only_walk, **call)
-    for row, other in zip(drafted.tokens, plain_text(law).tokens, strict=True):
+    for row, other in zip(drafted.tokens, plain_text(kind).tokens, strict=True):
         np.testing.assert_array_equal(row, other)
 
 
 def test_a_draft_from_the_targets_own_tables_is_taken():
     """A draft model that is the target draws the same table of a text's key."""
-    target = make(Lexinvariant(), 2, 16)
+    target = make(Lexinvariant())
     greedy = Sampler(temperature=jnp.float32(0))
     result = generate(
         target, PROMPTS, key=KEYS, max_new_tokens=NEW, sampler=greedy,
@@ -89,8 +96,8 @@ def test_a_draft_from_the_targets_own_tables_is_taken():
 
 
 def test_where_nothing_is_drawn_a_call_leaves_the_models_own_tables_alone():
-    target = make(Lexinvariant(probability=0.0), 2, 16)
-    learned = target._replace(config=dataclasses.replace(target.config, lexinvariant=None))
+    target = make(Lexinvariant(probability=0.0))
+    learned = model.transformer(config_of(None), target.params)
     call = {'key': KEYS, 'max_new_tokens': 4, 'sampler': SAMPLER}
     first, again, expected = (generate(m, PROMPTS, **call) for m in (target, target, learned))
     for rows in zip(first.tokens, again.tokens, expected.tokens, strict=True):

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.drafter import Drafter, Outcome, Text
+from decoding.drafter import Method, Outcome, Text
 from decoding.drafts.lookup import SURVIVAL, lookup
+from tests.decoding.trees import context_of, prompt_of
 
 SIZE, LENGTH, BRANCHES, LONGEST = 48, 4, 3, 3
 
@@ -66,18 +67,19 @@ def paths(tree, row: int) -> list[tuple[int, ...]]:
 
 
 @functools.cache
-def drafter(nodes: int, buckets: int) -> Drafter:
-    made = lookup(nodes=nodes, length=LENGTH, branches=BRANCHES, longest=LONGEST, buckets=buckets)
+def method(nodes: int, buckets: int) -> Method:
+    sizes = {'length': LENGTH, 'branches': BRANCHES, 'longest': LONGEST}
+    made = lookup(nodes=nodes, buckets=buckets, **sizes).method
     return made._replace(
-        init=jax.jit(made.init, static_argnums=2),
+        init=jax.jit(lambda params, text: made.init(params, prompt_of(text, SIZE))),
         propose=jax.jit(made.propose),
         update=jax.jit(made.update),
     )
 
 
-def propose(made: Drafter, rows: list[list[int]]):
+def propose(made: Method, rows: list[list[int]]):
     text = text_of(rows)
-    return made.propose(None, made.init(None, text, SIZE), text, {}, None)[0]  # type: ignore[arg-type]
+    return made.propose(None, made.init(None, text), context_of(text)).tree
 
 
 def random_rows(seed: int, batch: int = 6) -> list[list[int]]:
@@ -90,7 +92,7 @@ def random_rows(seed: int, batch: int = 6) -> list[list[int]]:
 def test_proposals_equal_a_search_of_the_whole_text(seed):
     rows = random_rows(seed)
     all_of_it = 1 + BRANCHES * LENGTH
-    tree = propose(drafter(all_of_it, 1 << 14), rows)
+    tree = propose(method(all_of_it, 1 << 14), rows)
     for row, tokens in enumerate(rows):
         assert set(paths(tree, row)) == set(prefixes(tokens))
 
@@ -98,7 +100,7 @@ def test_proposals_equal_a_search_of_the_whole_text(seed):
 @pytest.mark.parametrize('seed', range(8))
 def test_a_smaller_budget_keeps_the_best_prefixes(seed):
     rows, nodes = random_rows(seed), 6
-    tree = propose(drafter(nodes, 1 << 14), rows)
+    tree = propose(method(nodes, 1 << 14), rows)
     assert tree.token_BT.shape == (len(rows), nodes)
     for row, tokens in enumerate(rows):
         scores = prefixes(tokens)
@@ -113,7 +115,7 @@ def test_colliding_hashes_propose_only_what_follows_the_last_token(buckets):
     found = 0
     for seed in range(4):
         rows = random_rows(seed)
-        tree = propose(drafter(1 + BRANCHES * LENGTH, buckets), rows)
+        tree = propose(method(1 + BRANCHES * LENGTH, buckets), rows)
         for row, tokens in enumerate(rows):
             for path in paths(tree, row):
                 piece = [tokens[-1], *path]
@@ -126,21 +128,21 @@ def test_colliding_hashes_propose_only_what_follows_the_last_token(buckets):
 
 @pytest.mark.parametrize('buckets', [4, 1 << 14])
 def test_tables_grown_token_by_token_equal_tables_of_the_whole_text(buckets):
-    made = drafter(6, buckets)
+    made = method(6, buckets)
     whole = random_rows(3)
     lengths = [1] * len(whole)
-    state = made.init(None, text_of([row[:1] for row in whole]), SIZE)
+    state = made.init(None, text_of([row[:1] for row in whole]))
     generator = np.random.default_rng(0)
     while lengths != [len(row) for row in whole]:
         steps = generator.integers(0, LENGTH + 2, len(whole))  # 0: a row that is finished
         lengths = [min(n + int(s), len(r)) for n, s, r in zip(lengths, steps, whole, strict=True)]
         text = text_of([row[:n] for row, n in zip(whole, lengths, strict=True)])
-        state = made.update(None, state, Outcome(None, None, None, text))  # type: ignore[arg-type]
-    np.testing.assert_array_equal(state.table, made.init(None, text_of(whole), SIZE).table)
+        state = made.update(None, state, Outcome(None, None, None, None, text, None))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(state.table, made.init(None, text_of(whole)).table)
 
 
 def test_a_text_that_repeats_itself_is_continued():
-    tree = propose(drafter(6, 1 << 14), [[1, 2, 3, 4, 5, 6, 1, 2, 3]])
+    tree = propose(method(6, 1 << 14), [[1, 2, 3, 4, 5, 6, 1, 2, 3]])
     assert paths(tree, 0) == [(4,), (4, 5), (4, 5, 6), (4, 5, 6, 1)]
 
 

@@ -72,7 +72,7 @@ def test_no_rule_accepts_more_than_the_bound(target, draft, k):
 
 
 def test_known_values():
-    # SpecTr's rule misses a token that the draft law never draws
+    # SpecTr's rule misses a token that the draft never draws
     point, even = np.asarray([1.0, 0.0]), np.asarray([0.5, 0.5])
     np.testing.assert_allclose(optimal.k_seq_acceptance(point, even, 2), 0.75)
     np.testing.assert_allclose(optimal.optimal_acceptance(point, even, 2, True), 0.75)

@@ -10,7 +10,9 @@ import pytest
 
 from decoding.drafter import Drafter, Outcome, Text, Verdict
 from decoding.drafts import template
-from decoding.drafts.recycling import LEVELS, State, pool, recycling, top, write
+from decoding.drafts.recycling import LEVELS, State, pool, recycling, write
+from decoding.scores import Logits, top
+from tests.decoding.trees import context_of, prompt_of
 
 V, K = 11, 3
 SHAPE = template.best_first([0.5, 0.3, 0.1], 9)
@@ -19,13 +21,25 @@ SHAPE = template.best_first([0.5, 0.3, 0.1], 9)
 def small(**settings) -> Drafter:
     """Returns a drafter of few nodes, compiled."""
     made = recycling(V, template=SHAPE, ranks=K, **settings)
-    return made._replace(propose=jax.jit(made.propose), update=jax.jit(made.update))
+    return compiled(made)
+
+
+def compiled(made: Drafter) -> Drafter:
+    method = made.method
+    fast = {'propose': jax.jit(method.propose), 'update': jax.jit(method.update)}
+    return made._replace(method=method._replace(**fast))
 
 
 def propose(made: Drafter, successors, root: list[int]):
     """Returns the tree below each root, as numpy arrays."""
-    tree, *_ = made.propose(None, State(jnp.asarray(successors)), text_of(root), {}, None)  # type: ignore[arg-type]
+    state = State(jnp.asarray(successors))
+    tree = made.method.propose(None, state, context_of(text_of(root))).tree
     return jax.tree.map(np.asarray, tree)
+
+
+def start(made: Drafter, root: list[int]):
+    """Returns the matrix before the first round."""
+    return made.method.init(made.params, prompt_of(text_of(root), 8)).successor_BVR
 
 
 def text_of(tokens: list[int]) -> Text:
@@ -37,7 +51,8 @@ def text_of(tokens: list[int]) -> Text:
 def outcome(tree, logits_BTV, path: list[list[int]], accepted: list[int]) -> Outcome:
     next_B = jnp.zeros(len(accepted), jnp.int32)
     verdict = Verdict(jnp.asarray(path, jnp.int32), jnp.asarray(accepted, jnp.int32), next_B)
-    return Outcome(tree, logits_BTV, verdict, text_of([0] * len(accepted)))
+    text, count_B = text_of([0] * len(accepted)), jnp.asarray(accepted) + 1
+    return Outcome(tree, Logits(jnp.asarray(logits_BTV)), None, verdict, text, count_B)  # type: ignore[arg-type]
 
 
 def matrix(seed: int, batch: int) -> np.ndarray:
@@ -48,11 +63,9 @@ def matrix(seed: int, batch: int) -> np.ndarray:
 
 def test_the_default_template_has_the_papers_levels():
     made = recycling(100)
-    assert (made.nodes, made.depth, made.branching) == (81, 6, 8)
-    tree = propose(
-        made._replace(propose=jax.jit(made.propose)),
-        made.init(None, text_of([1]), 8).successor_BVR, [1],
-    )  # fmt: skip
+    method = made.method
+    assert (method.nodes, method.depth, method.branching) == (81, 6, 8)
+    tree = propose(compiled(made), start(made, [1]), [1])
     assert np.bincount(tree.depth_BT[0]).tolist() == [1, *LEVELS]
     assert (tree.parent_BT[0, 1:] < np.arange(1, 81)).all()
 
@@ -98,7 +111,7 @@ def test_trees_follow_the_matrix():
     successors[0, 4], successors[1, 4, 0] = -1, -1
     tree = propose(made, successors, [3, 4])
     for row in range(2):
-        for node in range(1, made.nodes):
+        for node in range(1, made.method.nodes):
             parent, rank = SHAPE.parent[node], SHAPE.rank[node]
             expected = int(successors[row, tree.token_BT[row, parent], rank])
             known = bool(tree.valid_BT[row, parent]) and expected >= 0
@@ -109,7 +122,7 @@ def test_trees_follow_the_matrix():
 
 def test_a_cold_start_drafts_nothing():
     made = small()
-    tree = propose(made, made.init(None, text_of([0, 5]), 8).successor_BVR, [0, 5])
+    tree = propose(made, start(made, [0, 5]), [0, 5])
     assert tree.valid_BT.sum(axis=1).tolist() == [1, 1]
 
 
@@ -118,17 +131,22 @@ def test_every_node_is_learnt_and_the_accepted_path_wins():
     tree = propose(made, before, [3, 4])
     # row 0 accepts two nodes, row 1 none; one node of row 1 does not exist
     last = int(np.flatnonzero(SHAPE.depth == 2)[0])
-    path = [[0, int(SHAPE.parent[last]), last] + [last] * (made.depth - 2), [0] * (made.depth + 1)]
+    path = [
+        [0, int(SHAPE.parent[last]), last] + [last] * (made.method.depth - 2),
+        [0] * (made.method.depth + 1),
+    ]
     valid_BT = tree.valid_BT.copy()
     valid_BT[1, -1] = False
     tree = dataclasses.replace(tree, valid_BT=valid_BT)
-    logits = np.random.default_rng(3).normal(size=(2, made.nodes, V)).astype(np.float32)
-    state = made.update(None, State(jnp.asarray(before)), outcome(tree, logits, path, [2, 0]))
+    logits = np.random.default_rng(3).normal(size=(2, made.method.nodes, V)).astype(np.float32)
+    state = made.method.update(
+        None, State(jnp.asarray(before)), outcome(tree, logits, path, [2, 0])
+    )
     after = np.asarray(state.successor_BVR)
     best = np.argsort(-logits, axis=-1)[..., :K]
     for row in range(2):
         winner: dict[int, int] = {}
-        order = sorted(range(made.nodes), key=lambda node: (node in path[row], node))
+        order = sorted(range(made.method.nodes), key=lambda node: (node in path[row], node))
         for node in order:
             if tree.valid_BT[row, node]:
                 winner[int(tree.token_BT[row, node])] = node
@@ -143,13 +161,12 @@ def test_a_warm_start_shares_what_all_rows_know():
     cold = jnp.full((2, V, K), -1, jnp.int32)
     tokens = jnp.asarray([[2, 6], [2, 9]])
     logits = jax.random.normal(jax.random.key(4), (2, 2, V))
-    known = np.asarray(write(cold, tokens, logits, tokens >= 0))
+    known = np.asarray(write(cold, tokens, top(logits, K), tokens >= 0))
     warm = np.asarray(pool(jnp.asarray(known)))
     np.testing.assert_array_equal(warm[[2, 6, 9]], known[[1, 0, 1], [2, 6, 9]])
     assert (np.delete(warm, [2, 6, 9], axis=0) == -1).all()
     made = small(warm_VR=warm)
-    state = made.init(made.params, text_of([6, 9, 0]), 8)
-    tree = propose(made, state.successor_BVR, [6, 9, 0])
+    tree = propose(made, start(made, [6, 9, 0]), [6, 9, 0])
     first = int(np.flatnonzero(SHAPE.depth == 1)[0])
     assert tree.token_BT[:2, first].tolist() == [warm[6, 0], warm[9, 0]]
     assert tree.valid_BT[:, first].tolist() == [True, True, False]

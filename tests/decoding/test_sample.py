@@ -1,4 +1,4 @@
-"""The law that is sampled, against sorting in numpy; draws keyed by position."""
+"""The distribution that is sampled, against sorting in numpy; draws keyed by position."""
 
 import jax
 import jax.numpy as jnp
@@ -43,10 +43,10 @@ LOGITS = st.lists(st.sampled_from([-7.0, -1.0, 0.0, 0.25, 3.0]), min_size=V, max
 )
 def test_equals_the_formula(logits, temperature, top_k, top_p, min_p):
     sampler = Sampler(temperature, top_k, top_p, min_p)
-    law = np.exp(jax.jit(sample.log_law)(sampler, jnp.asarray(logits)))
+    p = np.exp(jax.jit(sample.log_probs)(sampler, jnp.asarray(logits)))
     expected = formula(logits, temperature, top_k, top_p, min_p)
-    np.testing.assert_allclose(law, expected, rtol=1e-5, atol=1e-7)
-    np.testing.assert_array_equal(law == 0, expected == 0)
+    np.testing.assert_allclose(p, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(p == 0, expected == 0)
 
 
 def test_settings_may_differ_from_row_to_row():
@@ -54,49 +54,49 @@ def test_settings_may_differ_from_row_to_row():
     sampler = Sampler(
         jnp.asarray([[0.0], [0.5], [2.0]]), jnp.asarray([[2], [4], [3]]), top_p=jnp.asarray([[0.9]])
     )
-    law = np.exp(jax.jit(sample.log_law)(sampler, logits))
+    p = np.exp(jax.jit(sample.log_probs)(sampler, logits))
     for (row, i), (t, k) in zip(np.ndindex(3, 2), [(0, 2)] * 2 + [(0.5, 4)] * 2 + [(2, 3)] * 2):
-        np.testing.assert_allclose(law[row, i], formula(logits[row, i], t, k, 0.9), rtol=1e-5)
+        np.testing.assert_allclose(p[row, i], formula(logits[row, i], t, k, 0.9), rtol=1e-5)
 
 
 @pytest.mark.parametrize('temperature', [0.0, 1e-45, 1e-30, 1e-4])
 def test_low_temperatures_and_huge_logits_are_no_nan(temperature):
     logits = jnp.asarray([[3e38, -3e38, 3e38, -jnp.inf], [-1.0, -jnp.inf, 0.0, -0.5]])
-    law = jax.jit(sample.log_law)(Sampler(temperature, 2, 0.5, 0.5), logits)
-    assert not np.isnan(law).any()
+    p = jax.jit(sample.log_probs)(Sampler(temperature, 2, 0.5, 0.5), logits)
+    assert not np.isnan(p).any()
     greedy = [[0, -np.inf, -np.inf, -np.inf], [-np.inf, -np.inf, 0, -np.inf]]
     if temperature == 0:
-        np.testing.assert_array_equal(law, greedy)
-    np.testing.assert_array_equal(law[1], greedy[1])
+        np.testing.assert_array_equal(p, greedy)
+    np.testing.assert_array_equal(p[1], greedy[1])
 
 
 def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
     logits = jnp.asarray([2.0, -1.0, 2.0, -1.0])
     seen = jnp.asarray([True, True, False, False])
-    law = sample.log_law(Sampler(repetition_penalty=1.6), logits, seen)
+    p = sample.log_probs(Sampler(repetition_penalty=1.6), logits, seen)
     expected = jax.nn.log_softmax(jnp.asarray([1.25, -1.6, 2.0, -1.0]))
-    np.testing.assert_allclose(law, expected, rtol=1e-6)
+    np.testing.assert_allclose(p, expected, rtol=1e-6)
     with pytest.raises(ValueError, match='seen'):
-        sample.log_law(Sampler(repetition_penalty=1.6), logits)
+        sample.log_probs(Sampler(repetition_penalty=1.6), logits)
 
 
 def test_steps_left_out_are_not_in_the_graph():
     def loops(sampler):
-        return str(jax.make_jaxpr(sample.log_law)(sampler, jnp.zeros((2, V)))).count('scan[')
+        return str(jax.make_jaxpr(sample.log_probs)(sampler, jnp.zeros((2, V)))).count('scan[')
 
     plain, top_k, both = (loops(s) for s in (Sampler(0.5), Sampler(1, 3), Sampler(1, 3, 0.5)))
     assert (plain, top_k, both) == (0, 1, 2)
     assert 'sort' not in str(
-        jax.make_jaxpr(sample.log_law)(Sampler(1, 3, 0.5, 0.5), jnp.zeros((2, V)))
+        jax.make_jaxpr(sample.log_probs)(Sampler(1, 3, 0.5, 0.5), jnp.zeros((2, V)))
     )
 
 
 def test_works_in_double_precision():
     with jax.enable_x64(True):
         logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, V)))
-        law = np.exp(sample.log_law(Sampler(0.7, 4, 0.8, 0.1), logits))
+        p = np.exp(sample.log_probs(Sampler(0.7, 4, 0.8, 0.1), logits))
         expected = [formula(row, 0.7, 4, 0.8, 0.1) for row in logits]
-        np.testing.assert_allclose(law, expected, rtol=1e-13)
+        np.testing.assert_allclose(p, expected, rtol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -126,14 +126,14 @@ def test_good_settings_and_traced_ones_are_let_through():
 
 def test_a_draw_depends_on_its_own_key_and_position_only():
     keys = jax.random.split(jax.random.key(1), 3)
-    law = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (3, 50)))
+    p = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (3, 50)))
     position = jnp.asarray([7, 8, 8])
-    together = sample.draw(law, keys, position)
+    together = sample.draw(p, keys, position)
     for i in range(3):
-        alone = sample.draw(law[i : i + 1], keys[i : i + 1], position[i : i + 1])
+        alone = sample.draw(p[i : i + 1], keys[i : i + 1], position[i : i + 1])
         assert alone[0] == together[i]
     many = jnp.arange(2000)
-    same_law, same_key = jnp.broadcast_to(law[0], (2000, 50)), jnp.broadcast_to(keys[0], (2000,))
+    same_law, same_key = jnp.broadcast_to(p[0], (2000, 50)), jnp.broadcast_to(keys[0], (2000,))
     drawn = jax.jit(sample.draw)(same_law, same_key, many)
     counts = np.bincount(drawn, minlength=50)
-    assert np.abs(counts / 2000 - np.exp(law[0])).sum() < 0.3
+    assert np.abs(counts / 2000 - np.exp(p[0])).sum() < 0.3

@@ -9,10 +9,11 @@ import pytest
 import scipy.stats
 
 from decoding import sample, verify
-from decoding.drafter import Drafter, Text
+from decoding.drafter import Method, Text
+from decoding.scores import Probabilities
 from decoding.tree import DraftTree, Independent, WithoutReplacement
 
-# A table language model: the law of a token given the one before it.
+# A table language model: the distribution of a token given the one before it.
 
 
 def table(seed, v, temperature=1.0):
@@ -52,17 +53,19 @@ def emitted(tree, verdict):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def run(verifier, tree, law_VV, text, depth, branching):
-    return verifier.verify(tree, law_VV[tree.token_BT], text, depth, branching)
+def run(verifier, tree, logprob_VV, text, depth, branching):
+    return verifier.verify(tree, Probabilities(logprob_VV[tree.token_BT]), text, depth, branching)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def plain_draws(law_VV, text, n):
+def plain_draws(logprob_VV, text, n):
     """The next n tokens of each row, for each token before them."""
 
     def of_position(i):
         draw = functools.partial(sample.draw, key_B=text.key_B, position_B=text.length_B + i)
-        rows = jnp.broadcast_to(law_VV[:, None], (len(law_VV), len(text.key_B), len(law_VV)))
+        rows = jnp.broadcast_to(
+            logprob_VV[:, None], (len(logprob_VV), len(text.key_B), len(logprob_VV))
+        )
         return jax.vmap(draw)(rows)
 
     return jax.vmap(of_position)(jnp.arange(n)).transpose(2, 0, 1)
@@ -72,12 +75,12 @@ def plain_draws(law_VV, text, n):
 def test_a_target_only_walk_emits_the_tokens_of_plain_sampling(temperature):
     v, depth, batch = 4, 3, 8
     logits = jax.random.normal(jax.random.key(2), (v, v))
-    law_VV = sample.log_law(sample.Sampler(temperature), logits)
+    logprob_VV = sample.log_probs(sample.Sampler(temperature), logits)
     accepted, text = 0, texts(batch)
-    drawn_BPV = np.asarray(plain_draws(law_VV, text, depth + 1))
+    drawn_BPV = np.asarray(plain_draws(logprob_VV, text, depth + 1))
     for seed in range(4):
         tree = random_tree(seed, batch, 24, v, depth)
-        verdict = run(verify.target_only_walk, tree, law_VV, text, depth, 8)
+        verdict = run(verify.target_only_walk, tree, logprob_VV, text, depth, 8)
         accepted += verdict.accepted_B.sum()
         for b, tokens in enumerate(emitted(tree, verdict)):
             last = tree.token_BT[b, 0]
@@ -87,7 +90,7 @@ def test_a_target_only_walk_emits_the_tokens_of_plain_sampling(temperature):
             is_child = (tree.parent_BT[b] == verdict.path_BP[b, -1]) & tree.valid_BT[b]
             assert last not in np.asarray(tree.token_BT[b])[is_child]
         if temperature == 0:
-            greedy = run(verify.greedy_walk, tree, law_VV, text, depth, 8)
+            greedy = run(verify.greedy_walk, tree, logprob_VV, text, depth, 8)
             jax.tree.map(np.testing.assert_array_equal, verdict, greedy)
     assert accepted > 4 * batch / 2  # the trees do get walked
 
@@ -98,16 +101,16 @@ def noise(key_B, position, *shape):
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def drafted(law_VV, key_B, root_B, branching, limit=None):
+def drafted(logprob_VV, key_B, root_B, branching, limit=None):
     """A tree by Gumbel top-k, level by level; `limit(token)`: whether siblings may follow it."""
-    batch, v = len(root_B), law_VV.shape[0]
+    batch, v = len(root_B), logprob_VV.shape[0]
     token, parent, level, valid = [root_B], [jnp.full(batch, -1)], [0], [jnp.ones(batch, bool)]
     noise_BTV = noise(key_B, 0, sum(np.cumprod((1, *branching))), v)
     nodes = [0]
     for depth, width in enumerate(branching):
         following = []
         for node in nodes:
-            order = jnp.argsort(-(law_VV[token[node]] + noise_BTV[:, node]), axis=1)
+            order = jnp.argsort(-(logprob_VV[token[node]] + noise_BTV[:, node]), axis=1)
             more = valid[node]
             for rank in range(width):
                 following.append(len(token))
@@ -120,17 +123,19 @@ def drafted(law_VV, key_B, root_B, branching, limit=None):
         nodes = following
     token_BT, parent_BT = (jnp.stack(x, 1).astype(jnp.int32) for x in (token, parent))
     depth_BT = jnp.broadcast_to(jnp.asarray(level, jnp.int32), token_BT.shape)
-    return WithoutReplacement(token_BT, parent_BT, depth_BT, jnp.stack(valid, 1), law_VV[token_BT])
+    return WithoutReplacement(
+        token_BT, parent_BT, depth_BT, jnp.stack(valid, 1), logprob_VV[token_BT]
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def sequences(law_VV, key_B, root_B, k, depth):
+def sequences(logprob_VV, key_B, root_B, k, depth):
     """K chains side by side, node by level and sequence."""
-    batch, v = len(root_B), law_VV.shape[0]
+    batch, v = len(root_B), logprob_VV.shape[0]
     noise_BTKV = noise(key_B, 0, depth, k, v)
     levels = [jnp.broadcast_to(root_B[:, None], (batch, k))]
     for i in range(depth):
-        levels.append(jnp.argmax(law_VV[levels[-1]] + noise_BTKV[:, i], axis=2))
+        levels.append(jnp.argmax(logprob_VV[levels[-1]] + noise_BTKV[:, i], axis=2))
     token_BT = jnp.concatenate([root_B[:, None], *levels[1:]], 1).astype(jnp.int32)
     nodes = np.arange(1 + k * depth)
     parent = np.where(nodes == 0, -1, np.maximum(nodes - k, 0))
@@ -138,7 +143,7 @@ def sequences(law_VV, key_B, root_B, k, depth):
         jnp.broadcast_to(jnp.asarray(x, jnp.int32), token_BT.shape)
         for x in (parent, (nodes + k - 1) // k)
     )
-    return Independent(token_BT, parent_BT, depth_BT, depth_BT >= 0, law_VV[token_BT])
+    return Independent(token_BT, parent_BT, depth_BT, depth_BT >= 0, logprob_VV[token_BT])
 
 
 def few(token):
@@ -175,27 +180,27 @@ def test_the_first_two_tokens_follow_the_target(case):
     plain_B = np.asarray(plain_draws(target_VV, text, 2))[np.arange(batch), 1, first_B]
     second_B = np.where(accepted_B > 0, second_B, plain_B)
     counts = np.bincount(first_B * v + second_B, minlength=v * v)
-    logprob_VV = np.asarray(target_VV, np.float64)
-    expected = np.exp(logprob_VV[0][:, None] + logprob_VV).ravel()
+    exact_VV = np.asarray(target_VV, np.float64)
+    expected = np.exp(exact_VV[0][:, None] + exact_VV).ravel()
     expected *= batch / expected.sum()
     assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
 
 
 def test_drafts_of_the_target_itself_are_all_accepted():
-    law_VV, text = table(3, 4), texts(8)
+    logprob_VV, text = table(3, 4), texts(8)
     root_B = jnp.arange(8) % 4
-    tree = drafted(law_VV, text.key_B, root_B, (1, 1, 1))
-    assert (run(verify.speculative_sampling, tree, law_VV, text, 3, 1).accepted_B == 3).all()
-    tree = drafted(law_VV, text.key_B, root_B, (2, 2, 2))
-    assert (run(verify.recursive_rejection, tree, law_VV, text, 3, 2).accepted_B == 3).all()
-    tree = sequences(law_VV, text.key_B, root_B, 2, 3)
-    assert (run(verify.k_seq, tree, law_VV, text, 3, 2).accepted_B == 3).all()
+    tree = drafted(logprob_VV, text.key_B, root_B, (1, 1, 1))
+    assert (run(verify.speculative_sampling, tree, logprob_VV, text, 3, 1).accepted_B == 3).all()
+    tree = drafted(logprob_VV, text.key_B, root_B, (2, 2, 2))
+    assert (run(verify.recursive_rejection, tree, logprob_VV, text, 3, 2).accepted_B == 3).all()
+    tree = sequences(logprob_VV, text.key_B, root_B, 2, 3)
+    assert (run(verify.k_seq, tree, logprob_VV, text, 3, 2).accepted_B == 3).all()
 
 
 def test_point_masses():
     """Temperature 0 in both models: the draft's choice stands where it is the target's."""
     next_VV = jnp.roll(jnp.eye(4), 1, axis=1)  # 0, 1, 2, 3, 0 and so on
-    target_VV = sample.log_law(sample.Sampler(0.0), next_VV)
+    target_VV = sample.log_probs(sample.Sampler(0.0), next_VV)
     draft_VV = target_VV[jnp.asarray([0, 1, 2, 1])]  # after token 3 it is wrong
     text, root_B = texts(8), jnp.arange(8) % 4
     chain = drafted(draft_VV, text.key_B, root_B, (1, 1, 1))
@@ -235,11 +240,11 @@ def test_rows_do_not_depend_on_their_neighbours(kind):
 # Pairings that would be biased.
 
 
-def drafter(trees, branching):
+def method(trees, branching):
     def never_called(*_):
         raise AssertionError
 
-    return Drafter(never_called, never_called, never_called, None, trees, 7, 2, branching)
+    return Method(never_called, never_called, never_called, trees, 7, 2, branching)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +260,7 @@ def drafter(trees, branching):
 def test_biased_pairings_are_refused_by_type(trees, verifier, exact):
     message = rf'{verifier.name} is exact for {verifier.trees.__name__} .*{trees.__name__}.*{exact}'
     with pytest.raises(TypeError, match=message):
-        verify.check_pairing(drafter(trees, 1), verifier)
+        verify.check_pairing(method(trees, 1), verifier)
     tree = random_tree(0, 2, 7, 4, 2)
     if trees is not DraftTree:
         tree = trees(*jax.tree.leaves(tree), jnp.zeros((2, 7, 4)))
@@ -266,13 +271,13 @@ def test_biased_pairings_are_refused_by_type(trees, verifier, exact):
 @pytest.mark.parametrize('trees', [DraftTree, Independent, WithoutReplacement])
 def test_exact_pairings_are_let_through(trees):
     for verifier in verify.default_for(trees), verify.target_only_walk, verify.greedy_walk:
-        verify.check_pairing(drafter(trees, 3), verifier)
+        verify.check_pairing(method(trees, 3), verifier)
     assert issubclass(trees, verify.default_for(trees).trees)
 
 
 def test_verifiers_with_a_condition():
-    wide = drafter(WithoutReplacement, 2)
-    verify.check_pairing(drafter(WithoutReplacement, 1), verify.speculative_sampling)
+    wide = method(WithoutReplacement, 2)
+    verify.check_pairing(method(WithoutReplacement, 1), verify.speculative_sampling)
     with pytest.raises(ValueError, match='one child per node, not 2'):
         verify.check_pairing(wide, verify.speculative_sampling)
     verify.check_pairing(wide, verify.greedy_walk, sample.Sampler(0))

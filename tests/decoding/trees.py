@@ -4,17 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decoding.drafter import Model, Text
+from decoding import model
+from decoding.drafter import Context, Prompt, Text
+from decoding.model import LM
 from decoding.tree import WithoutReplacement
 from lm.model import params
 from lm.model.config import Config
 
 
-def tiny(config: Config, sharpness: float, bos: int | None = None) -> Model:
-    """A random model; a greater sharpness makes its laws farther from uniform."""
+def tiny(config: Config, sharpness: float, bos: int | None = None) -> LM:
+    """A random model; a greater sharpness makes its distributions farther from uniform."""
     weights = params.init(config, jax.random.key(0))
     weights['tables']['output_VD'] *= sharpness
-    return Model(config, weights, bos=bos)
+    return model.transformer(config, weights, bos=bos)
 
 
 def texts(rows: list[list[int]], seeds: list[int], length: int) -> Text:
@@ -25,6 +27,16 @@ def texts(rows: list[list[int]], seeds: list[int], length: int) -> Text:
         row[: len(ids)] = ids
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
     return Text(jnp.asarray(token_BS), jnp.asarray([len(ids) for ids in rows]), keys)
+
+
+def prompt_of(text: Text, rows: int) -> Prompt:
+    """What a drafter that never looks at the target is started with."""
+    return Prompt(text.token_BS, text, rows, None, None, None)  # type: ignore[arg-type]
+
+
+def context_of(text: Text) -> Context:
+    """What such a drafter proposes from."""
+    return Context(text, None, None)
 
 
 def path_of(parent_T, node: int) -> list[int]:
@@ -38,15 +50,14 @@ def path_of(parent_T, node: int) -> list[int]:
 
 def check_tree(tree, depth: int, branching: int) -> None:
     """What holds of every tree of `drafts`, one row at a time."""
-    for token, parent, level, valid, law in zip(
-        tree.token_BT, tree.parent_BT, tree.depth_BT, tree.valid_BT, tree.law_BTV, strict=True
-    ):
+    fields = tree.token_BT, tree.parent_BT, tree.depth_BT, tree.valid_BT, tree.logprob_BTV
+    for token, parent, level, valid, logprob in zip(*fields, strict=True):
         assert parent[0] == -1 and valid[0] and level[0] == 0 and level.max() <= depth
         assert (parent[1:] >= 0).all() and (parent < np.arange(len(parent))).all()
-        assert not np.isnan(law).any()
+        assert not np.isnan(logprob).any()
         alive = np.flatnonzero(valid)[1:]
         assert valid[parent[alive]].all() and (level[alive] == level[parent[alive]] + 1).all()
-        assert (law[parent[alive], token[alive]] > -np.inf).all()
+        assert (logprob[parent[alive], token[alive]] > -np.inf).all()
         assert (np.diff(level[alive]) >= 0).all()
         for node in np.flatnonzero(valid):
             children = alive[parent[alive] == node]

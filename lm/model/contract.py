@@ -1,0 +1,194 @@
+"""The contract of a model that can be stepped: all that decoding, coding and losses know of it.
+
+    memory, seen = model.start(params, prompt, kept_B, rows, key_B)   reads prompts, once
+    memory, seen = model.step(params, memory, nodes)                  runs N new nodes
+    logits_BTV   = model.head(params, memory, seen.h_BTD)             what follows each node
+    memory       = model.keep(memory, path_BP, count_B)               accepted nodes stay
+
+`memory` is opaque: a key/value cache, a cache with a policy, the caches of a hierarchy, the
+memories of two models side by side. Only `memory` knows how many rows it holds; a node's position
+in the text says nothing about it. A model is a named tuple of pure functions. A wrapper takes a
+`Model` and returns another: a cache policy, a byte view, an ensemble.
+
+Make a `Model` once and use it often: its functions are part of the compiled program.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+Params = Any
+Memory = Any
+
+
+class Nodes(NamedTuple):
+    """New nodes of B texts, as tokens or as vectors.
+
+    Attributes:
+      token_BT: int32 ids `[B, T]`; None if `x_BTD` is given.
+      position_BT: int32, position of each node in its text; negative for a node that no other
+        node may see.
+      ancestors_BTW: packed bits (`lm.kernels.mask.pack_bits`): which of the last `span` nodes each
+        node sees, itself included. Without it a node sees every node of no later position.
+      span: nodes that the bits count, the new ones included; T by default.
+      x_BTD: vectors in place of tokens: rows of another table, or, with `begun`, the stream.
+      begun: layers that have run already. `x_BTD` is the stream after them, and the memory holds
+        the nodes' rows of these layers.
+    """
+
+    token_BT: jax.Array | None
+    position_BT: jax.Array
+    ancestors_BTW: jax.Array | None = None
+    span: int | None = None
+    x_BTD: jax.Array | None = None
+    begun: int = 0
+
+
+def chain(token_BT: jax.Array, start_B: jax.Array | int = 0) -> Nodes:
+    """Returns tokens that follow one another, the first at position `start_B`."""
+    position_T = jnp.arange(token_BT.shape[1])
+    start_B1 = jnp.broadcast_to(jnp.asarray(start_B), token_BT.shape[:1])[:, None]
+    return Nodes(token_BT, start_B1 + position_T)
+
+
+class Ask(NamedTuple):
+    """What a caller wants to see beside the last hidden states; static.
+
+    Attributes:
+      layers: ascending; the stream after each of these layers is returned.
+      mass: whether to return the attention that each key received.
+    """
+
+    layers: tuple[int, ...] = ()
+    mass: bool = False
+
+
+NOTHING = Ask()
+
+
+class Seen(NamedTuple):
+    """What a pass over nodes computed.
+
+    Attributes:
+      h_BTD: hidden states, ready for `head`.
+      x_BTD: the residual stream after the last layer that ran.
+      layers: the stream `[B, T, D]` after each asked-for layer.
+      mass_NBKS: f32, attention that each row of the memory received, summed over the new nodes and
+        the query heads of a KV head; None if not asked for.
+    """
+
+    h_BTD: jax.Array
+    x_BTD: jax.Array
+    layers: tuple[jax.Array, ...] = ()
+    mass_NBKS: jax.Array | None = None
+
+
+class Stepped(NamedTuple):
+    """The result of `start` and of `step`."""
+
+    memory: Memory
+    seen: Seen
+
+
+class Start(Protocol):
+    """Reads prompts into a new memory.
+
+    Args:
+      params: of the model.
+      prompt: L nodes per text, a chain from position 0, padded on the right.
+      kept_B: int32: the memory holds each text's first `kept_B` nodes; `Seen` covers all L.
+      rows: room for the longest text and the largest draft tree; a policy may allocate less.
+      key_B: each text's own key, for what a model draws per text.
+      ask: see `Ask`.
+    """
+
+    def __call__(
+        self, params: Params, prompt: Nodes, kept_B: jax.Array, rows: int, key_B: jax.Array, *,
+        ask: Ask = NOTHING, **extra: Any,
+    ) -> Stepped: ...  # fmt: skip
+
+
+class Step(Protocol):
+    """Runs T new nodes below those that the memory holds, and holds them too.
+
+    Args:
+      params: of the model.
+      memory: what `start`, `step` or `keep` returned.
+      nodes: see `Nodes`.
+      layers: layers to run, ascending; by default all that the nodes have not begun.
+      ask: see `Ask`.
+    """
+
+    def __call__(
+        self, params: Params, memory: Memory, nodes: Nodes, *, layers: Sequence[int] | None = None,
+        ask: Ask = NOTHING, **extra: Any,
+    ) -> Stepped: ...  # fmt: skip
+
+
+class Keep(Protocol):
+    """Keeps accepted nodes and gives up all others that were stepped since.
+
+    Args:
+      memory: what `step` returned, once or several times since nodes were last kept.
+      path_BP: int32, indices of the kept nodes in the order of the text, counted from the first
+        node since; None for the first `count_B` nodes themselves.
+      count_B: int32, how many entries of the path count.
+      since_B: int32, nodes to count from instead: all nodes read so far are `since_B = 0`. A model
+        that evicts rows need not support it.
+    """
+
+    def __call__(
+        self, memory: Memory, path_BP: jax.Array | None, count_B: jax.Array, *,
+        since_B: jax.Array | int | None = None, **extra: Any,
+    ) -> Memory: ...  # fmt: skip
+
+
+class Head(Protocol):
+    """Returns what follows each node: logits f32 `[B, T, V]`, -inf for ids that are never drawn.
+
+    A head over a vocabulary too large for that returns an object that is searched instead
+    (`decoding.scores.Scores`).
+
+    Args:
+      params: of the model.
+      memory: of the texts; None where nothing is kept per text.
+      h_BTD: hidden states as `Seen.h_BTD`.
+    """
+
+    def __call__(self, params: Params, memory: Memory, h_BTD: jax.Array, **extra: Any) -> Any: ...
+
+
+class Layout(Protocol):
+    """Returns parameters in the form in which the platform decodes fastest."""
+
+    def __call__(self, params: Params, **extra: Any) -> Params: ...
+
+
+class Model(NamedTuple):
+    """A model that can be stepped: pure functions, and sizes that are static.
+
+    Attributes:
+      start, step, keep, head: see the protocols of these names.
+      layout: see `Layout`.
+      vocab_size: ids, input-only ones included.
+      max_length: positions that the model is made for.
+      n_layers: layers.
+      size: parameters that one pass over a node reads.
+      layer_size, head_size: of these, those of one layer, and of the head.
+      dense: whether the head returns the logits of every id.
+    """
+
+    start: Start
+    step: Step
+    keep: Keep
+    head: Head
+    layout: Layout
+    vocab_size: int
+    max_length: int
+    n_layers: int
+    size: int
+    layer_size: int = 0
+    head_size: int = 0
+    dense: bool = True

@@ -1,0 +1,141 @@
+"""The transformer under the contract of a model that can be stepped (`lm.model.contract`)."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.attention.attention import platform
+from lm.kernels.mask import Mask
+from lm.model import attend as attend_lib
+from lm.model import cache as cache_lib
+from lm.model import cpu_layout, lexinvariant, transformer
+from lm.model import params as params_lib
+from lm.model.attend import Rows
+from lm.model.cache import Cache
+from lm.model.config import Config
+from lm.model.contract import NOTHING, Ask, Model, Nodes, Stepped
+from lm.model.params import Params
+from lm.model.transformer import MLP, gated_mlp
+
+
+@flax.struct.dataclass
+class Memory:
+    """What a transformer remembers of a batch of texts.
+
+    Attributes:
+      cache: rows of nodes that are kept, then of those stepped since.
+      tables: drawn for these texts; None if they are learned.
+      kept_B: int32, rows of the cache that stay whatever becomes of the nodes behind them.
+    """
+
+    cache: Cache
+    tables: Params | None
+    kept_B: jax.Array
+
+
+@functools.cache
+def model(config: Config, never: tuple[int, ...] = (), mlp: MLP | None = gated_mlp) -> Model:
+    """Returns the transformer as a model that can be stepped.
+
+    Equal arguments give the same functions, so that a program compiled for one serves all.
+
+    Args:
+      config: of the model.
+      never: ids that are never drawn: BOS, and rows that stand for nothing.
+      mlp: in place of the model's own (`transformer.blocks`).
+    """
+    return Model(
+        start=functools.partial(_start, config, mlp),
+        step=functools.partial(_step, config, mlp),
+        keep=_keep,
+        head=functools.partial(_head, config, never),
+        layout=functools.partial(_layout, config),
+        vocab_size=config.vocab_size,
+        max_length=config.max_length,
+        n_layers=config.n_layers,
+        size=params_lib.count(config),
+        head_size=config.vocab_size * config.d_model,
+        layer_size=(params_lib.count_body(config) - config.d_model) // config.n_layers,
+    )
+
+
+def _start(
+    config: Config, mlp: MLP | None, params: Params, prompt: Nodes, kept_B: jax.Array, rows: int,
+    key_B: jax.Array, *, ask: Ask = NOTHING, **extra: Any,
+) -> Stepped:  # fmt: skip
+    """See `contract.Start`."""
+    b = prompt.position_BT.shape[0]
+    drawn = lexinvariant.drawn_for(params, config, key_B)
+    empty = Memory(cache_lib.init(config, b, rows), drawn, jnp.zeros(b, jnp.int32))
+    counted_BL = prompt.position_BT < kept_B[:, None]
+    memory, seen = _step(config, mlp, params, empty, prompt, ask=ask, counted_BL=counted_BL)
+    return Stepped(_keep(memory, None, kept_B), seen)
+
+
+def _step(
+    config: Config, mlp: MLP | None, params: Params, memory: Memory, nodes: Nodes, *,
+    layers: Sequence[int] | None = None, ask: Ask = NOTHING,
+    counted_BL: jax.Array | None = None, **extra: Any,
+) -> Stepped:  # fmt: skip
+    """See `contract.Step`."""
+    layers = range(nodes.begun, config.n_layers) if layers is None else layers
+    position_BT = nodes.position_BT
+    if memory.tables is not None:
+        params = {**params, 'tables': memory.tables}
+    if nodes.begun:
+        cache = cache_lib.reveal(memory.cache, position_BT, layers)
+    else:
+        some = None if len(layers) == config.n_layers else layers
+        cache = cache_lib.write_positions(memory.cache, position_BT, some)
+    mask = Mask(position_BT, position_BT[:, None], ancestors=nodes.ancestors_BTW, nodes=nodes.span)
+    attend = attend_lib.cached(config, mask, cache, counted_BL)
+    mass_NBKS = jnp.zeros(cache.position_NBKS.shape, jnp.float32) if ask.mass else None
+    carry = Rows(cache.k_NBKSC, cache.v_NBKSC, mass_NBKS)
+    seen, carry = transformer.run(
+        params, config, nodes, attend, carry, layers=layers, ask=ask, mlp=mlp
+    )
+    cache = dataclasses.replace(cache, k_NBKSC=carry.k_NBKSC, v_NBKSC=carry.v_NBKSC)
+    return Stepped(
+        dataclasses.replace(memory, cache=cache), seen._replace(mass_NBKS=carry.mass_NBKS)
+    )
+
+
+def _keep(
+    memory: Memory, path_BP: jax.Array | None, count_B: jax.Array, *,
+    since_B: jax.Array | int | None = None, **extra: Any,
+) -> Memory:  # fmt: skip
+    """See `contract.Keep`."""
+    since_B = memory.kept_B if since_B is None else jnp.broadcast_to(since_B, count_B.shape)
+    if path_BP is None:
+        cache = cache_lib.truncate(memory.cache, since_B + count_B)
+    else:
+        cache = cache_lib.keep(memory.cache, since_B, path_BP, count_B)
+    return dataclasses.replace(memory, cache=cache, kept_B=cache.length_B)
+
+
+def _head(
+    config: Config, never: tuple[int, ...], params: Params, memory: Memory | None,
+    h_BTD: jax.Array, **extra: Any,
+) -> jax.Array:  # fmt: skip
+    """See `contract.Head`."""
+    if memory is not None and memory.tables is not None:
+        params = {**params, 'tables': memory.tables}
+    logits_BTV = transformer.head(params, config, h_BTD)
+    if never:
+        logits_BTV = logits_BTV.at[..., np.asarray(never)].set(-jnp.inf)
+    return logits_BTV
+
+
+def _layout(config: Config, params: Params, **extra: Any) -> Params:
+    """See `contract.Layout`: on one CPU device a copy (`lm.model.cpu_layout`)."""
+    if platform() != 'cpu' or cpu_layout.is_prepared(params):
+        return params
+    if any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(params)):
+        return params  # joined matrices have rows of several axes, which no mesh axis divides
+    return cpu_layout.prepare(params, config)
