@@ -15,7 +15,7 @@ import flax.struct
 import jax
 
 from decoding.model import LM
-from decoding.scores import Distribution, Scores
+from decoding.scores import Scores
 from decoding.tree import DraftTree
 from lm.model.contract import NOTHING, Ask, Memory, Seen
 
@@ -122,19 +122,19 @@ class Outcome(NamedTuple):
 class Init(Protocol):
     """Returns a drafter's state before the first round."""
 
-    def __call__(self, params: Any, prompt: Prompt, **extra: Any) -> Any: ...
+    def __call__(self, params: Any, prompt: Prompt, /, **extra: Any) -> Any: ...
 
 
 class Propose(Protocol):
     """Returns a tree whose root is the last token of each text."""
 
-    def __call__(self, params: Any, state: Any, context: Context, **extra: Any) -> Proposal: ...
+    def __call__(self, params: Any, state: Any, context: Context, /, **extra: Any) -> Proposal: ...
 
 
 class Update(Protocol):
     """Returns a drafter's state after a round."""
 
-    def __call__(self, params: Any, state: Any, outcome: Outcome, **extra: Any) -> Any: ...
+    def __call__(self, params: Any, state: Any, outcome: Outcome, /, **extra: Any) -> Any: ...
 
 
 class Method(NamedTuple):
@@ -196,13 +196,14 @@ class Verify(Protocol):
 
     Args:
       tree: as proposed.
-      distribution: the target's after each node, adjusted by the sampler.
+      distribution: the target's after each node, adjusted by the sampler (`scores.Distribution`);
+        `scores.Probabilities` for a rule that is `dense`.
       text: see `Text`.
       depth, branching: of the tree, static.
     """
 
     def __call__(
-        self, tree: DraftTree, distribution: Distribution, text: Text, depth: int, branching: int,
+        self, tree: DraftTree, distribution: Any, text: Text, depth: int, branching: int,
         **extra: Any,
     ) -> Verdict: ...  # fmt: skip
 

@@ -10,10 +10,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 import tokenization
-from decoding.drafter import Drafter, Model
+from decoding import model as model_lib
+from decoding.drafter import Drafter
+from decoding.model import LM
 from decoding.sample import Sampler
 from lm.checkpoints import bundle
 from lm.model import params as params_lib
+from lm.model.config import Config
 from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
 from tokenization.tokenizer import Tokenizer
 
@@ -23,10 +26,12 @@ class Loaded(NamedTuple):
 
     Attributes:
       model: its symbols are the tokenizer's, and perhaps BOS.
+      config: of the model.
       tokenizer: its tokenizer.
     """
 
-    model: Model
+    model: LM
+    config: Config
     tokenizer: Tokenizer
 
     def encode(self, text: bytes) -> list[int]:
@@ -50,7 +55,7 @@ class Loaded(NamedTuple):
             written = list(self.tokenizer.tokens)  # special ones write nothing
         else:
             written = [self.tokenizer.token_bytes(i) for i in range(known)]
-        return written + [b''] * (self.model.config.vocab_size - known)
+        return written + [b''] * (self.config.vocab_size - known)
 
     def ends(self) -> tuple[int, ...]:
         """Returns the ids that end a text by themselves: EOS, where the tokenizer has one."""
@@ -82,7 +87,7 @@ def load(path: epath.PathLike, mesh: Mesh) -> Loaded:
     params = {**loaded.params, 'tables': tables}
     params = jax.device_put(params, params_lib.decoding_shardings(config, mesh))
     digest = tokenizer_digest(loaded.tokenizer_path)
-    return Loaded(Model(config, params, digest, loaded.bos), tokenizer)
+    return Loaded(model_lib.transformer(config, params, digest, loaded.bos), config, tokenizer)
 
 
 def tokenizer_digest(folder: epath.Path) -> str:
@@ -95,11 +100,11 @@ def tokenizer_digest(folder: epath.Path) -> str:
 
 
 def draft_sampler(sampler: Sampler, drafter: Drafter, greedy_temperature: float) -> Sampler:
-    """Returns what a drafter's law is made with: the target's sampler, as far as it makes a tree.
+    """Returns the sampler of a drafter: the target's, as far as it makes a tree.
 
-    Any draft law is exact. A greedy one, though, has one child per node, and makes a chain of a
-    tree; so where the target is greedy, trees are drawn at `greedy_temperature`.
+    Any draft distribution is exact. A greedy one, though, has one child per node, and makes a chain
+    of a tree; so for a greedy target trees are drawn at `greedy_temperature`.
     """
-    if float(sampler.temperature) > 0 or drafter.branching == 1:
+    if float(sampler.temperature) > 0 or drafter.method.branching == 1:
         return sampler
     return dataclasses.replace(sampler, temperature=jnp.float32(greedy_temperature))

@@ -12,9 +12,10 @@ import numpy as np
 from etils import epath
 
 from decoding import calibrate
-from decoding.drafter import Model
+from decoding import model as model_lib
 from decoding.drafts import template
-from decoding.generate import generate, ready
+from decoding.generate import generate
+from decoding.model import LM
 from decoding.sample import Sampler
 from experiments import report
 from experiments.bench_decode import phases
@@ -32,13 +33,13 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     """Prints the tables; returns the metrics."""
     del out
     params = jax.jit(functools.partial(params_lib.init, config.model))(jax.random.key(0))
-    model = ready(Model(config.model, params))
+    model = model_lib.for_decoding(model_lib.transformer(config.model, params))
     metrics = {**plain(config, model, params), **costs(config, model)}
     del params
     return {**metrics, **one_round(config, model)}
 
 
-def plain(config: Config, model: Model, params: Any) -> dict[str, float]:
+def plain(config: Config, model: LM, params: Any) -> dict[str, float]:
     """Plain greedy decoding beside the streaming limit and beside Hugging Face."""
     passes: list[tuple[str, int, Callable[[], float]]] = []  # name, batch, -> seconds of a round
     for batch in config.batches:
@@ -125,7 +126,7 @@ def _prompts(config: Config, batch: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
 
 
-def _ours(config: Config, model: Model, batch: int) -> Callable[[], float]:
+def _ours(config: Config, model: LM, batch: int) -> Callable[[], float]:
     def run() -> float:
         result = generate(
             model, list(_prompts(config, batch)), key=jax.random.key(0), sampler=GREEDY,
@@ -153,7 +154,7 @@ def _hugging_face(config: Config, params: Any, batch: int) -> Callable[[], float
     return per_pass
 
 
-def costs(config: Config, model: Model) -> dict[str, float]:
+def costs(config: Config, model: LM) -> dict[str, float]:
     """What a pass over several nodes costs, and the tree size that follows."""
     rows = config.prompt_tokens + config.new_tokens
     curve = calibrate.measure(model, 1, rows, config.nodes, config.repeats)
@@ -176,7 +177,7 @@ def costs(config: Config, model: Model) -> dict[str, float]:
     }
 
 
-def one_round(config: Config, model: Model) -> dict[str, float]:
+def one_round(config: Config, model: LM) -> dict[str, float]:
     """The phases of a round with a draft model, each jitted by itself."""
     seconds = phases.measure(config, model)
     whole = seconds['round']

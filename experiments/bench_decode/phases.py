@@ -1,6 +1,7 @@
 """One round of decoding taken apart: each phase as a jitted function of its own."""
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -8,43 +9,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from decoding import model as model_lib
 from decoding import rounds, stop, verify
-from decoding.drafter import Model, Text
+from decoding.drafter import Context, Text
 from decoding.drafts import recursive
-from decoding.generate import ready
-from decoding.rounds import Plan
+from decoding.model import LM, for_decoding
+from decoding.rounds import Inputs, Plan
 from decoding.sample import Sampler
 from experiments.bench_decode.config import Config
 from lm.model import params as params_lib
 
 
-def measure(config: Config, model: Model) -> dict[str, float]:
+def measure(config: Config, model: LM) -> dict[str, float]:
     """Returns the median seconds of each phase, their sum, a whole round, and the host's part."""
-    draft = Model(config.draft, params_lib.init(config.draft, jax.random.key(1)))
-    drafter = recursive.branching(ready(draft), config.factors)
-    verifier = verify.default_for(drafter.trees)
+    draft_params = params_lib.init(config.draft, jax.random.key(1))
+    draft = for_decoding(model_lib.transformer(config.draft, draft_params))
+    drafter = recursive.branching(draft, config.factors)
+    method = drafter.method
+    verifier = verify.default_for(method.trees)
     size = config.prompt_tokens + config.new_tokens
-    static = drafter._replace(params=None, model=None)
-    plan = Plan(config.model, static, verifier, None, size + drafter.nodes)
-    sampler, stops = Sampler(), stop.none(config.model.vocab_size, 1)
-    weights: Any = drafter.params
+    plan = Plan(model.model, method, verifier, size + method.nodes)
+    stops = stop.none(config.model.vocab_size, 1)
+    inputs = Inputs(model.params, drafter.params, None, Sampler(), stops.table)
 
-    def propose(params, weights, state):
-        tree, kept, _ = drafter.propose(weights, state.draft, state.text, params, state.cache)
-        return tree, kept
+    @jax.jit
+    def propose(inputs, state):
+        context = Context(state.text, inputs.params, state.memory)
+        return method.propose(inputs.draft, state.draft, context)
 
-    def judge(sampler, tree, logits_BTV, text):
-        logprob_BTV = rounds.law(plan, sampler, tree, logits_BTV, text)
-        return verifier.verify(tree, logprob_BTV, text, drafter.depth, drafter.branching)
+    @functools.partial(jax.jit, donate_argnums=3)
+    def target_pass(inputs, proposal, text, memory):
+        return rounds.target_pass(
+            plan, inputs.params, proposal, Context(text, inputs.params, memory)
+        )
 
-    def target_pass(params, tree, text, cache):
-        return rounds.target_pass(plan, params, tree, None, text, cache)
+    @jax.jit
+    def judge(inputs, tree, scores, text):
+        distribution = rounds.distribution(plan, inputs, tree, scores, text)
+        return verifier.verify(tree, distribution, text, method.depth, method.branching)
 
-    def commit(weights, stops, state, *found):
-        return rounds.commit(plan, weights, stops, state, *found)
+    @functools.partial(jax.jit, donate_argnums=1)
+    def commit(inputs, state, *found):
+        return rounds.commit(plan, inputs, state, *found)
 
-    propose, judge = jax.jit(propose), jax.jit(judge)
-    target_pass, commit = jax.jit(target_pass, donate_argnums=3), jax.jit(commit, donate_argnums=2)
     seconds: dict[str, list[float]] = {}
 
     def timed(name: str, function: Any, *arguments: Any) -> Any:
@@ -54,27 +61,28 @@ def measure(config: Config, model: Model) -> dict[str, float]:
         return result
 
     for _ in range(config.repeats + 1):
-        arguments = plan, model.params, weights, sampler, stops.table
-        state = streamed(arguments, begin(plan, model, weights, config), seconds)
-        tree, kept = timed('draft', propose, model.params, weights, state)
-        logits_BTV, cache = timed(
-            'target pass', target_pass, model.params, tree, state.text, state.cache
+        state = streamed(plan, inputs, begin(plan, inputs, config), seconds)
+        proposal = timed('draft', propose, inputs, state)
+        scores, seen, memory = timed(
+            'target pass', target_pass, inputs, proposal, state.text, state.memory
         )
-        verdict = timed('verify', judge, sampler, tree, logits_BTV, state.text)
-        state = dataclasses.replace(state, cache=cache, draft=kept)
-        timed('commit', commit, weights, stops.table, state, tree, logits_BTV, verdict)
+        verdict = timed('verify', judge, inputs, proposal.tree, scores, state.text)
+        state = dataclasses.replace(state, memory=memory, draft=proposal.state)
+        timed('commit', commit, inputs, state, proposal.tree, scores, seen, verdict)
     found = {name: float(np.median(times[1:])) for name, times in seconds.items()}
     whole, host = found.pop('round'), found.pop('host')
     return {**found, 'sum': sum(found.values()), 'round': whole, 'host': host}
 
 
-def streamed(arguments: Any, state: rounds.State, seconds: dict[str, list[float]]) -> rounds.State:
+def streamed(
+    plan: Plan, inputs: Inputs, state: rounds.State, seconds: dict[str, list[float]]
+) -> rounds.State:
     """Runs a round as `generate` does for a stream; notes its time, and the host's part of it.
 
     The host's part is until the round is under way, and from its end until its tokens are read.
     """
     times = [time.perf_counter()]
-    state = rounds.loop(*arguments, state, 1)
+    state = rounds.loop(plan, inputs, state, 1)
     times.append(time.perf_counter())
     jax.block_until_ready(state)
     times.append(time.perf_counter())
@@ -85,14 +93,13 @@ def streamed(arguments: Any, state: rounds.State, seconds: dict[str, list[float]
     return state
 
 
-def begin(plan: Plan, model: Model, weights: Any, config: Config) -> rounds.State:
+def begin(plan: Plan, inputs: Inputs, config: Config) -> rounds.State:
     """Returns the state after reading a prompt of one row."""
     size = config.prompt_tokens + config.new_tokens
     token_BS = jnp.zeros((1, size), jnp.int32)
     length_B = jnp.full(1, config.prompt_tokens, jnp.int32)
     text = Text(token_BS, length_B, jax.random.split(jax.random.key(2), 1))
     prompt_BL = token_BS[:, : config.prompt_tokens]
-    state = rounds.prefill(
-        plan, model.params, weights, prompt_BL, text, jnp.full(1, size), jnp.ones(1, jnp.int32)
-    )
+    limit_B, stop_B = jnp.full(1, size), jnp.ones(1, jnp.int32)
+    state = rounds.prefill(plan, inputs, prompt_BL, text, limit_B, stop_B)
     return jax.block_until_ready(state)  # or the first round would be timed with it

@@ -13,7 +13,8 @@ from rich.console import Console
 from decoding import calibrate, sample, stop
 from decoding.drafter import Drafter
 from decoding.drafts import template
-from decoding.generate import generate, plain, ready
+from decoding.generate import generate, plain
+from decoding.model import for_decoding
 from decoding.sample import Sampler
 from experiments import decoding_models, report
 from experiments.decoding_models import Loaded
@@ -83,22 +84,24 @@ def make_drafter(
     """
     if config.drafter == 'none':
         return plain()
-    draft = None if config.draft is None else ready(decoding_models.load(config.draft, mesh).model)
+    draft = None
+    if config.draft is not None:
+        draft = for_decoding(decoding_models.load(config.draft, mesh).model)
     parts = Parts(loaded.model, draft, config.exit_layers, None, config.longest)
     nodes = _best_nodes(loaded, out) if config.nodes == 'auto' else config.nodes
     drafter = drafters.of_budget(config.drafter, parts, nodes)
-    law = decoding_models.draft_sampler(sampler, drafter, config.draft_temperature)
-    return drafters.with_sampler(drafter, law)
+    own = decoding_models.draft_sampler(sampler, drafter, config.draft_temperature)
+    return drafters.with_sampler(drafter, own)
 
 
 def _best_nodes(loaded: Loaded, out: epath.Path) -> int:
     """Returns how many nodes are best drafted on this machine, at rates assumed for any text."""
-    model, rows = ready(loaded.model), min(loaded.model.config.max_length, _CALIBRATED_ROWS)
+    lm, rows = for_decoding(loaded.model), min(loaded.config.max_length, _CALIBRATED_ROWS)
     about = {
         'cpu': report.environment()['cpu'], **report.devices(), 'rows': rows,
-        'jax': jax.__version__, 'model': repr(model.config),
+        'jax': jax.__version__, 'model': repr(loaded.config),
     }  # fmt: skip
-    find = functools.partial(calibrate.measure, model, 1, rows)
+    find = functools.partial(calibrate.measure, lm, 1, rows)
     curve = calibrate.remembered(out / 'curve.json', about, find)
     best = calibrate.best_nodes(curve, template.acceptance_of(_RANKS).tolist())
     return max(len(best.template.parent) - 1, 1)

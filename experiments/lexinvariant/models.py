@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -20,7 +19,7 @@ from lm.checkpoints import bundle
 from lm.data.documents import Documents
 from lm.devices import processes
 from lm.losses import next_token as losses
-from lm.model import lexinvariant, tables, transformer
+from lm.model import contract, lexinvariant, transformer
 from lm.model.config import Config as ModelConfig
 from lm.model.config import Lexinvariant
 from lm.model.params import Params
@@ -121,9 +120,7 @@ def hidden(params: Params, config: ModelConfig, tokens_BL: jax.Array, key: jax.A
     """Returns hidden states `[B, L, D]` of rows of one text each, tables drawn where they are."""
     key_B = lexinvariant.sequence_keys(key, len(tokens_BL))
     own = lexinvariant.with_tables(params, lexinvariant.drawn_for(params, config, key_B))
-    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-    x_BLD = tables.embed(own['tables'], config, tokens_BL)
-    return transformer.body(own['body'], config, x_BLD, positions_BL)[0]
+    return transformer.read(own, config, contract.chain(tokens_BL)).h_BTD
 
 
 def nats_by_position(fitted: Fitted, text: Text, batch_size: int, mesh: Mesh) -> np.ndarray:

@@ -12,7 +12,7 @@ from experiments import language_model
 from experiments.plan.config import PRESETS, Config
 from lm.devices import mesh as mesh_lib
 from lm.model import cache as cache_lib
-from lm.model import params, transformer
+from lm.model import contract, params, stepped
 from lm.model.cache import Cache
 from lm.model.config import Config as ModelConfig
 from lm.training import optimizer as optimizer_lib
@@ -91,11 +91,14 @@ def _train(model: ModelConfig, batch: int, length: int, mesh: Any) -> Step:
 
 def _decode(model: ModelConfig, batch: int, length: int, mesh: Any) -> Step:
     weights = params.abstract(model, mesh)
-    cache = cache_arrays(model, batch, length, mesh)
+    lm, cache = stepped.model(model), cache_arrays(model, batch, length, mesh)
     tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32, sharding=mesh_lib.batch_sharding(mesh))
 
     def step(weights, tokens_BL, cache):
-        return transformer.step(weights, model, tokens_BL, cache)
+        nodes = contract.chain(tokens_BL, cache.length_B)
+        memory = stepped.Memory(cache, None, cache.length_B)
+        memory, seen = lm.step(weights, memory, nodes)
+        return lm.head(weights, memory, seen.h_BTD), memory.cache
 
     function = jax.jit(
         step, donate_argnums=2, out_shardings=(None, jax.tree.map(lambda x: x.sharding, cache))

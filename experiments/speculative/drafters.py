@@ -3,10 +3,11 @@
 import math
 from typing import Any, NamedTuple
 
-from decoding.drafter import Drafter, Model
+from decoding.drafter import Drafter
 from decoding.drafts import chain, dynamic, early_exit, iid, lookup, recursive, recycling, template
+from decoding.drafts.early_exit import Adapter
+from decoding.model import LM
 from decoding.sample import Sampler
-from lm.model.params import Params
 
 # Row names, and what people call them.
 NAMES = {
@@ -40,10 +41,10 @@ class Parts(NamedTuple):
       longest: n-gram that lookup matches.
     """
 
-    target: Model
-    draft: Model | None
+    target: LM
+    draft: LM | None
     exit_layers: int
-    adapter: Params | None
+    adapter: Adapter | None
     longest: int
 
 
@@ -116,14 +117,14 @@ def _sequences(name: str, parts: Parts, width: int, length: int) -> Drafter:
 
 
 def with_sampler(drafter: Drafter, sampler: Sampler) -> Drafter:
-    """Returns the drafter with another draft law; the same functions, so nothing is recompiled."""
+    """Returns the drafter with another sampler; the same functions, so nothing recompiles."""
     weights: Any = drafter.params
-    if not hasattr(weights, 'sampler'):  # drafts without a law
+    if not hasattr(weights, 'sampler'):  # drafts without drawing
         return drafter
     return drafter._replace(params=weights._replace(sampler=sampler))
 
 
-def _draft(name: str, parts: Parts) -> Model:
+def _draft(name: str, parts: Parts) -> LM:
     if parts.draft is None:
         raise ValueError(f'{name} needs a draft model: give a bundle of one with --draft')
     return parts.draft
@@ -135,11 +136,11 @@ def _lookup(parts: Parts, budget: int, length: int, branches: int = 4) -> Drafte
 
 
 def _ranks(parts: Parts) -> int:
-    return min(_RANKS, parts.target.config.vocab_size)
+    return min(_RANKS, parts.target.model.vocab_size)
 
 
 def _recycling(parts: Parts, shape: template.Template) -> Drafter:
-    vocab_size = parts.target.config.vocab_size
+    vocab_size = parts.target.model.vocab_size
     return recycling.recycling(vocab_size, template=shape, ranks=_ranks(parts))
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from etils import epath
 
 from decoding import generate, rounds, stop, verify
-from decoding.drafter import Drafter, Model, Text
-from decoding.rounds import Plan
+from decoding.drafter import Context, Drafter, Text
+from decoding.model import LM, for_decoding
+from decoding.rounds import Inputs, Plan
 from decoding.sample import Sampler
 from experiments import plots
 
@@ -39,46 +40,46 @@ class Round(NamedTuple):
 
 
 def best_round(
-    model: Model, drafter: Drafter, sampler: Sampler, prompt: list[int], key: jax.Array,
+    lm: LM, drafter: Drafter, sampler: Sampler, prompt: list[int], key: jax.Array,
     new_tokens: int, count: int,
 ) -> Round:  # fmt: skip
     """Returns the round of the first `count` after a prompt that accepted most.
 
     Args:
-      model, drafter, sampler: as for `generate`.
+      lm, drafter, sampler: as for `generate`.
       prompt: ids of one row.
       key: of that row.
       new_tokens: at most; with those of a call of `generate`, its compiled programs are used.
       count: rounds.
     """
-    model = generate.ready(model)
+    lm, method = for_decoding(lm), drafter.method
     length = len(prompt)
     size = generate.bucket(length + new_tokens)
-    verifier = verify.default_for(drafter.trees)
-    static = drafter._replace(params=None, model=None)
-    plan = Plan(model.config, static, verifier, model.bos, size + drafter.nodes)
+    verifier = verify.default_for(method.trees)
+    plan = Plan(lm.model, method, verifier, size + method.nodes)
     token_BS = np.zeros((1, size), np.int32)
     token_BS[0, :length] = prompt
     text = Text(jnp.asarray(token_BS), jnp.asarray([length], jnp.int32), key[None])
-    stops = stop.none(model.config.vocab_size, 1)
+    stops = stop.none(lm.model.vocab_size, 1)
+    inputs = Inputs(lm.params, drafter.params, None, sampler, stops.table)
     prompt_BL = jnp.asarray(token_BS[:, : generate.bucket(length)])
     limit_B = jnp.asarray([length + new_tokens], jnp.int32)
-    state = rounds.prefill(
-        plan, model.params, drafter.params, prompt_BL, text, limit_B, stops.start_B
-    )
+    state = rounds.prefill(plan, inputs, prompt_BL, text, limit_B, stops.start_B)
 
     @jax.jit
-    def look(params, draft_params, sampler, state):
-        tree, _, begun = drafter.propose(draft_params, state.draft, state.text, params, state.cache)
-        logits_BTV, _ = rounds.target_pass(plan, params, tree, begun, state.text, state.cache)
-        law_BTV = rounds.law(plan, sampler, tree, logits_BTV, state.text)
-        return tree, verifier.verify(tree, law_BTV, state.text, drafter.depth, drafter.branching)
+    def look(inputs, state):
+        context = Context(state.text, inputs.params, state.memory)
+        proposal = method.propose(inputs.draft, state.draft, context)
+        tree = proposal.tree
+        scores, _, _ = rounds.target_pass(plan, inputs.params, proposal, context)
+        distribution = rounds.distribution(plan, inputs, tree, scores, state.text)
+        return tree, verifier.verify(tree, distribution, state.text, method.depth, method.branching)
 
     seen: list[Round] = []
     while len(seen) < count and not state.done_B[0]:
-        tree, verdict = look(model.params, drafter.params, sampler, state)
+        tree, verdict = look(inputs, state)
         seen.append(_of_row(*jax.device_get((tree, verdict, state.text))))
-        state = rounds.loop(plan, model.params, drafter.params, sampler, stops.table, state, 1)
+        state = rounds.loop(plan, inputs, state, 1)
     return max(seen, key=lambda one: len(one.path))
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from decoding.drafter import Drafter
-from decoding.generate import ready
+from decoding.model import for_decoding
 from decoding.sample import Sampler
 from experiments import corpora, decoding_models, report, resume
 from experiments.speculative import drafters, drawing, measure, models, prompts, results
@@ -20,7 +20,6 @@ from experiments.speculative.drafters import Parts
 from experiments.speculative.measure import Cell
 from experiments.speculative.models import Models
 from lm.attention import ring
-from lm.model import params
 from lm.training.metrics import ProgressLine
 
 _DRAWN = ('lookup', 'dynamic', 'recursive')  # whose trees are worth a drawing, the best last
@@ -46,7 +45,7 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
     grid = measure.cells(config, list(known.drafts), main_ratio)
     # before any of it is measured: a drafter that cannot be made ends the run
     made = {cell: _drafter(config, known, cell) for cell in grid}
-    target, rows = ready(known.target.model), []
+    target, rows = for_decoding(known.target.model), []
     with ProgressLine('measuring', len(grid)) as progress, jax.set_mesh(mesh):
         for i, cell in enumerate(grid):
             measured = functools.partial(measure.measure, config, cell, target, made[cell], texts)
@@ -64,11 +63,11 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
 def _check_length(config: Config, known: Models, texts: measure.Prompts) -> None:
     """Raises ValueError if the models are not meant for texts as long as these get."""
     longest = max(len(text) for rows in texts.values() for text in rows) + config.new_tokens
-    for model in (known.target.model, *known.drafts.values()):
-        if longest > model.config.max_length:
+    for lm in (known.target.model, *known.drafts.values()):
+        if longest > lm.model.max_length:
             raise ValueError(
                 f'--prompt_tokens {config.prompt_tokens} --new_tokens {config.new_tokens}: '
-                f'{longest} tokens, and a model is meant for {model.config.max_length}'
+                f'{longest} tokens, and a model is meant for {lm.model.max_length}'
             )
 
 
@@ -84,7 +83,7 @@ def _drafter(config: Config, known: Models, cell: Cell) -> Drafter:
 
 def _show(config: Config, known: Models, rows: list[dict[str, Any]], out: epath.Path) -> None:
     """Prints the tables and what they show, and saves both as Markdown."""
-    size = params.count(known.target.model.config)
+    size = known.target.model.model.size
     smaller = ', '.join(f'1:{ratio}' for ratio in known.drafts)
     calls = sum(len(row['walks_by_depth']) > 0 for row in rows)
     notes = [

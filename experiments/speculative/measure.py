@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decoding.drafter import Drafter, Model
+from decoding.drafter import Drafter
 from decoding.generate import Metrics, generate, plain
+from decoding.model import LM
 from decoding.sample import Sampler
 from experiments import decoding_models
 from experiments.speculative import drafters
@@ -71,7 +72,7 @@ def cells(config: Config, ratios: Sequence[int], main: int) -> list[Cell]:
 
 
 def measure(
-    config: Config, cell: Cell, target: Model, drafter: Drafter, prompts: Prompts
+    config: Config, cell: Cell, target: LM, drafter: Drafter, prompts: Prompts
 ) -> list[dict[str, Any]]:
     """Returns the rows of one cell: one per temperature, and one per task where there are several.
 
@@ -80,8 +81,8 @@ def measure(
     rows = []
     for temperature in config.temperatures:
         sampler = Sampler(temperature=jnp.float32(temperature))
-        law = decoding_models.draft_sampler(sampler, drafter, config.greedy_draft_temperature)
-        sides = (plain(), drafters.with_sampler(drafter, law))
+        own = decoding_models.draft_sampler(sampler, drafter, config.greedy_draft_temperature)
+        sides = (plain(), drafters.with_sampler(drafter, own))
         pairs: dict[str, list[tuple[Run, Run]]] = {task: [] for task in prompts}
         for repeat in range(config.repeats):
             key = jax.random.fold_in(jax.random.key(config.seed), repeat)
@@ -98,7 +99,7 @@ def measure(
 
 
 def run(
-    target: Model, drafter: Drafter, texts: list[list[int]], keys: jax.Array, batch: int,
+    target: LM, drafter: Drafter, texts: list[list[int]], keys: jax.Array, batch: int,
     new_tokens: int, sampler: Sampler,
 ) -> Run:  # fmt: skip
     """Continues texts, `batch` at a time; a call that compiled is made again."""

@@ -8,9 +8,9 @@ import jax
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from decoding.drafter import Model
 from decoding.drafts import adapter as adapter_lib
-from decoding.generate import ready
+from decoding.drafts.early_exit import Adapter
+from decoding.model import LM, for_decoding
 from experiments import corpora, decoding_models, language_model, resume
 from experiments.corpora import Corpus
 from experiments.decoding_models import Loaded
@@ -20,7 +20,6 @@ from experiments.speculative.config import Config
 from lm.checkpoints import bundle
 from lm.data.documents import Documents
 from lm.losses import next_token as losses
-from lm.model import params
 from lm.model.params import Params
 from lm.training import train
 from tokenization.tokenizer import Tokenizer
@@ -38,8 +37,8 @@ class Models(NamedTuple):
     """
 
     target: Loaded
-    drafts: dict[int, Model]
-    adapter: Params | None
+    drafts: dict[int, LM]
+    adapter: Adapter | None
 
 
 def prepare(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Models:
@@ -57,16 +56,16 @@ def prepare(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Mode
     for path, draft in zip(paths[1:], drafts, strict=True):
         if draft.model.tokenizer != target.model.tokenizer:
             raise ValueError(f'{path}: another tokenizer than that of {paths[0]}')
-    size = params.count(target.model.config)
+    size = target.model.model.size
     by_ratio = {}
     for path, draft in zip(paths[1:], drafts, strict=True):
-        ratio = round(size / params.count(draft.model.config))
+        ratio = round(size / draft.model.model.size)
         if ratio < 1 or ratio in by_ratio:
             raise ValueError(
                 f'{path}: {max(ratio, 0)} times smaller than the target, as is another draft model '
                 'or none that drafts; give models of different sizes, smaller than the target'
             )
-        by_ratio[ratio] = ready(draft.model)
+        by_ratio[ratio] = for_decoding(draft.model)
     adapter = None
     if 'early_exit_adapter' in config.drafters:
         adapter = _adapter(config, target, corpus.train, out, mesh)
@@ -112,28 +111,29 @@ def _trained(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> lis
 
 def _adapter(
     config: Config, target: Loaded, documents: Sequence[bytes], out: epath.Path, mesh: Mesh
-) -> Params:
+) -> Adapter:
     """Trains the adapter of the target's early exit, on the text that models are trained on."""
-    model, vocab_size = target.model, target.tokenizer.vocab_size
-    if model.bos != vocab_size:
+    lm, model, vocab_size = target.model, target.config, target.tokenizer.vocab_size
+    if lm.bos != vocab_size:
         raise ValueError(
-            f'--drafters: no adapter can be trained for this target, whose BOS is {model.bos} and '
+            f'--drafters: no adapter can be trained for this target, whose BOS is {lm.bos} and '
             f'not {vocab_size}: leave early_exit_adapter out'
         )
     run = config.adapter_train
-    language_model.check(model.config, run, mesh, 'adapter_train')
+    language_model.check(model, run, mesh, 'adapter_train')
     documents_of_ids = _encoded(target.tokenizer, documents, out)
     batches = language_model.training(run, documents_of_ids, vocab_size)
 
     def loss(adapter: Params, batch: dict[str, jax.Array], key: jax.Array):
         del key
-        return adapter_lib.loss(adapter, model.params, model.config, config.exit_layers, batch)
+        return adapter_lib.loss(adapter, lm.params, model, config.exit_layers, batch)
 
     init = jax.jit(
-        functools.partial(adapter_lib.init, config=model.config),
+        functools.partial(adapter_lib.init, config=model),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
-    return train.run(run, init, loss, batches, out / 'adapter', mesh, 'adapter').params
+    state = train.run(run, init, loss, batches, out / 'adapter', mesh, 'adapter')
+    return Adapter(adapter_lib.model(model), adapter_lib.as_params(state.params))
 
 
 def _encoded(tokenizer: Tokenizer, documents: Sequence[bytes], out: epath.Path) -> Documents:

@@ -20,9 +20,9 @@ from experiments import language_model
 from experiments.transfer.config import Config
 from experiments.transfer.hyper import Trained
 from lm.losses import next_token as losses
-from lm.model import tables as tables_lib
 from lm.model import transformer
 from lm.model.config import Config as ModelConfig
+from lm.model.contract import Nodes
 from lm.model.params import Params
 from lm.training import train
 from tokenization.transfer import dynamic, hypernetwork, row_cache, transfer
@@ -123,14 +123,13 @@ def _sum(config: ModelConfig, weights: Params, tables: Params, slot_U, count, ba
         name: jnp.concatenate([own_VD.astype(jnp.float32), tables[name][slot_U]])
         for name, own_VD in weights['tables'].items()
     }
-    x_BLD = tables_lib.embed(joined, config, batch['tokens'])
-    h_BLD, _ = transformer.body(
-        weights['body'], config, x_BLD, batch['positions'], segments_BL=batch['segments']
-    )
+    own = {**weights, 'tables': joined}
+    nodes = Nodes(batch['tokens'], batch['positions'])
+    h_BLD = transformer.read(own, config, nodes, batch['segments']).h_BTD
 
     def row_nats(row):
         h_LD, target_L, weight_L = row
-        logits = tables_lib.unembed(joined, config, h_LD)
+        logits = transformer.head(own, config, h_LD)
         log_p = jax.nn.log_softmax(jnp.where(used_V, logits, -jnp.inf))
         return -(jnp.take_along_axis(log_p, target_L[:, None], 1)[:, 0] * weight_L).sum()
 

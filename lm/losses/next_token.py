@@ -10,6 +10,7 @@ from lm.losses import drawn_cross_entropy
 from lm.losses.cross_entropy import TokenLosses, chunked_cross_entropy
 from lm.model import lexinvariant, tables, transformer
 from lm.model.config import Config
+from lm.model.contract import Nodes
 from lm.model.params import Params
 
 
@@ -63,9 +64,8 @@ def _lexinvariant_losses(
 def _hidden(
     params: Params, config: Config, x_BLD: jax.Array, batch: dict[str, jax.Array]
 ) -> jax.Array:
-    return transformer.body(
-        params['body'], config, x_BLD, batch['positions'], segments_BL=batch['segments']
-    )[0]
+    nodes = Nodes(None, batch['positions'], x_BTD=x_BLD)
+    return transformer.read(params, config, nodes, batch['segments']).h_BTD
 
 
 def _against(

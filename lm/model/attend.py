@@ -24,12 +24,12 @@ class Layer(NamedTuple):
     """What differs between layers beside their parameters; data, so that one scan serves all.
 
     Attributes:
-      index: of the layer.
+      number: of the layer, from 0.
       frequencies: of RoPE, f32 `[C / 2]`.
       window: int32, distance below which keys are seen; None if no layer has a window.
     """
 
-    index: jax.Array | int
+    number: jax.Array | int
     frequencies: jax.Array
     window: jax.Array | None
 
@@ -70,7 +70,7 @@ def among(config: Config, mask: Mask) -> Attend:
       config: of the model: scale, soft cap and ring of its attention.
       mask: over the new nodes.
     """
-    look = functools.partial(attention, **_settings(config))
+    look: Any = functools.partial(attention, **_settings(config))
 
     def attend(layer, q_BLHC, k_BLKC, v_BLKC, carry, **extra):
         q_BLHC, k_BKLC = _rotated(layer, mask, q_BLHC, k_BLKC)
@@ -96,21 +96,21 @@ def cached(config: Config, mask: Mask, cache: Cache, counted_BL: jax.Array | Non
 
     def attend(layer, q_BLHC, k_BLKC, v_BLKC, carry, **extra):
         q_BLHC, k_BKLC = _rotated(layer, mask, q_BLHC, k_BLKC)
-        k_NBKSC = cache_lib.write(carry.k_NBKSC, layer.index, start_B, k_BKLC)
-        v_NBKSC = cache_lib.write(carry.v_NBKSC, layer.index, start_B, v_BLKC.swapaxes(1, 2))
+        k_NBKSC = cache_lib.write(carry.k_NBKSC, layer.number, start_B, k_BKLC)
+        v_NBKSC = cache_lib.write(carry.v_NBKSC, layer.number, start_B, v_BLKC.swapaxes(1, 2))
         seen = dataclasses.replace(
-            mask, key_position=cache.position_NBKS[layer.index], length=cache.length_B,
+            mask, key_position=cache.position_NBKS[layer.number], length=cache.length_B,
             window=layer.window, query_segment=None, key_segment=None,
         )  # fmt: skip
-        look = functools.partial(attention_and_lse, layer=layer.index, **settings)
+        look: Any = functools.partial(attention_and_lse, layer=layer.number, **settings)
         out_BLHC, lse_BLH = look(q_BLHC, k_NBKSC, v_NBKSC, seen)
         mass_NBKS = carry.mass_NBKS
         if mass_NBKS is not None:
             mass_BKS = column_sums(
-                q_BLHC, k_NBKSC, lse_BLH, seen, counted_BL, layer=layer.index,
+                q_BLHC, k_NBKSC, lse_BLH, seen, counted_BL, layer=layer.number,
                 **{name: x for name, x in settings.items() if name != 'ring'},
             )  # fmt: skip
-            mass_NBKS = mass_NBKS.at[layer.index].set(mass_BKS)
+            mass_NBKS = mass_NBKS.at[layer.number].set(mass_BKS)
         return Attended(out_BLHC, Rows(k_NBKSC, v_NBKSC, mass_NBKS))
 
     return attend

@@ -170,7 +170,8 @@ def blocks(
     if config.remat:
         run_block = jax.checkpoint(run_block)
     state = x_BLD, carry
-    each = Layer(np.arange(config.n_layers), rope.frequencies(config), _windows(config))
+    stacks: Any = np.arange(config.n_layers), rope.frequencies(config), _windows(config)
+    each = Layer(*stacks)
     stacked = body['layers']
     if isinstance(stacked, tuple):  # `cpu_layout.prepare`
         for i in layers:

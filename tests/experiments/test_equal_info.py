@@ -11,7 +11,7 @@ from experiments import language_model, resume
 from experiments.equal_info import config as config_lib
 from experiments.equal_info import measure, models, results
 from lm.losses import next_token as losses
-from lm.model import params, presets, tables, transformer
+from lm.model import contract, params, presets, transformer
 from tokenization.vocabularies.byte import ByteTokenizer
 
 
@@ -36,8 +36,7 @@ def test_the_first_bit_is_the_highest():
     config = dataclasses.replace(presets.tiny(4), n_layers=1)
     weights = params.init(config, jax.random.key(0))
     x = {name: jnp.zeros((1, 1), jnp.int32) for name in ('tokens', 'positions', 'segments')}
-    vectors = tables.embed(weights['tables'], config, x['tokens'])
-    h = transformer.body(weights['body'], config, vectors, x['positions'])[0][0, 0]
+    h = transformer.read(weights, config, contract.chain(x['tokens'])).h_BTD[0, 0]
     weights['tables']['output_VD'] = jnp.stack([-h, -h, h, h])  # ids 2 and 3 get all the mass
     batch = {**x, 'targets': jnp.full((1, 1), 3), 'weights': jnp.ones((1, 1))}
     bits, right = language_model.bit_losses(weights, config, batch, bits=2)

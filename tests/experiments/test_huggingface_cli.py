@@ -10,7 +10,7 @@ import safetensors.numpy
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from decoding.drafter import Model
+from decoding import model
 from experiments import decoding_models, run
 from lm.checkpoints import bundle
 from lm.devices import mesh
@@ -152,8 +152,8 @@ def test_a_text_begins_as_its_original_tokenizer_begins_it():
     made.add_special_tokens(['<s>', '</s>'])
     names = {'bos': '<s>', 'eos': '</s>'}
     tokenizer = HuggingFaceTokenizer.from_json(made.to_str(), names)
-    model = Model(dataclasses.replace(CONFIG, vocab_size=259), {}, '', 256)
-    loaded = decoding_models.Loaded(model, tokenizer)
+    config = dataclasses.replace(CONFIG, vocab_size=259)
+    loaded = decoding_models.Loaded(model.transformer(config, {}, '', 256), config, tokenizer)
     assert loaded.encode(b'a') == [256, *made.encode('a', add_special_tokens=False).ids]
     assert loaded.encode(b'a') == [256, 258, ord('a')]
     assert loaded.ends() == (257,) and loaded.token_bytes()[256:] == [b'', b'', b' ']

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from decoding.drafter import Model
+from decoding import model
 from decoding.drafts.chain import chain
 from decoding.drafts.early_exit import early_exit
 from decoding.generate import generate
@@ -146,7 +146,7 @@ def test_decoding_with_a_drafter():
         here = grid(text)
         with jax.set_mesh(here):
             target, draft = (
-                Model(c, jax.device_put(weights, params.decoding_shardings(c, here)))
+                model.transformer(c, jax.device_put(weights, params.decoding_shardings(c, here)))
                 for c, weights in known
             )
             drafter = chain(draft, 2) if drafted == 'chain' else early_exit(target, 1, 2)

@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from decoding.drafter import Model
+from decoding import model
+from decoding.drafts import adapter
+from decoding.drafts.early_exit import Adapter
 from decoding.generate import Metrics
 from experiments.decoding_models import Loaded
 from experiments.speculative import config as config_lib
@@ -15,18 +17,18 @@ from lm.model import params, presets
 from tokenization.vocabularies.byte import ByteTokenizer
 
 CONFIG = dataclasses.replace(presets.tiny(257), d_model=16, d_ff=16)
-MODEL = Model(CONFIG, params.abstract(CONFIG), bos=256)
-LOADED = Loaded(MODEL, ByteTokenizer())
-PARTS = drafters.Parts(MODEL, MODEL, 1, {}, 3)
+TARGET = model.transformer(CONFIG, params.abstract(CONFIG), bos=256)
+LOADED = Loaded(TARGET, CONFIG, ByteTokenizer())
+PARTS = drafters.Parts(TARGET, TARGET, 1, Adapter(adapter.model(CONFIG), {}), 3)
 
 
 @pytest.mark.parametrize('name', drafters.NAMES)
 def test_every_drafter_fills_every_budget_and_keeps_every_length(name):
     for budget in (6, 10, 14, 21, 30):
         made = drafters.of_budget(name, PARTS, budget)
-        assert made.nodes == budget + 1
+        assert made.method.nodes == budget + 1
     for length in (2, 3, 4, 5):
-        made = drafters.of_length(name, PARTS, length, width=4)
+        made = drafters.of_length(name, PARTS, length, width=4).method
         alone = name in ('chain', 'early_exit', 'early_exit_adapter')
         assert (made.depth, made.nodes) == (length, 1 + length * (1 if alone else 4))
 

@@ -1,16 +1,13 @@
 """A byte transformer as a `NextByteModel`: the M1 of Lester et al. (TMLR 12/2024)."""
 
-import dataclasses
-
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from lm.checkpoints import bundle
-from lm.model import cache as cache_lib
-from lm.model import transformer
-from lm.model.cache import Cache
+from lm.model import contract, stepped
 from lm.model.config import Config
+from lm.model.contract import Memory, Seen
 from lm.model.params import Params
 from tokenization.coding import cdf as cdf_lib
 from tokenization.coding.next_byte import SYMBOLS, NextByteModel
@@ -20,19 +17,26 @@ BOS = SYMBOLS
 
 @flax.struct.dataclass
 class State:
-    """What B rows have read, what comes next, and the parameters.
+    """The bytes that B rows have read, the distribution of the next, and the parameters.
 
     The parameters travel with the state so that jitted functions get them as arguments, not as
     constants compiled into the program.
+
+    Attributes:
+      params: of the model.
+      memory: see `lm.model.contract`.
+      read_B: int32, symbols read since the start, BOS included.
+      cdf_BV: of the next byte.
     """
 
     params: Params
-    cache: Cache
+    memory: Memory
+    read_B: jax.Array
     cdf_BV: jax.Array
 
 
 def model(params: Params, config: Config, context: int, precision: int = 14) -> NextByteModel:
-    """Returns the transformer as a next-byte model; a mark is (rows in the cache, CDF).
+    """Returns the transformer as a next-byte model; a mark is (symbols read, CDF).
 
     The first byte is predicted from the input-only id `BOS`. Frequencies are integers made from
     float logits: they repeat exactly on one machine, at one batch size, through one compiled
@@ -55,22 +59,29 @@ def model(params: Params, config: Config, context: int, precision: int = 14) -> 
             f'for {config.max_length} positions, BOS included)'
         )
 
+    lm = stepped.model(config)
+
+    def after(params: Params, memory: Memory, seen: Seen, read_B: jax.Array) -> State:
+        logits_B1V = lm.head(params, memory, seen.h_BTD)
+        cdf_BV = cdf_lib.logits_to_cdf(logits_B1V[:, 0, :SYMBOLS], precision)
+        return State(params, memory, read_B, cdf_BV)
+
     def read(state: State, token_B: jax.Array) -> State:
-        logits, cache = transformer.step(state.params, config, token_B[:, None], state.cache)
-        cdf_BV = cdf_lib.logits_to_cdf(logits[:, 0, :SYMBOLS], precision)
-        return dataclasses.replace(state, cache=cache, cdf_BV=cdf_BV)
+        nodes = contract.chain(token_B[:, None], state.read_B)
+        return after(state.params, *lm.step(state.params, state.memory, nodes), state.read_B + 1)
 
     def start(batch: int) -> State:
-        empty = cache_lib.init(config, batch, context + 1)
-        unread = State(params, empty, jnp.zeros((batch, SYMBOLS + 1), jnp.int32))
-        return read(unread, jnp.full((batch,), BOS, jnp.int32))
+        bos_B1, one_B = jnp.full((batch, 1), BOS, jnp.int32), jnp.ones(batch, jnp.int32)
+        keys = jax.random.split(jax.random.key(0), batch)  # its tables are learned: never used
+        prompt = contract.chain(bos_B1)
+        return after(params, *lm.start(params, prompt, one_B, context + 1, keys), one_B)
 
     def mark(state: State) -> tuple[jax.Array, jax.Array]:
-        return state.cache.length_B, state.cdf_BV
+        return state.read_B, state.cdf_BV
 
     def rewind(state: State, mark: tuple[jax.Array, jax.Array]) -> State:
-        cache = dataclasses.replace(state.cache, length_B=mark[0])
-        return dataclasses.replace(state, cache=cache, cdf_BV=mark[1])
+        memory = lm.keep(state.memory, None, mark[0], since_B=0)
+        return State(state.params, memory, *mark)
 
     return NextByteModel(
         start, lambda state: state.cdf_BV, read, mark, rewind, precision, context,

@@ -20,6 +20,7 @@ import numpy as np
 from lm.devices import mesh
 from lm.model import layers, params, transformer
 from lm.model.config import Config
+from lm.model.contract import Nodes
 from lm.model.params import Leaf, Params
 
 TABLES = ('input_VD', 'output_VD')
@@ -216,10 +217,10 @@ def _predict_chunk(weights, config: HypernetworkConfig, source, read_VD, pieces_
     real_UP = pieces_UP >= 0
     positions_UP = jnp.broadcast_to(jnp.arange(pieces_UP.shape[1]), pieces_UP.shape)
     x_UPD = mesh.constrain(read_VD[pieces_UP * real_UP], transformer.ACTIVATIONS)
-    h_UPD, _ = transformer.body(
-        weights['encoder'], config.encoder, x_UPD, positions_UP,
-        segments_BL=real_UP.astype(jnp.int32), causal=False,
-    )  # fmt: skip
+    h_UPD = transformer.read(
+        {'body': weights['encoder']}, config.encoder, Nodes(None, positions_UP, x_BTD=x_UPD),
+        real_UP.astype(jnp.int32), causal=False,
+    ).h_BTD  # fmt: skip
     result = {}
     for name, mean_UD in zip(config.tables, _means(weights, config, source, pieces_UP)):
         p = weights['heads'][name]

@@ -17,10 +17,11 @@ from lm.devices import mesh as mesh_lib
 from lm.kernels import sparse
 from lm.kernels.mask import Mask
 from lm.losses import next_token as losses
-from lm.model import cache, lexinvariant, params, presets, transformer
+from lm.model import lexinvariant, params, presets
 from lm.model.config import Config, Lexinvariant
 from lm.training import optimizer, train
 from tests.lm.attention.packed_rows import packed
+from tests.lm.model.steps import empty, step
 
 
 def small(**changes) -> Config:
@@ -90,9 +91,7 @@ def test_what_needs_whole_sequences_is_refused():
     mask = Mask(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1, 32), jnp.int32))
     ones = jnp.ones((1, 1, 4)), mask, jnp.ones((1, 1), bool)
     calls = [
-        lambda: transformer.step(
-            params.init(config, key), config, jnp.zeros((1, 4), int), cache.init(config, 1, 8)
-        ),
+        lambda: step(params.init(config, key), config, empty(config, 1, 8), jnp.zeros((1, 4), int)),
         lambda: attention_lib.column_sums(q, k, *ones, scale=1.0),
         lambda: attention_lib.sparse_decode(q, k, k, index, scale=1.0),
     ]

@@ -12,11 +12,11 @@ import pytest
 from lm.devices import mesh as mesh_lib
 from lm.losses import drawn_cross_entropy
 from lm.losses import next_token as losses
-from lm.model import cache as cache_lib
 from lm.model import config as config_lib
 from lm.model import lexinvariant, params, presets, transformer
 from lm.model.config import Lexinvariant
 from lm.training import train
+from tests.lm.model.steps import empty, step
 
 V = 11
 BASE = dataclasses.replace(
@@ -211,10 +211,9 @@ def test_cached_decoding_is_the_full_forward(law):
     drawn = lexinvariant.drawn_for(p, config, jax.random.split(KEY, 2))
     p = lexinvariant.with_tables(p, drawn)
     tokens = jnp.asarray(np.random.default_rng(4).integers(0, V, (2, 7)))
-    cache = cache_lib.init(config, 2, 8)
-    parts = []
+    memory, parts = empty(config, 2, 8), []
     for start, stop in ((0, 4), (4, 5), (5, 7)):
-        logits, cache = transformer.step(p, config, tokens[:, start:stop], cache)
+        logits, memory = step(p, config, memory, tokens[:, start:stop])
         parts.append(logits)
     whole = transformer.forward(p, config, tokens)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=2e-4, atol=1e-5)

@@ -10,8 +10,10 @@ import pytest
 
 from lm.devices import mesh
 from lm.losses import next_token as losses
-from lm.model import cache, params, presets, transformer
+from lm.model import params, presets
+from lm.model.contract import chain
 from lm.training import optimizer, train
+from tests.lm.model.steps import empty, step
 
 ROWS, LENGTH, KEYS = 8, 16, 64
 MESH = mesh.abstract(8, 4)
@@ -52,15 +54,14 @@ def test_train_step(config):
 @pytest.mark.parametrize('nodes', [1, 5])
 def test_decode_step(config, nodes):
     weights = params.abstract(config, MESH)
-    before = jax.eval_shape(lambda: cache.init(config, ROWS, KEYS))
+    before = jax.eval_shape(lambda: empty(config, ROWS, KEYS))
     ancestors = integers(ROWS, nodes, -(-nodes // 32))
 
-    def step(weights, tokens_BL, before, ancestors_BLW):
-        return transformer.step(
-            weights, config, tokens_BL, before, ancestors_BLW=ancestors_BLW
-        )  # fmt: skip
+    def run(weights, tokens_BL, before, ancestors_BLW):
+        tree = chain(tokens_BL)._replace(ancestors_BTW=ancestors_BLW)
+        return step(weights, config, before, tree)
 
-    logits, after = jax.eval_shape(step, weights, integers(ROWS, nodes), before, ancestors)
+    logits, after = jax.eval_shape(run, weights, integers(ROWS, nodes), before, ancestors)
     chex.assert_shape(logits, (ROWS, nodes, config.vocab_size))
     assert logits.dtype == jnp.float32
     assert shape_of(after) == shape_of(before)

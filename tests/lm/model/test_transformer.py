@@ -9,8 +9,10 @@ import pytest
 
 from lm.kernels.mask import pack_bits
 from lm.losses import next_token as losses
-from lm.model import cache, lexinvariant, params, presets, rope, tables, transformer
+from lm.model import lexinvariant, params, presets, rope, stepped, tables, transformer
 from lm.model.config import Config, RopeScaling
+from lm.model.contract import Nodes, chain
+from tests.lm.model.steps import empty, step
 
 # Every optional feature at once, in three layers of which the middle one sees all keys.
 FULL = Config(
@@ -41,11 +43,10 @@ def tokens():
 def test_no_logit_depends_on_a_later_token(model, tokens):
     config, weights = model
     x = tables.embed(weights['tables'], config, tokens)
-    positions = jnp.broadcast_to(jnp.arange(12), (2, 12))
 
     def total(x):
-        h, _ = transformer.body(weights['body'], config, x, positions)
-        return (h[:, 6] ** 2).sum()
+        nodes = chain(tokens)._replace(x_BTD=x)
+        return (transformer.read(weights, config, nodes).h_BTD[:, 6] ** 2).sum()
 
     gradient = jnp.abs(jax.grad(total)(x)).sum(-1)
     assert (gradient[:, 7:] == 0).all()
@@ -66,16 +67,14 @@ def test_segments_do_not_see_each_other(model, tokens):
 def test_cached_steps_equal_the_full_forward_for_ragged_rows(model, tokens):
     config, weights = model
     full = transformer.forward(weights, config, tokens)
-    state = cache.init(config, 2, 16)
     # row 0 reads 4 tokens and row 1 reads 7: prefill 7, then take 3 back from row 0
-    logits, state = transformer.step(weights, config, tokens[:, :7], state)
+    logits, memory = step(weights, config, empty(config, 2, 16), tokens[:, :7])
     np.testing.assert_allclose(logits, full[:, :7], rtol=1e-4, atol=1e-4)
-    state = cache.truncate(state, jnp.asarray([4, 7]))
+    memory = stepped.model(config).keep(memory, None, jnp.asarray([4, 7]))
     for i in range(5):
         at = jnp.asarray([4 + i, 7 + i])
-        logits, state = transformer.step(
-            weights, config, jnp.take_along_axis(tokens, at[:, None], 1), state
-        )
+        token = jnp.take_along_axis(tokens, at[:, None], 1)
+        logits, memory = step(weights, config, memory, token)
         np.testing.assert_allclose(logits[:, 0], full[jnp.arange(2), at], rtol=1e-4, atol=1e-4)
 
 
@@ -89,12 +88,10 @@ def test_each_path_of_a_tree_gets_the_logits_of_that_path_alone(model, tokens):
             ancestors[node] |= ancestors[parent]
     depth = ancestors.sum(1) - 1
     prefix, nodes = tokens[:, :4], tokens[:, 4:9]
-    _, state = transformer.step(weights, config, prefix, cache.init(config, 2, 12))
-    logits, _ = transformer.step(
-        weights, config, nodes, state,
-        positions_BL=jnp.broadcast_to(4 + depth, (2, 5)),
-        ancestors_BLW=pack_bits(jnp.broadcast_to(ancestors, (2, 5, 5))),
-    )  # fmt: skip
+    _, memory = step(weights, config, empty(config, 2, 12), prefix)
+    bits = pack_bits(jnp.broadcast_to(ancestors, (2, 5, 5)))
+    drafted = Nodes(nodes, jnp.broadcast_to(4 + depth, (2, 5)), bits)
+    logits, _ = step(weights, config, memory, drafted)
     for path in ([0, 1, 3], [0, 2, 4]):
         text = jnp.concatenate([prefix, nodes[:, jnp.asarray(path)]], 1)
         alone = transformer.forward(weights, config, text)[:, 4:]
@@ -127,10 +124,10 @@ def test_an_f32_config_computes_in_f32_everywhere(tokens):
         batch |= {'segments': jnp.ones_like(tokens), 'positions': jnp.zeros_like(tokens)}
         return losses.next_token_loss(weights, FULL, batch)[0]
 
-    def step(weights):
-        return transformer.step(weights, FULL, tokens, cache.init(FULL, 2, 16))[0]
+    def logits(weights):
+        return step(weights, FULL, empty(FULL, 2, 16), tokens)[0]
 
-    for traced in (jax.make_jaxpr(jax.grad(loss))(weights), jax.make_jaxpr(step)(weights)):
+    for traced in (jax.make_jaxpr(jax.grad(loss))(weights), jax.make_jaxpr(logits)(weights)):
         text = str(traced)
         assert 'bf16' not in text
         exact = text.count('precision=(Precision.HIGHEST, Precision.HIGHEST)')
