@@ -14,7 +14,7 @@ import numpy as np
 
 from decoding import arguments, rounds, tree, verify
 from decoding import stop as stop_lib
-from decoding.drafter import Drafter, Method, Proposal, Text, Verifier
+from decoding.drafter import Context, Drafter, Method, Proposal, Text, Verifier
 from decoding.model import LM, for_decoding
 from decoding.rounds import Inputs, Plan, State
 from decoding.sample import Sampler
@@ -141,12 +141,12 @@ def plain() -> Drafter:
     return _PLAIN
 
 
-def _root_only(params: Any, state: Any, context: Any, **extra: Any) -> Proposal:
+def _root_only(params: Any, state: Any, context: Context, /, **extra: Any) -> Proposal:
     text = context.text
     return Proposal(tree.root_only(tree.at(text.token_BS, text.length_B - 1)), None)
 
 
-def _nothing(params: Any, *seen: Any, **extra: Any) -> None:
+def _nothing(*seen: Any, **extra: Any) -> None:
     return None
 
 

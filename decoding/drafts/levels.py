@@ -85,13 +85,13 @@ def drafter(
     nodes = drawn if nodes is None else nodes
     model = lm.model
 
-    def init(weights: Weights, prompt: Prompt, **extra: Any) -> State:
+    def init(weights: Weights, prompt: Prompt, /, **extra: Any) -> State:
         # nodes that the tree leaves out, and the last token but one, need rows too
         rows = prompt.rows + drawn - nodes + 1
         memory = draft_model.prefill(model, weights.params, prompt, rows)
         return State(memory, jnp.zeros((prompt.text.length_B.shape[0], nodes), jnp.int32))
 
-    def propose(weights: Weights, state: State, context: Context, **extra: Any) -> Proposal:
+    def propose(weights: Weights, state: State, context: Context, /, **extra: Any) -> Proposal:
         draft = Draft(model, *weights)
         tree, index_BT, memory = grown(draft, state.memory, context.text)
         return Proposal(tree, State(memory, index_BT))

@@ -64,14 +64,14 @@ def lookup(
         raise ValueError(f'lookup: {buckets} buckets; expected a power of two')
     nodes = min(nodes, 1 + branches * length)
 
-    def init(params, prompt: Prompt, **extra) -> State:
+    def init(params, prompt: Prompt, /, **extra) -> State:
         text = prompt.text
         s = text.token_BS.shape[1]
         count = buckets or 1 << (s - 1).bit_length()
         tables = [_index(text, size, count, branches) for size in range(longest, 0, -1)]
         return State(jnp.stack(tables, axis=1), text.length_B - 1)
 
-    def propose(params, state: State, context: Context, **extra) -> Proposal:
+    def propose(params, state: State, context: Context, /, **extra) -> Proposal:
         text = context.text
         start_BK, weight_BK = _matches(state, text, longest, branches)
         token_BKL, valid_BKL = _continuations(text, start_BK, length)
@@ -79,7 +79,7 @@ def lookup(
         root_B = tree_lib.at(text.token_BS, text.length_B - 1)
         return Proposal(trie(root_B, token_BKL, valid_BKL, weight_BK, nodes), state)
 
-    def update(params, state: State, outcome: Outcome, **extra) -> State:
+    def update(params, state: State, outcome: Outcome, /, **extra) -> State:
         # a round adds at most length + 1 tokens
         table = jax.lax.fori_loop(
             0, length + 1,

@@ -56,20 +56,20 @@ def recycling(
         template = template_lib.of_levels(template_lib.acceptance_of(RANKS), LEVELS)
     _check(vocab_size, template, ranks, warm_VR)
 
-    def init(params: jax.Array | None, prompt: Prompt, **extra) -> State:
+    def init(params: jax.Array | None, prompt: Prompt, /, **extra) -> State:
         b = prompt.text.length_B.shape[0]
         if params is None:
             return State(jnp.full((b, vocab_size, ranks), -1, jnp.int32))
         return State(jnp.broadcast_to(params, (b, vocab_size, ranks)))
 
-    def propose(params, state: State, context: Context, **extra) -> Proposal:
+    def propose(params, state: State, context: Context, /, **extra) -> Proposal:
         text = context.text
         batch = jnp.arange(text.length_B.shape[0])[:, None]
         root_B = tree_lib.at(text.token_BS, text.length_B - 1)
         drafted = template_lib.fill(template, root_B, lambda x: state.successor_BVR[batch, x])
         return Proposal(drafted, state)
 
-    def update(params, state: State, outcome: Outcome, **extra) -> State:
+    def update(params, state: State, outcome: Outcome, /, **extra) -> State:
         newest_BT = _newest(outcome.tree, outcome.verdict)
         best_BTR = outcome.scores.top(ranks)
         return State(write(state.successor_BVR, outcome.tree.token_BT, best_BTR, newest_BT))
