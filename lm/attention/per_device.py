@@ -1,4 +1,4 @@
-"""Runs a kernel that the compiler cannot cut on each device's own batch rows and heads."""
+"""Runs a kernel that XLA cannot partition on each device's own batch rows and heads."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from lm.devices import mesh as mesh_lib
 
-Axes = PartitionSpec  # of logical axes here; a leaf of a pytree
+Axes = PartitionSpec  # here of logical axes; a leaf of a pytree
 (HEADS,) = mesh_lib.RULES['heads']
 
 
@@ -20,19 +20,19 @@ def per_device(
     axes: tuple[Any, ...],
     out_axes: Any,
 ) -> Any:
-    """Returns `kernel(*operands, layer=layer)`, computed part by part over the mesh in use.
+    """Returns `kernel(*operands, layer=layer)`, computed shard by shard over the current mesh.
 
-    jit cuts XLA operations by itself; a Pallas kernel it would run whole on every device. Parts
-    are rows of the batch over one mesh axis and heads over another, where they divide; and pieces
-    of sequences, where the axes name their 'length' and the kernel itself communicates. Where the
-    KV heads are fewer than the devices of their axis, each device copies out the one that its query
-    heads read; what is counted per KV head is added up over the devices that share it.
+    jit partitions XLA operations, but would run a whole Pallas kernel on every device. Here the
+    batch is sharded over one mesh axis and heads over another, if they divide; and sequences, if
+    the axes name their 'length', in which case the kernel itself communicates. If there are fewer
+    KV heads than devices on their axis, each device slices out the KV head that its query heads
+    read; results per KV head are summed over the devices that share it.
 
     Args:
       kernel: any function of arrays; its queries have the axis 'heads', its keys 'kv_heads'.
       operands: pytrees of arrays; one whose first axis is 'layers' is a stack that `layer` indexes.
-      layer: an index, or None where nothing is stacked.
-      axes: a pytree like `operands`, with the logical axes of each array's first dimensions.
+      layer: an index, or None if no operand is stacked.
+      axes: a pytree like `operands`, with the logical axes of each array's leading dimensions.
       out_axes: a pytree like the result, with its logical axes.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -73,7 +73,7 @@ def _call(kernel, operands, layer):
 
 
 def _sizes(operands: Any, axes: Any) -> dict[str, int]:
-    """Returns the size of each logical axis, the greatest where an operand broadcasts along it."""
+    """Returns the size of each logical axis, the largest if an operand broadcasts along it."""
     sizes: dict[str, int] = {}
     for names, x in zip(jax.tree.leaves(axes), jax.tree.leaves(operands), strict=True):
         for axis, size in zip(names, jnp.shape(x), strict=False):
@@ -82,7 +82,7 @@ def _sizes(operands: Any, axes: Any) -> dict[str, int]:
 
 
 def _take_head(x: jax.Array, axes: Axes, layer, head) -> jax.Array:
-    """Returns the part of one KV head, with a leading axis of 1 where `x` is a stack."""
+    """Slices out one KV head, and of a stack one layer, both as axes of size 1."""
     for index, axis in enumerate(axes):
         if axis == 'layers':
             x = jax.lax.dynamic_slice_in_dim(x, layer, 1, index)
@@ -92,7 +92,7 @@ def _take_head(x: jax.Array, axes: Axes, layer, head) -> jax.Array:
 
 
 def _add_heads(x: jax.Array, axes: Axes, head, kv_heads: int) -> jax.Array:
-    """Returns the sum over devices of what each found for its KV head, where `x` is per KV head."""
+    """Sums results per KV head over devices (psum), if `x` has an axis of KV heads."""
     if 'kv_heads' not in axes:
         return x
     index = axes.index('kv_heads')

@@ -1,9 +1,8 @@
-"""Attention over sequences that are cut over devices: no device ever holds all keys of a row.
+"""Attention over sequences sharded over devices: no device ever holds all keys of a row.
 
-Two forms: `keys` go round the devices (`lm.attention.ring_keys`), or `queries` do
-  (`lm.attention.ring_queries`). Both
-are exact, and differentiable with a ring of their own: saved for the backward pass is what a device
-had anyway, its queries, keys, values, output and LSE.
+Either keys and values travel around the ring of devices (`lm.attention.ring_keys`), or queries do
+(`lm.attention.ring_queries`). Both forms are exact, and their backward passes are rings as well.
+The residuals are only a device's own queries, keys, values, output and log-sum-exp (LSE).
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from lm.attention.ring_blocks import CHUNKS, Keys, Known, Queries, Settings, joi
 from lm.devices import mesh as mesh_lib
 from lm.kernels.mask import Mask
 
-AXIS = 'sequence'  # of the mesh
+AXIS = 'sequence'  # the mesh axis that shards sequences
 LENGTHS = Axes('batch', 'length')
 Ring = Literal['keys', 'queries']
 
@@ -37,22 +36,22 @@ _FORMS = {
 
 
 def is_cut(q_BLHC: jax.Array, k_BKSC: jax.Array) -> bool:
-    """Returns whether the mesh in use cuts the sequences of these arrays.
+    """Returns whether the current mesh shards the sequences of these arrays.
 
-    Those that do not divide into two chunks per device are whole on each: short ones, that are no
-    text of a batch (`lm.training.train.put` refuses such a text).
+    A length that does not divide into two chunks per device is replicated: short sequences that are
+    not rows of a batch (`lm.training.train.put` refuses rows of such a length).
     """
     devices, length = mesh_lib.in_use(AXIS), q_BLHC.shape[1]
     return devices > 1 and length == k_BKSC.shape[-2] and length % (CHUNKS * devices) == 0
 
 
 def refuse(what: str) -> None:
-    """Raises ValueError on a mesh whose devices hold parts of sequences."""
+    """Raises ValueError on a mesh that shards sequences; `what` names the unsupported feature."""
     devices = mesh_lib.in_use(AXIS)
     if devices > 1:
         raise ValueError(
-            f'{what}: not supported on a mesh with {AXIS}={devices}, whose devices hold parts of '
-            f'sequences; use one with {AXIS}=1'
+            f'{what}: not supported on a mesh with {AXIS}={devices}, which shards sequences; '
+            f'use one with {AXIS}=1'
         )
 
 
@@ -64,26 +63,26 @@ def attention(
     settings: Settings,
     ring: Ring = 'keys',
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns attention of sequences that the mesh in use cuts (`is_cut`), and its LSE.
+    """Returns attention over sequences that the current mesh shards (`is_cut`), and its LSE.
 
-    Batch rows and heads are divided as for any kernel (`lm.attention.per_device`). Any order of the
-    sequences gives the same results; that of `lm.attention.zigzag` gives every device the same
-    work.
+    Batch rows and heads are sharded as for any kernel (`lm.attention.per_device`). Any order of the
+    sequence gives the same result; the order of `lm.attention.zigzag` gives every device the same
+    amount of causal work.
 
     Args:
-      q_BLHC, k_BKSC, v_BKSC: as many keys as queries.
-      mask: over new keys alone, without a cache or a draft tree.
+      q_BLHC, k_BKSC, v_BKSC: as many keys as queries, S = L.
+      mask: over new keys only, without a cache or a draft tree.
       settings: see `lm.attention.ring_blocks`.
-      ring: what goes round.
+      ring: whether keys (with their values) or queries travel.
 
     Returns:
-      `[B, L, H, C]` in the dtype of `q`, and f32 `[B, L, H]`.
+      Output `[B, L, H, C]` in the dtype of `q`, and LSE `[B, L, H]` in f32.
 
     Raises:
       ValueError: `ring` is unknown.
     """
     if ring not in _FORMS:
-        raise ValueError(f'ring {ring!r}: there are {", ".join(_FORMS)}')
+        raise ValueError(f'ring {ring!r}: expected one of {", ".join(_FORMS)}')
     queries, keys = Axes('batch', 'length', 'heads', None), Axes('batch', 'kv_heads', 'length')
     places = dataclasses.replace(jax.tree.map(lambda _: LENGTHS, mask), key_position=keys)
     if mask.window is not None:
@@ -116,7 +115,8 @@ def _backward(settings, ring, residuals, cotangents):
     known = Known(queries, *of_queries)
     dq, of_keys = _FORMS[ring].backward(settings, AXIS, known, keys, mask.window)
     dk_BKSC, dv_BKSC = (join(x, 2).astype(k_BKSC.dtype) for x in of_keys)
-    return join(dq, 1).astype(q_BLHC.dtype), dk_BKSC, dv_BKSC, None  # the mask is all integers
+    # None: the mask is all integers
+    return join(dq, 1).astype(q_BLHC.dtype), dk_BKSC, dv_BKSC, None
 
 
 _attention.defvjp(_forward, _backward)

@@ -1,9 +1,9 @@
-"""One step of ring attention: the queries that are here against the block of keys that is here.
+"""One step of ring attention: a device's current queries attend to its current block of keys.
 
-A device holds two chunks of its rows (`lm.attention.zigzag`), so that a block is four pairs of
-chunks. A pair in which no query sees a key is skipped; which those are is read from positions and
-segments, and never assumed. Under a causal mask and the zigzag order they are half of the pairs on
-every device, at every step but the first, where one of four is skipped and two are half masked.
+A device holds two chunks of each row (`lm.attention.zigzag`), so a block is four pairs of chunks. A
+pair in which no query sees a key is skipped. The decision is made from positions and segments; no
+order is assumed. Under a causal mask in zigzag order, every device skips two of four pairs at every
+step but the first, where it skips one and two are half masked.
 """
 
 import dataclasses
@@ -16,18 +16,19 @@ import numpy as np
 from lm.kernels import mosaic, triton, xla, xla_backward
 from lm.kernels.mask import UNLIMITED, Mask, blocks, key_rows
 
-CHUNKS = 2  # of a device
-PAIRS = tuple(np.indices((CHUNKS, CHUNKS)).reshape(2, -1))  # of queries and of keys
+CHUNKS = 2  # per device
+# indices of query chunks, and of key chunks
+PAIRS = tuple(np.indices((CHUNKS, CHUNKS)).reshape(2, -1))
 Tree = TypeVar('Tree')
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is known when a program is made.
+    """Static settings.
 
     Attributes:
-      implementation: `xla`, `mosaic` or `triton`: which kernels attend within a device.
-      interpret: whether kernels are interpreted.
+      implementation: `xla`, `mosaic` or `triton`: the kernels used on each device.
+      interpret: whether Pallas kernels run in interpret mode.
       scale, softcap: see `lm.attention.attention.attention`.
       causal: see `Mask`.
     """
@@ -40,7 +41,7 @@ class Settings:
 
 
 class Queries(NamedTuple):
-    """Queries of a device, or of one that sent them: each array `[CHUNKS, ...]`."""
+    """Queries of this device, or received from another: each array `[CHUNKS, ...]`."""
 
     q_BLHC: jax.Array
     position_BL: jax.Array
@@ -57,16 +58,17 @@ class Keys(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys, f32, each array `[CHUNKS, ...]`; -inf where none is seen."""
+    """Attention over some of the keys, f32, each array `[CHUNKS, ...]`; LSE -inf: none is seen."""
 
     out_BLHC: jax.Array
     lse_BLH: jax.Array
 
 
 class Known(NamedTuple):
-    """What the backward pass knows of queries: each array `[CHUNKS, ...]`.
+    """Queries with what their backward pass needs: each array `[CHUNKS, ...]`.
 
-    The cotangent of the output; LSE over all keys; delta, rowsum(dO * O) - d LSE, f32.
+    d_out is the cotangent of the output, lse is over all keys, and delta is
+    rowsum(dO * O) - d LSE; the last two are f32.
     """
 
     queries: Queries
@@ -76,32 +78,32 @@ class Known(NamedTuple):
 
 
 class KeyGradients(NamedTuple):
-    """Gradients of a block, f32: they are summed over devices."""
+    """Gradients of a block of keys and values; f32, since they are summed over devices."""
 
     dk_BKSC: jax.Array
     dv_BKSC: jax.Array
 
 
 def split(x: jax.Array, axis: int) -> jax.Array:
-    """Returns a device's array as `[CHUNKS, ...]`, the chunks of `axis`."""
+    """Splits `axis` of a device's array into a leading axis of chunks: `[CHUNKS, ...]`."""
     shape = (*x.shape[:axis], CHUNKS, x.shape[axis] // CHUNKS, *x.shape[axis + 1 :])
     return jnp.moveaxis(x.reshape(shape), axis, 0)
 
 
 def join(x: jax.Array, axis: int) -> jax.Array:
-    """Returns what `split` was given."""
+    """Inverts `split`."""
     x = jnp.moveaxis(x, 0, axis)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def nothing(queries: Queries) -> Partial:
-    """Returns attention over no keys."""
+    """Returns attention over no keys, the identity of `combine`."""
     out = jnp.zeros(queries.q_BLHC.shape, jnp.float32)
     return Partial(out, jnp.full(out.shape[:-1], -jnp.inf))
 
 
 def combine(one: Partial, other: Partial) -> Partial:
-    """Returns attention over the keys of both (`lm.kernels.merge`, two at a time and in place)."""
+    """Merges attention over two sets of keys (`lm.kernels.merge`, but pairwise and in place)."""
     lse = jnp.logaddexp(one.lse_BLH, other.lse_BLH)
     some = jnp.where(lse > -jnp.inf, lse, 0.0)
     here, there = (jnp.exp(x.lse_BLH - some)[..., None] * x.out_BLHC for x in (one, other))
@@ -111,7 +113,7 @@ def combine(one: Partial, other: Partial) -> Partial:
 def attend(
     settings: Settings, queries: Queries, keys: Keys, window: Any, so_far: Partial
 ) -> Partial:
-    """Returns `so_far` with the keys of one block."""
+    """Returns `so_far` extended by the keys of one block."""
 
     def pair(so_far: Partial, place: Any):
         query, partial = _chunk(queries, place[0]), _chunk(so_far, place[0])
@@ -130,9 +132,9 @@ def attend(
 def gradients(
     settings: Settings, known: Known, keys: Keys, window: Any, dq_BLHC: jax.Array
 ) -> tuple[jax.Array, KeyGradients]:
-    """Returns `dq_BLHC`, f32 `[CHUNKS, ...]`, with what one block adds to it, and the block's own.
+    """Returns `dq_BLHC` plus the contribution of one block of keys, and gradients of the block.
 
-    The block's are those of these queries alone.
+    `dq_BLHC` is f32 `[CHUNKS, ...]`. The block's gradients come from these queries only.
     """
 
     def pair(found: tuple[jax.Array, KeyGradients], place: Any):
@@ -159,16 +161,16 @@ def _chunk(tree: Tree, index: jax.Array) -> Tree:
 
 
 def _with_chunk(tree: Tree, chunk: Tree, index: jax.Array) -> Tree:
-    """Returns the arrays with one chunk replaced, in place where they are not used again."""
+    """Returns the arrays with one chunk replaced; in place if the old arrays are not used again."""
     put = jax.lax.dynamic_update_index_in_dim
     return jax.tree.map(lambda x, y: put(x, y, index, 0), tree, chunk)
 
 
 def may_see(mask: Mask) -> jax.Array:
-    """Returns whether any query may see any key, a bool scalar; false only where none does.
+    """Returns whether any query may see any key, a bool scalar; false only if none does.
 
-    Beside what kernels ask of a block, the greatest (segment, position) of the queries has to reach
-    the least of the keys: documents that are packed in a row begin again at position 0.
+    Beyond the kernels' test of a block, the greatest (segment, position) of the queries must reach
+    the least of the keys: documents packed in a row each restart at position 0.
     """
     queries, keys = mask.query_position.shape[1], mask.key_position.shape[2]
     some_BK = blocks(mask, queries, keys).some[..., 0, 0]
@@ -209,7 +211,7 @@ def _forward(settings: Settings, query: Queries, key: Keys, mask: Mask) -> Parti
 def _backward(
     settings: Settings, known: Known, key: Keys, mask: Mask
 ) -> tuple[jax.Array, KeyGradients]:
-    # the kernels want the output for delta alone, which is known: with an output of 0, it is -d LSE
+    # kernels use the output only for delta = rowsum(dO * O) - d LSE: pass O = 0, d LSE = -delta
     operands = (
         known.queries.q_BLHC, key.k_BKSC, key.v_BKSC, jnp.zeros_like(known.d_out_BLHC),
         known.lse_BLH, known.d_out_BLHC, -known.delta_BLH, mask,

@@ -1,4 +1,4 @@
-"""What devices on a ring send each other."""
+"""Communication between devices on a ring."""
 
 from typing import TypeVar
 
@@ -8,7 +8,7 @@ Tree = TypeVar('Tree')
 
 
 def send(tree: Tree, axis: str, hops: int = 1) -> Tree:
-    """Sends a pytree to the device so many places on, and returns what comes from as far back."""
+    """Sends a pytree `hops` devices onward, and returns the one from `hops` devices back."""
     size = jax.lax.axis_size(axis)
     pairs = [(i, (i + hops) % size) for i in range(size)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, pairs), tree)

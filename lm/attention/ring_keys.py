@@ -1,8 +1,8 @@
-"""Ring attention (Liu et al. 2023, arXiv 2310.01889): keys and values go round the devices.
+"""Ring attention (Liu et al. 2023, arXiv 2310.01889): keys and values travel around the ring.
 
-Queries stay. At each step a device sends the block of keys and values that it has to the next one,
-and meanwhile attends to it; after P - 1 hops every query has met every key. Backward, the gradients
-of a block travel with it, and take one hop more, home.
+Queries stay. At each step a device sends its current block of keys and values to the next device
+and meanwhile attends to it; after P - 1 hops over P devices every query has met every key. In the
+backward pass, a block's gradients travel with it and take one more hop to return to its owner.
 """
 
 import functools
@@ -26,7 +26,7 @@ from lm.attention.ring_hops import send
 
 
 def forward(settings: Settings, axis: str, queries: Queries, keys: Keys, window: Any) -> Partial:
-    """Returns attention of a device's queries over all keys; within a `shard_map` over `axis`."""
+    """Returns attention of a device's queries over all keys, inside a `shard_map` over `axis`."""
 
     def step(carry: tuple[Keys, Partial], _):
         keys, partial = carry
@@ -42,20 +42,20 @@ def backward(
     settings: Settings, axis: str, known: Known, keys: Keys, window: Any
 ) -> tuple[jax.Array, KeyGradients]:
     """Returns the gradients of a device's queries and of its keys and values, f32."""
-    look = functools.partial(gradients, settings, known)
+    block_gradients = functools.partial(gradients, settings, known)
     add = functools.partial(jax.tree.map, jnp.add)
 
     def step(carry: tuple[Keys, KeyGradients, jax.Array], _):
         keys, found, dq = carry
-        # what earlier devices found for this block is under way while this one looks
+        # the gradients of earlier devices are in transit while this one computes its own
         arriving, found = send(keys, axis), send(found, axis)
-        dq, found_here = look(keys, window, dq)
+        dq, found_here = block_gradients(keys, window, dq)
         return (arriving, add(found, found_here), dq), None
 
     arriving = send(keys, axis)
-    dq, found = look(keys, window, jnp.zeros(known.queries.q_BLHC.shape, jnp.float32))
+    dq, found = block_gradients(keys, window, jnp.zeros(known.queries.q_BLHC.shape, jnp.float32))
     between = jax.lax.axis_size(axis) - 2
     (keys, found, dq), _ = jax.lax.scan(step, (arriving, found, dq), None, length=between)
     found = send(found, axis)
-    dq, found_here = look(keys, window, dq)
+    dq, found_here = block_gradients(keys, window, dq)
     return dq, send(add(found, found_here), axis)

@@ -1,12 +1,13 @@
-"""TokenRing (Wang et al. 2024, arXiv 2412.20501): queries go round one way, results come back.
+"""TokenRing (Wang et al. 2024, arXiv 2412.20501): queries travel one way, results the other.
 
-Keys and values stay. At each step a device sends the queries that it has to the next one, attends
-from them to its own keys, and sends what it found at the step before back to whose queries those
-were: as many places back as they had come. Neither waits for the other, so that links that carry
-both directions at once are used both ways. Backward, queries travel with the cotangents of their
-results, and gradients of queries come back.
+Keys and values stay. At each step a device sends its current queries to the next device, attends
+from them to its own keys, and returns the previous step's result to the owner of those queries: as
+many hops back as they had come. The two transfers are independent, so that full-duplex links are
+used in both directions. In the backward pass, queries travel with the cotangents of their results,
+and the gradients of queries return.
 
-Steps are written out, since each sends results another distance: programs grow with the devices.
+Steps are unrolled, since each returns results over a different distance: the size of the program
+grows with the number of devices.
 """
 
 from typing import Any
@@ -30,13 +31,13 @@ from lm.attention.ring_hops import send
 
 
 def forward(settings: Settings, axis: str, queries: Queries, keys: Keys, window: Any) -> Partial:
-    """Returns attention of a device's queries over all keys; within a `shard_map` over `axis`."""
+    """Returns attention of a device's queries over all keys, inside a `shard_map` over `axis`."""
     dtype = queries.q_BLHC.dtype
     total = attend(settings, queries, keys, window, nothing(queries))
     for step in range(1, jax.lax.axis_size(axis)):
         queries = send(queries, axis)
         found = attend(settings, queries, keys, window, nothing(queries))
-        # on its way back while the next step attends: that needs nothing of it
+        # in transit while the next step attends, which does not depend on it
         found = send(found._replace(out_BLHC=found.out_BLHC.astype(dtype)), axis, -step)
         total = combine(total, found)
     return total

@@ -1,4 +1,4 @@
-"""Reading a saved step, or a part of it, and telling whether it is what was saved."""
+"""Reads a saved step, or a part of it, and verifies that it is what was saved."""
 
 import asyncio
 import contextlib
@@ -20,18 +20,18 @@ T = TypeVar('T')
 
 
 class Damaged(Exception):
-    """A step cannot be read, or is not what was saved."""
+    """A step cannot be read, or has changed since it was saved."""
 
 
 class Unfit(Exception):
-    """A step is of another model, other data or another number of processes."""
+    """A step belongs to another model, other data or another number of processes."""
 
 
-class Place:
-    """An iterator's place in the data as bytes with their SHA-256, as grain saves and restores it.
+class DataPosition:
+    """The position of a data iterator, which grain saves and restores as bytes with a SHA-256.
 
     Attributes:
-      checked: whether the place that was read has a SHA-256; older versions wrote none.
+      checked: whether the position that was read has a SHA-256; older versions wrote none.
     """
 
     def __init__(self, batches: grain.DatasetIterator):
@@ -40,12 +40,12 @@ class Place:
         self.checked = False
 
     def get_state(self) -> bytes:
-        """Returns what is saved."""
+        """Returns the bytes to save."""
         state = self._batches.get_state()
         return json.dumps({'sha256': _digest(state), 'state': state}, indent=1).encode()
 
     def set_state(self, saved: bytes) -> None:
-        """Reads what was saved, for `apply`; raises ValueError if a byte of it has changed."""
+        """Parses saved bytes for `apply`; raises ValueError if any of them has changed."""
         read = json.loads(saved)
         self.checked = read.keys() == {'sha256', 'state'}
         if self.checked and _digest(read['state']) != read['sha256']:
@@ -53,10 +53,10 @@ class Place:
         self._read = read['state'] if self.checked else read
 
     def start_prefetch(self) -> None:
-        """Does nothing: the iterator is not at its place yet."""
+        """Does nothing: the iterator has not been moved yet."""
 
     def apply(self) -> None:
-        """Moves the iterator to the place that was read."""
+        """Moves the iterator to the position that was read."""
         self._batches.set_state(self._read)
         self._batches.start_prefetch()
 
@@ -66,54 +66,57 @@ def _digest(state: Any) -> str:
 
 
 def steps(folder: epath.Path) -> list[int]:
-    """Returns the steps in a folder of checkpoints, whole or not, the newest first."""
+    """Returns the steps in a folder of checkpoints, newest first, damaged or not."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
-def read(step: epath.Path, like: Any, batches: grain.DatasetIterator) -> tuple[Any, Place]:
-    """Returns the state in the folder of a step, and the place in the data.
+def read(step: epath.Path, like: Any, batches: grain.DatasetIterator) -> tuple[Any, DataPosition]:
+    """Returns the state saved in the folder of a step, and the position in the data.
 
-    All processes come to the same end: what one of them cannot read, none has read.
+    All processes have the same outcome: if one cannot read the step, all fail.
 
     Raises:
-      Damaged: a file is missing, unreadable, or not what was saved.
-      Unfit: the step has other leaves, dtypes or shapes than `like`, or is of other processes.
+      Damaged: a file is missing, unreadable, or has changed since it was saved.
+      Unfit: the step has other leaves, dtypes or shapes than `like`, or was saved by another number
+        of processes.
     """
 
-    def local() -> tuple[Any, Place, Mapping[str, checksums.Record] | None]:
+    def local() -> tuple[Any, DataPosition, Mapping[str, checksums.Record] | None]:
         recorded, want = _recorded(step), checksums.kinds(like)
         have = _checked_kinds(step, want, recorded)
         if more := sorted(have.keys() - want.keys()):
             raise Unfit(f'{more[0]} is not part of this model')
-        place = _place(step, batches, recorded is not None)
-        return _leaves(step, like), place, recorded
+        position = _position(step, batches, recorded is not None)
+        return _leaves(step, like), position, recorded
 
-    state, place, recorded = _everywhere(local)
+    state, position, recorded = _everywhere(local)
     _check_sums(state, recorded)
-    return state, place
+    return state, position
 
 
 def load_params(folder: epath.PathLike, like: Any, step: int | None = None) -> Any:
-    """Returns parameters from a run's checkpoints, reading the leaves of `like` and no others.
+    """Loads parameters from a run's checkpoints; reads only the leaves of `like`.
 
-    `load_params(out / 'checkpoints', {'body': params.abstract(config, mesh)['body']})` is the body
-    without its tables, of any size, on any mesh.
+    `load_params(out / 'checkpoints', {'body': params.abstract(config, mesh)['body']})` loads the
+    body without the tables, of any size, on any mesh.
 
     Args:
       folder: the run's `checkpoints/`.
       like: a part of the nested dict of parameters: `jax.ShapeDtypeStruct`s with shardings.
-      step: which; the newest if not given.
+      step: the step to load; default: the newest.
 
     Raises:
-      FileNotFoundError: no such step.
+      FileNotFoundError: there is no such step.
       OSError: a file of the step is damaged.
       ValueError: the parameters do not have the leaves, dtypes and shapes of `like`.
     """
     folder = atomic.absolute(folder)
     there = steps(folder)
     if not there or step not in (None, *there):
-        raise FileNotFoundError(f'{folder}: no step {"" if step is None else step} here: {there}')
+        raise FileNotFoundError(
+            f'{folder}: no step{"" if step is None else f" {step}"}; found {there}'
+        )
     saved = folder / str(there[0] if step is None else step)
     wanted = {'params': like}
     try:
@@ -129,7 +132,7 @@ def load_params(folder: epath.PathLike, like: Any, step: int | None = None) -> A
 
 
 def leaves(folder: epath.Path, like: Any) -> Any:
-    """Returns the leaves of `like` from a tree that Orbax saved, and reads no others."""
+    """Loads the leaves of `like` from a tree that Orbax saved; reads no others."""
     restore_args = jax.tree.map(
         lambda x: ocp.ArrayRestoreArgs(
             sharding=x.sharding, global_shape=x.shape, dtype=x.dtype, strict=True
@@ -142,7 +145,7 @@ def leaves(folder: epath.Path, like: Any) -> Any:
 
 
 def metadata(folder: epath.Path) -> Any:
-    """Returns what a tree that Orbax saved has for leaves: their dtypes, shapes and storage."""
+    """Returns dtype, shape and storage of each leaf of a tree that Orbax saved."""
     with _reads_ended():
         saved = ocp.PyTreeCheckpointHandler().metadata(folder)
     return getattr(saved, 'tree', saved)
@@ -150,7 +153,7 @@ def metadata(folder: epath.Path) -> Any:
 
 class _EndingLoop(asyncio.SelectorEventLoop):
     def close(self) -> None:
-        """Closes the loop when nothing runs in it any more."""
+        """Closes the loop once all of its tasks have ended."""
         if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
             self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         super().close()
@@ -163,9 +166,9 @@ class _EndingLoops(asyncio.DefaultEventLoopPolicy):
 
 @contextlib.contextmanager
 def _reads_ended() -> Iterator[None]:
-    """Lets Orbax end the reads that are under way when another one fails.
+    """Makes Orbax wait for reads in progress when another read fails.
 
-    It closes their event loop instead, and each prints a traceback in front of the run's one line.
+    By itself it closes their event loop, and each prints a traceback before the run's error.
     """
     before = asyncio.get_event_loop_policy()
     asyncio.set_event_loop_policy(_EndingLoops())
@@ -176,7 +179,7 @@ def _reads_ended() -> Iterator[None]:
 
 
 def _recorded(step: epath.Path) -> dict[str, checksums.Record] | None:
-    """Returns the checksums of a step, or None where an older version saved it."""
+    """Returns the checksums of a step; None if an older version saved it."""
     folder = step / 'checksums'
     if not folder.exists():
         return None
@@ -194,12 +197,12 @@ def _checked_kinds(
     want: Mapping[str, str],
     recorded: Mapping[str, checksums.Record] | None,
 ) -> dict[str, str]:
-    """Returns dtype and shape of each leaf in a step; raises unless those of `want` are there."""
+    """Returns dtype and shape of each leaf of a step; raises unless they include `want`."""
     try:
         found = checksums.kinds(metadata(step / 'state'))
     except Exception as error:
         raise Damaged(f'state/ cannot be read ({_line(error)})') from error
-    # what was saved, whatever became of it since
+    # as recorded when saved, whatever has happened to the files since
     have = {leaf: str(record['kind']) for leaf, record in (recorded or {}).items()} or found
     for leaf, kind in want.items():
         if leaf not in have:
@@ -208,32 +211,32 @@ def _checked_kinds(
             raise Unfit(f'{leaf} is {have[leaf]}, expected {kind}')
     for leaf, kind in have.items():
         if found.get(leaf) != kind:
-            raise Damaged(f'state/ has {leaf} as {found.get(leaf)}, and was saved as {kind}')
+            raise Damaged(f'state/ has {leaf} as {found.get(leaf)}, but it was saved as {kind}')
     return have
 
 
-def _place(step: epath.Path, batches: grain.DatasetIterator, checked: bool) -> Place:
-    folder, place = step / 'data', Place(batches)
+def _position(step: epath.Path, batches: grain.DatasetIterator, checked: bool) -> DataPosition:
+    folder, position = step / 'data', DataPosition(batches)
     mine = f'-of-{jax.process_count()}.json'
     others = [file.name for file in folder.glob('process_*.json')] if folder.exists() else []
     if others and not any(name.endswith(mine) for name in others):
         count = others[0].partition('-of-')[2].removesuffix('.json')
-        raise Unfit(f'saved by {count} processes, here are {jax.process_count()}')
+        raise Unfit(f'saved by {count} processes, but this run has {jax.process_count()}')
     try:
-        args = grain.checkpoint.CheckpointRestore(place)
+        args = grain.checkpoint.CheckpointRestore(position)
         grain.checkpoint.CheckpointHandler().restore(folder, args=args)
     except Exception as error:
         raise Damaged(f'data/ cannot be read ({_line(error)})') from error
-    if place.checked != checked:
+    if position.checked != checked:
         raise Damaged(f'{"data" if checked else "checksums"}/ is not what was saved')
-    return place
+    return position
 
 
 def _leaves(step: epath.Path, like: Any) -> Any:
     try:
         return leaves(step / 'state', like)
     except jax.errors.JaxRuntimeError:
-        raise  # the devices' own trouble, no room for the state, say
+        raise  # an error of the devices, such as out of memory
     except Exception as error:
         raise Damaged(f'state/ cannot be read ({_line(error)})') from error
 
@@ -241,11 +244,11 @@ def _leaves(step: epath.Path, like: Any) -> Any:
 def _check_sums(tree: Any, recorded: Mapping[str, checksums.Record] | None) -> None:
     if recorded and (wrong := checksums.differing(tree, recorded)):
         more = f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''
-        raise Damaged(f'state/ has other bytes in {wrong[0]}{more} than were saved')
+        raise Damaged(f'state/ differs in {wrong[0]}{more} from what was saved')
 
 
 def _everywhere(do: Callable[[], T]) -> T:
-    """Returns what `do` returns; where it fails on one process, fails on all."""
+    """Returns the result of `do`; if it fails on one process, fails on all."""
     problem: Damaged | Unfit | None = None
     result: list[T] = []
     try:
@@ -262,9 +265,9 @@ def _everywhere(do: Callable[[], T]) -> T:
 
 
 def _line(error: BaseException) -> str:
-    """Returns the start of an error's first line: libraries write pages.
+    """Returns the start of the first line of an error's root cause, which names the leaf or file.
 
-    It is the first error's of those that were raised from each other, which names leaf or file.
+    Errors of libraries may fill pages.
     """
     while error.__cause__ is not None:
         error = error.__cause__

@@ -1,4 +1,4 @@
-"""Device meshes and the one table that maps logical axes to mesh axes."""
+"""Device meshes, and the table that maps logical axes to mesh axes."""
 
 import math
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from jax.sharding import (
 
 AXES = ('data', 'sequence', 'model')
 
-# Logical axis -> mesh axes, the first of them first. What is missing here is replicated.
+# Logical axis -> mesh axes, in order of precedence. Axes that are not listed are replicated.
 RULES: dict[str, tuple[str, ...]] = {
     'batch': ('data',),
     'length': ('sequence',),
@@ -25,28 +25,36 @@ RULES: dict[str, tuple[str, ...]] = {
     'heads': ('model',),
     'kv_heads': ('model',),
     'ff': ('model',),
-    # fully sharded data parallelism: gathered where a layer needs it
+    # fully sharded data parallelism: all-gathered where a layer needs it
     'embed': ('data', 'sequence'),
 }
 
 
 class Sizes(NamedTuple):
-    """How many devices lie along each axis of a mesh, in the order of `AXES`."""
+    """Number of devices along each axis of a mesh, in the order of `AXES`."""
 
     data: int
     sequence: int
     model: int
 
 
+def make(text: str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh of `AXES` over `devices` (default: all); jit propagates shardings (Auto)."""
+    devices = jax.devices() if devices is None else devices
+    shape = parse(text, len(devices))
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def parse(text: str | None, devices: int) -> Sizes:
     """Returns the sizes for a flag such as `data=2,sequence=2,model=2`, `auto` or nothing.
 
-    `auto` (and nothing) puts every device on the data axis; `data` left out fills up, or `model`
-    where `data` is given. Sequences are cut only where `sequence` is given.
+    `auto`, or no text, puts all devices on the data axis. If `data` is missing, it takes the
+    remaining devices; if `data` is given, `model` does. Sequences are sharded only if `sequence` is
+    given.
 
     Raises:
-      ValueError: an unknown axis or one given twice, a size that is no number, or a product that
-        is not the number of devices.
+      ValueError: an unknown or duplicate axis, a size that is not a positive integer, or a product
+        that differs from the number of devices.
     """
     sizes: dict[str, int] = {}
     for part in [] if text in (None, '', 'auto') else text.split(','):
@@ -55,7 +63,7 @@ def parse(text: str | None, devices: int) -> Sizes:
             known = ', '.join(f'{axis}=SIZE' for axis in AXES)
             raise ValueError(f'--mesh {text!r}: {part!r} is not one of {known}')
         if axis in sizes:
-            raise ValueError(f'--mesh {text!r}: {axis} is given twice')
+            raise ValueError(f'--mesh {text!r}: duplicate axis {axis}')
         sizes[axis] = int(size)
     left_out = 'model' if 'data' in sizes else 'data'
     rest = devices // math.prod(sizes.values())
@@ -70,17 +78,10 @@ def parse(text: str | None, devices: int) -> Sizes:
     return result
 
 
-def make(text: str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns a mesh of `AXES` over all devices, with axes that jit shards by itself."""
-    devices = jax.devices() if devices is None else devices
-    shape = parse(text, len(devices))
-    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
 def abstract(
     data: int, model: int = 1, sequence: int = 1, device: AbstractDevice | None = None
 ) -> AbstractMesh:
-    """Returns a mesh without devices, enough to count with; `device` says what it stands for."""
+    """Returns a mesh without devices, for planning; `device` describes the hardware."""
     kinds = (AxisType.Auto,) * len(AXES)
     return AbstractMesh((data, sequence, model), AXES, axis_types=kinds, abstract_device=device)
 
@@ -90,9 +91,9 @@ def sharding(
 ) -> NamedSharding:
     """Returns the sharding of an array with these logical axes.
 
-    A mesh axis cuts one dimension, the first that asks for it. A dimension that its mesh axes do
-    not divide is cut over the first of them, or replicated: one KV head on two devices, say. Mesh
-    axes of one device are not named.
+    A mesh axis shards at most one dimension, the first that maps to it. If the mesh axes of a
+    dimension do not divide it, it is sharded over the leading ones that do, or replicated: one KV
+    head on two devices, for example. Mesh axes of size 1 are left out.
     """
     used: set[str] = set()
     spec: list[str | tuple[str, ...] | None] = []
@@ -105,30 +106,31 @@ def sharding(
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def batch_sharding(mesh: Mesh | AbstractMesh, rank: int = 2) -> NamedSharding:
-    """Returns the sharding of a batch's arrays: by rows, and along them where sequences are cut."""
-    cut = rank > 1 and mesh.shape['sequence'] > 1
-    return NamedSharding(mesh, PartitionSpec('data', 'sequence') if cut else PartitionSpec('data'))
-
-
-def in_use(axis: str) -> int:
-    """Returns how many devices lie along an axis of the mesh in use (`jax.set_mesh`).
-
-    1 without a mesh, and within a `shard_map`, where each device computes its own part.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or AxisType.Manual in mesh.axis_types:
-        return 1
-    return mesh.shape[axis]
-
-
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Returns `x`, laid out over the mesh in use (`jax.set_mesh`) by its logical axes.
+    """Constrains `x` to the sharding of its logical axes on the current mesh (`jax.set_mesh`).
 
-    Without a mesh in use, or on one device, does nothing. Activations need it: parameters are
-    sharded over `data`, too, and the compiler may otherwise follow them and not the batch.
+    Does nothing without a mesh or on one device. Activations need the constraint: parameters are
+    sharded over `data`, too, and XLA might otherwise shard activations like them and not like the
+    batch.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape).spec)
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh, rank: int = 2) -> NamedSharding:
+    """Returns the sharding of a batch's arrays: rows over `data`, positions over `sequence`."""
+    cut = rank > 1 and mesh.shape['sequence'] > 1
+    return NamedSharding(mesh, PartitionSpec('data', 'sequence') if cut else PartitionSpec('data'))
+
+
+def in_use(axis: str) -> int:
+    """Returns the number of devices along an axis of the current mesh (`jax.set_mesh`).
+
+    1 without a mesh, and inside `shard_map`, where each device computes on its own shard.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return 1
+    return mesh.shape[axis]

@@ -1,1 +1,1 @@
-"""How bytes get to disk and back: whole, checked, and never half replaced."""
+"""Files: atomic writes, checksums, and validated reads."""

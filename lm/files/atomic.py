@@ -1,4 +1,4 @@
-"""Folders and files that appear on disk whole, or not at all."""
+"""Atomic writes: files and folders appear on disk complete or not at all."""
 
 import contextlib
 import os
@@ -13,47 +13,12 @@ from etils import epath
 from lm.files import json_fields
 
 
-def absolute(path: epath.PathLike) -> epath.Path:
-    """Returns a local path as an absolute one, which Orbax asks for; `gs://` paths are."""
-    return epath.Path(path) if '://' in os.fspath(path) else epath.Path(path).resolve()
-
-
-def check_replaceable(path: epath.PathLike, kind: str, field: str) -> None:
-    """Refuses to replace a folder of another kind, before the work of filling it.
-
-    Args:
-      path: where a folder is to appear.
-      kind: what it will hold, as the error names it.
-      field: which `config.json` has in a folder of that kind.
-
-    Raises:
-      FileExistsError: `path` is there, and is of another kind.
-    """
-    target = absolute(path)
-    if not target.exists():
-        return
-    try:
-        described = json_fields.read(target / 'config.json')
-    except (OSError, ValueError):
-        described = {}
-    if field not in described:
-        raise FileExistsError(
-            f'{path}: exists and is no {kind} (its config.json is missing or of something else)'
-        )
-
-
-def being_filled(path: epath.PathLike) -> epath.Path:
-    """Returns the folder that `new_folder` fills before it takes the place of `path`."""
-    target = absolute(path)
-    return target.parent / f'{target.name}.tmp'
-
-
 @contextlib.contextmanager
 def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
-    """Yields a folder to fill; at the end it takes the place of `path`.
+    """Yields a temporary folder to fill; at the end a rename puts it in the place of `path`.
 
-    If filling it fails, an older folder at `path` stays as it was. A kill leaves the older one or
-    the newer one, or, in the moment between two renames, the older one as `path.old`.
+    If an error interrupts the filling, an existing folder at `path` is unchanged. A kill leaves the
+    old folder or the new one; or, between two renames, the old one as `path.old`.
 
     Raises:
       OSError: the folder could not be written; names `path`, and says what to do.
@@ -78,11 +43,11 @@ def new_folder(path: epath.PathLike) -> Iterator[epath.Path]:
 
 @contextlib.contextmanager
 def new_file(path: epath.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a local file to write; at the end it takes the place of `path`.
+    """Yields a temporary local file to write; at the end an atomic rename moves it to `path`.
 
-    Whoever else writes `path` at the same time writes a file of its own: the last one stays. A kill
-    leaves the older file, and beside it one called `.path.*.tmp`, which the next writer need not
-    know. A file on a bucket is written into a temporary folder first.
+    Concurrent writers of `path` use separate temporary files; the last rename wins. A kill leaves
+    the old file, and beside it a `.path.*.tmp`, which later writers ignore. For a bucket, the file
+    is written to the local temporary directory and then copied.
 
     Raises:
       OSError: the file could not be written; names `path`, and says what to do.
@@ -93,13 +58,13 @@ def new_file(path: epath.PathLike) -> Iterator[pathlib.Path]:
     partial = folder / f'.{target.name}.{uuid.uuid4().hex[:12]}.tmp'
     try:
         yield partial
-        if on_bucket:  # an object appears when it is whole
+        if on_bucket:  # an object appears once it is complete
             with partial.open('rb') as source, target.open('wb') as copy:
                 shutil.copyfileobj(source, copy)
         else:
             partial.replace(target)
     except OSError as error:
-        # not what the caller may have read for it: that error names another file, or has no number
+        # an error without errno, or about a file that the caller read, is not about writing
         if error.errno is None or error.filename not in (None, str(partial), str(target)):
             raise
         raise OSError(f'{path}: {cannot_write(error)}') from error
@@ -107,8 +72,43 @@ def new_file(path: epath.PathLike) -> Iterator[pathlib.Path]:
         partial.unlink(missing_ok=True)
 
 
+def being_filled(path: epath.PathLike) -> epath.Path:
+    """Returns the temporary folder that `new_folder` renames to `path` at the end."""
+    target = absolute(path)
+    return target.parent / f'{target.name}.tmp'
+
+
+def check_replaceable(path: epath.PathLike, kind: str, field: str) -> None:
+    """Refuses to replace a folder of another kind; called before the work of filling it.
+
+    Args:
+      path: the folder to be written.
+      kind: its kind, as named in the error.
+      field: a field of `config.json` that every folder of this kind has.
+
+    Raises:
+      FileExistsError: `path` exists and is of another kind.
+    """
+    target = absolute(path)
+    if not target.exists():
+        return
+    try:
+        described = json_fields.read(target / 'config.json')
+    except (OSError, ValueError):
+        described = {}
+    if field not in described:
+        raise FileExistsError(
+            f'{path}: exists and is not a {kind} (its config.json is missing or not that of one)'
+        )
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """Returns a path as Orbax requires it: local paths absolute, `gs://` paths unchanged."""
+    return epath.Path(path) if '://' in os.fspath(path) else epath.Path(path).resolve()
+
+
 def is_failed_write(error: BaseException) -> bool:
-    """Returns whether an error says that a file could not be written.
+    """Returns whether an error means that a file could not be written.
 
     tensorstore reports a full disk as a ValueError.
     """
@@ -116,6 +116,6 @@ def is_failed_write(error: BaseException) -> bool:
 
 
 def cannot_write(error: BaseException) -> str:
-    """Returns what kept a file from being written, and what the user can do."""
+    """Returns why a file could not be written, and what the user can do."""
     reason = getattr(error, 'strerror', None) or str(error).strip().partition('\n')[0]
     return f'could not be written: {reason}; free some space there, or write elsewhere'

@@ -1,9 +1,9 @@
-"""One number per leaf that changes with any of its bytes, computed where the leaf lies.
+"""One checksum per leaf, sensitive to each of its bytes and computed on the leaf's devices.
 
-The words w_i of a leaf (its elements' bits) are added up as sum_i w_i (2 i + 1) mod 2**32. Every
-weight is odd, so it has an inverse: a change to one word always changes the sum, and words that
-swap places nearly always do. Addition mod 2**32 has no order, so the sum is the same on every
-mesh, and a pod compares four bytes per leaf instead of reading the leaf.
+The checksum of a leaf with words w_i (the bits of its elements) is sum_i w_i (2 i + 1) mod 2**32.
+Every weight is odd, hence invertible: changing one word always changes the sum, and swapping two
+words nearly always does. Addition mod 2**32 is associative and commutative, so the sum is the same
+on every mesh, and a pod compares four bytes per leaf instead of reading the leaf.
 """
 
 from collections.abc import Mapping
@@ -18,20 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 Record = dict[str, Any]
 
 
-def name(path: Any) -> str:
-    """Returns a leaf's path as `params/body/final_norm_D`; names, keys and indices alike."""
-    entries = (getattr(e, 'name', getattr(e, 'key', getattr(e, 'idx', None))) for e in path)
-    return '/'.join(map(str, entries))
-
-
-def kinds(tree: Any) -> dict[str, str]:
-    """Returns dtype and shape of each leaf, such as `float32[2, 3]`, by name."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {name(path): f'{np.dtype(x.dtype)}{list(x.shape)}' for path, x in leaves}
-
-
 def of(tree: Any) -> dict[str, Record]:
-    """Returns the record of each leaf, by name; all processes call it and get the same."""
+    """Returns the record of each leaf, by name; a collective, with one result for all processes."""
     leaves = jax.tree.leaves(tree)
     places = [getattr(leaf, 'sharding', None) for leaf in leaves]
     mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
@@ -44,8 +32,20 @@ def of(tree: Any) -> dict[str, Record]:
 
 
 def differing(tree: Any, recorded: Mapping[str, Record]) -> list[str]:
-    """Returns the names of the leaves of `tree` that are not as they were recorded."""
+    """Returns the names of the leaves of `tree` whose records differ from the given ones."""
     return [leaf for leaf, record in of(tree).items() if recorded.get(leaf) != record]
+
+
+def kinds(tree: Any) -> dict[str, str]:
+    """Returns dtype and shape of each leaf, such as `float32[2, 3]`, by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {name(path): f'{np.dtype(x.dtype)}{list(x.shape)}' for path, x in leaves}
+
+
+def name(path: Any) -> str:
+    """Returns a leaf's path as `params/body/final_norm_D`; names, keys and indices alike."""
+    entries = (getattr(e, 'name', getattr(e, 'key', getattr(e, 'idx', None))) for e in path)
+    return '/'.join(map(str, entries))
 
 
 def _sums(leaves: list[jax.Array]) -> jax.Array:
@@ -54,7 +54,7 @@ def _sums(leaves: list[jax.Array]) -> jax.Array:
 
 def _sum(x: jax.Array) -> jax.Array:
     if jnp.issubdtype(x.dtype, jnp.floating):
-        size = min(x.dtype.itemsize, 4)  # eight bytes become two words of four
+        size = min(x.dtype.itemsize, 4)  # an 8-byte element becomes two words
         x = jax.lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * size}'))
     position = jnp.zeros(x.shape, jnp.uint32)
     stride = 1

@@ -1,20 +1,20 @@
-"""Which commit of this project is running."""
+"""The commit of this project that is running."""
 
 import pathlib
 import subprocess
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def commit() -> tuple[str | None, bool | None]:
-    """Returns the commit checked out and whether files differ from it; None outside a checkout."""
+    """Returns the current commit and whether files differ from it; Nones outside a checkout."""
 
     def git(*arguments: str) -> str:
         command = ['git', '-C', str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # An installed copy may lie within somebody else's checkout, whose commit says nothing.
+        # An installed copy may lie inside an unrelated checkout, whose commit says nothing.
         if pathlib.Path(git('rev-parse', '--show-toplevel')).resolve() != ROOT:
             return None, None
         return git('rev-parse', 'HEAD'), bool(git('status', '--porcelain'))

@@ -1,1 +1,1 @@
-"""Released checkpoints, read and written."""
+"""Reads and writes checkpoints in Hugging Face's format."""

@@ -1,7 +1,7 @@
-"""Checkpoints of Hugging Face in and out: Llama, Mistral, Qwen and Gemma in safetensors.
+"""Imports and exports Hugging Face checkpoints: Llama, Mistral, Qwen and Gemma in safetensors.
 
-A folder holds config.json and model.safetensors, or several such files and an index. Loading reads
-JSON and arrays and executes nothing.
+A folder holds config.json and model.safetensors, or several shards and an index. Loading reads JSON
+and arrays and executes no code.
 """
 
 import functools
@@ -22,8 +22,8 @@ from lm.files import atomic, json_fields
 from lm.huggingface import config as huggingface_config
 from lm.huggingface import safetensors_files
 from lm.huggingface.families import FAMILIES, Family
-from lm.huggingface.safetensors_files import Source, Tensor
-from lm.huggingface.weight_map import Place, by_name, mismatches, places, text_tensors
+from lm.huggingface.safetensors_files import LazyTensor, Tensor
+from lm.huggingface.weight_map import LeafSlice, by_name, leaf_slices, mismatches, text_tensors
 from lm.model import params as params_lib
 from lm.model.config import DTYPES, Config
 from lm.model.params import Params
@@ -32,11 +32,12 @@ MOST_SHARD_BYTES = 5_000_000_000
 
 
 class Checkpoint(NamedTuple):
-    """A folder whose tensors are known to fit its config.
+    """A checkpoint whose tensors have been checked against its config.
 
     Attributes:
-      family, config: of the model.
-      tensors: name -> where it lies; names as the family has them.
+      family: the model's family.
+      config: the model's config.
+      tensors: the location of each tensor, by its name in a text-only checkpoint of the family.
     """
 
     family: Family
@@ -45,18 +46,17 @@ class Checkpoint(NamedTuple):
 
 
 def check(folder: epath.PathLike, dtype: str | None = None) -> Checkpoint:
-    """Returns what a folder holds, after reading no more than JSON and headers.
+    """Validates a checkpoint; reads only JSON and the headers of its tensor files.
 
     Args:
       folder: local or on `gs://`.
-      dtype: of the parameters, 'float32' or 'bfloat16'; by default bfloat16 where all tensors are,
-        else float32, which holds every float16, too.
+      dtype: dtype of the parameters, 'float32' or 'bfloat16'. Default: bfloat16 if all tensors are
+        bfloat16, else float32, which represents every float16 exactly.
 
     Raises:
-      FileNotFoundError: no such folder, or it has no config.json or no safetensors.
-      ValueError: names everything that is wrong: files that are missing or damaged; a family or a
-        setting that is not supported; tensors that are missing, left over, or of another shape or
-        dtype than config.json asks for.
+      FileNotFoundError: the folder, its config.json or its safetensors files do not exist.
+      ValueError: lists every problem: missing or damaged files; an unsupported family or setting;
+        missing or unexpected tensors; shapes and dtypes other than config.json implies.
     """
     if dtype not in (None, *DTYPES):
         raise ValueError(f'dtype: {dtype!r}; expected one of {", ".join(DTYPES)}')
@@ -77,11 +77,11 @@ def check(folder: epath.PathLike, dtype: str | None = None) -> Checkpoint:
     except ValueError as error:
         problems.append(f'config.json: {error}')
     else:
-        # not before it is known that there are so many: a name for each layer takes memory
+        # count first: a claimed number of layers must not make a name for each of them
         if tensors and config.n_layers > len(tensors):
             problems.append(f'{config.n_layers} layers, but only {len(tensors)} tensors')
         elif tensors:
-            problems += mismatches(places(config, family), tensors)
+            problems += mismatches(leaf_slices(config, family), tensors)
     if problems:
         raise ValueError(f'{folder}: {"; ".join(problems)}')
     return Checkpoint(family, config, tensors)
@@ -90,39 +90,39 @@ def check(folder: epath.PathLike, dtype: str | None = None) -> Checkpoint:
 def load(
     folder: epath.PathLike, mesh: Mesh | None = None, dtype: str | None = None
 ) -> tuple[Config, Params]:
-    """Returns the config and the parameters of a checkpoint, sharded over `mesh`.
+    """Loads a checkpoint's config and its parameters, sharded over `mesh`.
 
-    Tensors go one by one from their file to their devices; beside the parameters, this process
-    holds one tensor at a time, or the part of it that its devices keep.
+    Tensors stream one at a time from their file to their devices. In addition to the parameters,
+    this process holds one tensor at most, or only the shards of it that its devices need.
 
     Args:
       folder: local or on `gs://`.
       mesh: default: all devices.
-      dtype: see `check`; values are rounded to the nearest where it is narrower than theirs.
+      dtype: see `check`; values of a wider dtype are rounded to the nearest.
 
     Raises:
-      FileNotFoundError, ValueError: see `check`; before any tensor is loaded.
+      FileNotFoundError, ValueError: see `check`; raised before any tensor is loaded.
     """
     family, config, tensors = check(folder, dtype)
     abstract = params_lib.abstract(config, mesh or mesh_lib.make())
-    leaves, wanted = by_name(abstract), places(config, family)
+    leaves, wanted = by_name(abstract), leaf_slices(config, family)
     found: dict[str, jax.Array] = {}
     for name in sorted(wanted, key=lambda name: (str(tensors[name].file), tensors[name].begin)):
-        place, leaf = wanted[name], leaves[wanted[name].leaf]
-        value = _to_devices(tensors[name], place, leaf)
-        if place.layer is not None:
-            stack = found.pop(place.leaf, None)
+        target, leaf = wanted[name], leaves[wanted[name].leaf]
+        value = _to_devices(tensors[name], target, leaf)
+        if target.layer is not None:
+            stack = found.pop(target.leaf, None)
             if stack is None:
                 stack = jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
-            value = _insert(stack, value, place.layer, order=place.order, sharding=leaf.sharding)
-        found[place.leaf] = jax.block_until_ready(value)  # one tensor at a time, on its way, too
+            value = _insert(stack, value, target.layer, order=target.order, sharding=leaf.sharding)
+        found[target.leaf] = jax.block_until_ready(value)  # at most one tensor in flight
     return config, jax.tree.unflatten(jax.tree.structure(abstract), [found[x] for x in leaves])
 
 
 @functools.partial(jax.jit, static_argnames=('order', 'sharding'), donate_argnums=0)
 def _insert(stack, tensor, layer, *, order: tuple[int, ...], sharding: NamedSharding):
-    """Writes a tensor into its layer of the leaf, in place; the device transposes."""
-    # as bits: a CPU would go through all of a bfloat16 stack, and write it anew
+    """Writes a tensor into its layer of a stacked leaf, in place; transposes on the device."""
+    # as integers: for bfloat16, the CPU backend would rewrite the whole stack
     bits = jnp.dtype(f'uint{8 * stack.dtype.itemsize}')
     layer_bits = jax.lax.bitcast_convert_type(tensor, bits).transpose(order)
     stack_bits = jax.lax.bitcast_convert_type(stack, bits)
@@ -131,20 +131,20 @@ def _insert(stack, tensor, layer, *, order: tuple[int, ...], sharding: NamedShar
     return jax.lax.with_sharding_constraint(stack, sharding)
 
 
-def _to_devices(tensor: Tensor, place: Place, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Returns a tensor with an axis for each letter, each sharded as it is in the leaf."""
+def _to_devices(tensor: Tensor, target: LeafSlice, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns a tensor on its devices: one axis per letter, each sharded as in the leaf."""
     assert isinstance(leaf.sharding, NamedSharding)
     spec = [*leaf.sharding.spec, *[None] * (len(leaf.shape) - len(leaf.sharding.spec))]
-    of_letter = dict(zip(place.order, spec[-len(place.order) :]))
+    of_letter = dict(zip(target.order, spec[-len(target.order) :]))
     axes = PartitionSpec(*[of_letter[i] for i in range(len(of_letter))])
     sharding = NamedSharding(leaf.sharding.mesh, axes)
-    shape = place.split_shape
+    shape = target.split_shape
     parts = {
         device: tuple(range(size)[s] for s, size in zip(index or (), shape))
         for device, index in sharding.addressable_devices_indices_map(shape).items()
     }
     buffers = {part: _empty([len(axis) for axis in part], leaf.dtype) for part in parts.values()}
-    unit = math.prod(place.sizes[x] for x in place.groups[0][1:])
+    unit = math.prod(target.sizes[x] for x in target.groups[0][1:])
     for row, rows in safetensors_files.blocks(tensor, unit):
         _fill(buffers, row // unit, rows.reshape(-1, *shape[1:]))
     arrays = [jax.device_put(buffers[part], device) for device, part in parts.items()]
@@ -152,13 +152,13 @@ def _to_devices(tensor: Tensor, place: Place, leaf: jax.ShapeDtypeStruct) -> jax
 
 
 def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Returns an array that goes back to the system when it is dropped; malloc would keep some."""
+    """Returns an mmap-backed array, so that its pages return to the OS when it is freed."""
     size = math.prod(shape) * dtype.itemsize
     return np.frombuffer(mmap.mmap(-1, max(size, 1)), dtype, math.prod(shape)).reshape(shape)
 
 
 def _fill(buffers: dict[tuple[range, ...], np.ndarray], start: int, rows: np.ndarray) -> None:
-    """Copies to each buffer its part of some rows, which begin at `start` of the first axis."""
+    """Copies rows, the first of index `start`, into the buffers that cover any of them."""
     for (mine, *others), buffer in buffers.items():
         first, last = max(mine.start, start), min(mine.stop, start + len(rows))
         if first < last:
@@ -177,24 +177,24 @@ def save(
     files: Mapping[str, str] | None = None,
     most_shard_bytes: int = MOST_SHARD_BYTES,
 ) -> str:
-    """Writes a checkpoint that `load` and transformers read, whole or not at all.
+    """Writes a checkpoint that `load` and transformers can read, complete or not at all.
 
     Args:
-      folder: an older checkpoint there is replaced.
+      folder: an existing checkpoint there is replaced.
       config, params: the model; parameters keep their dtype.
-      family: `model_type` to write; by default the first that has models like this.
-      ids: `bos_token_id`, `eos_token_id` and `pad_token_id`, as far as there are such.
-      files: names and texts of other files, a tokenizer's.
-      most_shard_bytes: of tensors in one file.
+      family: `model_type` to write; default: the first family that can represent the model.
+      ids: `bos_token_id`, `eos_token_id` and `pad_token_id`; missing ones are written as null.
+      files: name and text of additional files, such as a tokenizer's.
+      most_shard_bytes: limit on the bytes of tensors in one file.
 
     Returns:
-      The family.
+      The family's `model_type`.
 
     Raises:
-      ValueError: no family, or not this one, has models like this; or parameters are spread over
-        other processes.
-      FileExistsError: `folder` is there and is no checkpoint.
-      OSError: it could not be written; says why.
+      ValueError: no family, or not this one, can represent the model; or parameters are sharded
+        over several processes.
+      FileExistsError: `folder` exists and is not a checkpoint.
+      OSError: the checkpoint could not be written; says why.
     """
     known = {candidate.model_type: candidate for candidate in FAMILIES}
     if family is not None and family not in known:
@@ -203,31 +203,32 @@ def save(
     described = huggingface_config.write(config, chosen)
     described |= dict.fromkeys(('bos_token_id', 'eos_token_id', 'pad_token_id')) | dict(ids or {})
     if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(params)):
-        raise ValueError('parameters are spread over several processes; export from one')
+        raise ValueError('parameters are sharded over several processes; export from a single one')
     check_replaceable(folder)
     leaves = by_name(params)
-    sources = {n: _source(leaves[p.leaf], p) for n, p in places(config, chosen).items()}
+    slices = leaf_slices(config, chosen)
+    tensors = {name: _tensor(leaves[source.leaf], source) for name, source in slices.items()}
     with atomic.new_folder(folder) as partial:
         for name, text in (files or {}).items():
             (partial / name).write_text(text)
-        safetensors_files.write_folder(partial, sources, most_shard_bytes)
+        safetensors_files.write_folder(partial, tensors, most_shard_bytes)
         (partial / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
     return chosen.model_type
 
 
 def check_replaceable(folder: epath.PathLike) -> None:
-    """Raises FileExistsError where `save` would: `folder` is there and is no checkpoint."""
+    """Raises FileExistsError as `save` would: `folder` exists and is not a checkpoint."""
     atomic.check_replaceable(folder, 'checkpoint', 'model_type')
 
 
-def _source(leaf: jax.Array, place: Place) -> Source:
-    order = tuple(int(i) for i in np.argsort(place.order))
+def _tensor(leaf: jax.Array, source: LeafSlice) -> LazyTensor:
+    order = tuple(int(i) for i in np.argsort(source.order))
 
     def make() -> np.ndarray:
-        value = leaf if place.layer is None else _extract(leaf, place.layer, order=order)
-        return np.asarray(value).reshape(place.shape)
+        value = leaf if source.layer is None else _extract(leaf, source.layer, order=order)
+        return np.asarray(value).reshape(source.shape)
 
-    return Source(np.dtype(leaf.dtype), place.shape, make)
+    return LazyTensor(np.dtype(leaf.dtype), source.shape, make)
 
 
 @functools.partial(jax.jit, static_argnames='order')

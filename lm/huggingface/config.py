@@ -1,7 +1,7 @@
-"""config.json of Hugging Face checkpoints to `lm.model.config.Config`, and back.
+"""Converts config.json of Hugging Face checkpoints to and from `lm.model.config.Config`.
 
-Reading names every problem at once. A config can be written for a family if what is written would
-be read as a model that computes the same.
+Reading reports every problem at once. Writing for a family succeeds only if reading the result back
+gives a model that computes the same function.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from lm.model.config import Config, RopeScaling
 MULTIMODAL = 'gemma3'  # its `text_config` is a gemma3_text
 MOST_LAYERS = 10_000
 _LAYER_TYPES = {'full_attention': False, 'sliding_attention': True}
-# What other models do, and these do not: what config.json may say of it beside null.
+# Unsupported features: the value in config.json, beside null, that turns each of them off.
 _NEUTRAL: dict[str, Any] = {
     'attention_bias': False, 'mlp_bias': False, 'use_bidirectional_attention': False,
     'partial_rotary_factor': 1.0, 'is_encoder_decoder': False, 'add_cross_attention': False,
@@ -26,8 +26,8 @@ _ROPE_FIELDS = {
     'rope_type', 'type', 'rope_theta', 'factor', 'low_freq_factor', 'high_freq_factor',
     'original_max_position_embeddings', 'partial_rotary_factor',
 }  # fmt: skip
-# Of `Config`: how a model begins or is computed, not what it is; and what `_behaviour` has in
-# another form.
+# Fields of `Config` that affect only initialisation or execution, and those that `_behaviour`
+# compares in another form.
 _NOT_COMPARED = {
     'dtype', 'param_dtype', 'remat', 'unroll', 'rope_theta', 'local_rope_theta', 'rope_scaling',
     'attention_scale', 'window', 'window_pattern', 'induction_init', 'ring',
@@ -38,11 +38,11 @@ def read(described: Mapping[str, Any], dtype: str) -> tuple[Family, Config]:
     """Returns the family and the config that config.json describes.
 
     Args:
-      described: what config.json holds.
-      dtype: of parameters and activations.
+      described: the parsed config.json.
+      dtype: dtype of parameters and activations.
 
     Raises:
-      ValueError: names every field that is missing, wrong, or not supported.
+      ValueError: names every field that is missing, invalid or unsupported.
     """
     family, fields = _family(described)
     _derive(fields)
@@ -50,7 +50,7 @@ def read(described: Mapping[str, Any], dtype: str) -> tuple[Family, Config]:
         if fields.values.get(name) not in (None, neutral):
             fields.problems.append(f'{name}: {short(fields.values[name])}; not supported')
     if 'AutoModelForCausalLM' in fields.part('auto_map'):
-        fields.problems.append('auto_map: the model has code of its own; not supported')
+        fields.problems.append('auto_map: the model needs custom code; not supported')
     config: dict[str, Any] = dict(family.same)
     config |= {field: fields.count(name) for name, field in SIZES.items()}
     if config['n_layers'] > MOST_LAYERS:
@@ -64,7 +64,7 @@ def read(described: Mapping[str, Any], dtype: str) -> tuple[Family, Config]:
         if fields.given(name) and name in dict(family.softcaps):
             config[dict(family.softcaps)[name]] = fields.number(name)
         elif fields.given(name):
-            fields.refuse(name, 'none, in this family')
+            fields.refuse(name, 'null in this family')
     config |= _rope(fields, family)
     if not fields.problems:
         config |= _windows(fields, family, config['n_layers'])
@@ -74,7 +74,7 @@ def read(described: Mapping[str, Any], dtype: str) -> tuple[Family, Config]:
 
 
 def _family(described: Mapping[str, Any]) -> tuple[Family, Fields]:
-    """Returns the family, and the fields of its text model with defaults filled in."""
+    """Returns the family and the text model's fields, with defaults filled in."""
     fields = dict(described)
     kind = fields.get('model_type')
     if kind == MULTIMODAL:
@@ -92,7 +92,7 @@ def _family(described: Mapping[str, Any]) -> tuple[Family, Fields]:
 
 
 def _derive(fields: Fields) -> None:
-    """Fills in what follows from the number of heads."""
+    """Fills in the fields whose defaults depend on the number of heads."""
     heads, width = (fields.values.get(x) for x in ('num_attention_heads', 'hidden_size'))
     if not fields.given('num_key_value_heads'):
         fields.values['num_key_value_heads'] = heads
@@ -101,7 +101,7 @@ def _derive(fields: Fields) -> None:
 
 
 def _rope(fields: Fields, family: Family) -> dict[str, Any]:
-    """Reads both spellings: `rope_parameters`, and `rope_theta` with `rope_scaling`."""
+    """Reads either spelling: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
     new, old = fields.part('rope_parameters'), fields.part('rope_scaling')
     if new and old:
         fields.refuse('rope_scaling', 'null beside rope_parameters')
@@ -126,7 +126,7 @@ def _rope(fields: Fields, family: Family) -> dict[str, Any]:
 def _frequencies(rope: Fields, max_length: Any) -> tuple[float, RopeScaling | None]:
     for name in sorted(rope.values.keys() - _ROPE_FIELDS):
         if rope.given(name):
-            rope.refuse(name, 'no such field of RoPE')
+            rope.refuse(name, 'null (unknown field of RoPE)')
     if rope.values.get('partial_rotary_factor') not in (None, 1.0):
         rope.refuse('partial_rotary_factor', '1')
     theta = rope.number('rope_theta', least=1.0)
@@ -157,9 +157,9 @@ def _windows(fields: Fields, family: Family, n: int) -> dict[str, Any]:
         window = fields.count('sliding_window')
     kinds = fields.values.get('layer_types')
     if kinds is not None and not family.lists_layers:
-        fields.refuse('layer_types', 'none, in this family')
+        fields.refuse('layer_types', 'null in this family')
     elif kinds is not None and not (isinstance(kinds, list) and _fit(kinds, n)):
-        fields.refuse('layer_types', f'{n} times {" or ".join(_LAYER_TYPES)}')
+        fields.refuse('layer_types', f'a list of {n}: each {" or ".join(_LAYER_TYPES)}')
     if fields.problems:
         return {}
     windowed = family.windowed(fields.values, n)
@@ -177,16 +177,16 @@ def _fit(kinds: list[Any], n: int) -> bool:
 
 
 def _shortest_pattern(flags: list[bool]) -> tuple[bool, ...]:
-    """Returns the shortest pattern that gives the flags when it is repeated."""
+    """Returns the shortest pattern whose repetition gives the flags."""
     size = next(p for p in range(1, len(flags) + 1) if flags[p:] == flags[: len(flags) - p])
     return tuple(flags[:size])
 
 
 def write(config: Config, family: Family) -> dict[str, Any]:
-    """Returns what config.json holds for a model of this family.
+    """Returns the contents of config.json for a model of this family.
 
     Raises:
-      ValueError: the family has no such models; names what they cannot have.
+      ValueError: the family cannot represent the model; names the properties that it lacks.
     """
     described = _described(config, family)
     try:
@@ -196,17 +196,17 @@ def write(config: Config, family: Family) -> dict[str, Any]:
     want, have = _behaviour(config), _behaviour(again)
     different = sorted(name for name in want if want[name] != have[name])
     if family.divides and config.d_model % config.n_heads:
-        different.append('d_model that is no multiple of n_heads')
+        different.append('d_model that is not a multiple of n_heads')
     if different:
-        raise ValueError(f'{family.model_type} models cannot have its {", ".join(different)}')
+        raise ValueError(f'{family.model_type} models cannot represent {", ".join(different)}')
     return described
 
 
 def find(config: Config) -> Family:
-    """Returns the first family that has models like this.
+    """Returns the first family that can represent the model.
 
     Raises:
-      ValueError: none has; says for each what it cannot have.
+      ValueError: none can; names for each family the properties that it lacks.
     """
     problems = []
     for family in FAMILIES:
@@ -229,7 +229,7 @@ def _described(config: Config, family: Family) -> dict[str, Any]:
         family.activation: spelling[config.activation],
         'rms_norm_eps': config.norm_epsilon,
         'tie_word_embeddings': config.tied,
-        'rope_theta': config.rope_theta,  # this older spelling is read by any transformers
+        'rope_theta': config.rope_theta,  # older spelling; any transformers reads it
         'rope_scaling': _scaling(config.rope_scaling),
         'sliding_window': config.window,
         'torch_dtype': config.param_dtype,
@@ -242,7 +242,7 @@ def _described(config: Config, family: Family) -> dict[str, Any]:
     if family.lists_layers:
         names = {windowed: name for name, windowed in _LAYER_TYPES.items()}
         described['layer_types'] = [names[w] for w in windowed]
-        # a number, even where no layer uses it
+        # has to be a number even if no layer uses it
         described['sliding_window'] = config.window or config.max_length
     if 'use_sliding_window' in family.defaults:
         described['use_sliding_window'] = any(windowed)
@@ -264,7 +264,7 @@ def _scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 def _behaviour(config: Config) -> dict[str, Any]:
-    """Returns what a model computes, however its config spells it."""
+    """Returns the model's function in a canonical form, independent of the config's spelling."""
     fields = dataclasses.asdict(config)
     return {name: value for name, value in fields.items() if name not in _NOT_COMPARED} | {
         'attention scale': config.query_scale,

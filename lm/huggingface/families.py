@@ -1,8 +1,8 @@
-"""The families of Hugging Face checkpoints that are read and written: one declaration each.
+"""Supported families of Hugging Face checkpoints, one declaration each.
 
-A table maps each tensor of a checkpoint to a leaf of `lm.model.params`. Beside the leaf stand the
-tensor's axes, in the letters of the leaf's own name; `(HC)` are two axes that the file holds as
-one. Transposes and reshapes, of import and of export, follow from those letters:
+A table maps each tensor of a checkpoint to a leaf of `lm.model.params` and to the tensor's axes, in
+the letters of the leaf's name; `(HC)` denotes two axes that the file merges into one. The letters
+determine the transposes and reshapes of import and export:
 
     'self_attn.q_proj.weight': ('wq_NDHC', '(HC)D')    [H * C, D] is layer i of [N, D, H, C]
 """
@@ -14,14 +14,14 @@ Table = dict[str, tuple[str, str]]
 
 ACTIVATIONS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu_tanh', 'relu': 'relu'}
 
-# config.json -> lm.model.config.Config, in every family
+# config.json -> lm.model.config.Config, in all families
 SIZES = {
     'vocab_size': 'vocab_size', 'hidden_size': 'd_model', 'num_hidden_layers': 'n_layers',
     'num_attention_heads': 'n_heads', 'num_key_value_heads': 'n_kv_heads',
     'head_dim': 'head_dim', 'intermediate_size': 'd_ff', 'max_position_embeddings': 'max_length',
 }  # fmt: skip
 
-# in every family; these have their leaves' own axes
+# in all families; axes in the leaf's order
 OUTER: Table = {
     'model.embed_tokens.weight': ('tables/input_VD', 'VD'),
     'model.norm.weight': ('body/final_norm_D', 'D'),
@@ -58,18 +58,18 @@ class Family(NamedTuple):
     """One `model_type` of config.json.
 
     Attributes:
-      model_type, architecture: as config.json spells them.
-      layer: tensors of a layer, without `model.layers.0.` in front, and their leaves.
+      model_type, architecture: as spelled in config.json.
+      layer: tensors of a layer, without the prefix `model.layers.0.`, and their leaves.
       same: fields of `lm.model.config.Config` that all models of the family share.
-      defaults: what a missing field of config.json means, where that is not null.
-      activation: the field of config.json that names it.
-      windowed: which layers see a window where `layer_types` does not say, from the fields of
-        config.json and the number of layers.
-      lists_layers: whether `layer_types` is read.
-      local_rope: whether windowed layers have frequencies of their own.
-      scalar: whether `query_pre_attn_scalar` sets the attention's scale.
-      softcaps: fields of config.json, and of Config.
-      divides: whether transformers refuses a width that is no multiple of the heads.
+      defaults: values of fields missing from config.json, if not null.
+      activation: the field of config.json that names the activation.
+      windowed: from the fields of config.json and the number of layers to a flag per layer: whether
+        it uses a sliding window. Applies if `layer_types` is missing.
+      lists_layers: whether `layer_types` is supported.
+      local_rope: whether sliding-window layers have RoPE frequencies of their own.
+      scalar: whether `query_pre_attn_scalar` sets the attention scale.
+      softcaps: pairs of a field of config.json and its field of Config.
+      divides: whether transformers requires the width to be a multiple of the number of heads.
     """
 
     model_type: str

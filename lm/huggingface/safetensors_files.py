@@ -1,10 +1,10 @@
-"""Safetensors files: headers are checked before any tensor is read; tensors pass in blocks.
+"""Safetensors files: validates headers before reading any tensor, and streams tensors in blocks.
 
     8 bytes   length of the header, little-endian
     header    JSON: name -> {"dtype", "shape", "data_offsets"}, padded with spaces
     data      the tensors' bytes, row-major, without gaps
 
-A folder holds one such file, or several and an index of which tensor is in which.
+A folder holds one such file, or several shards and an index that maps each tensor to its shard.
 """
 
 import json
@@ -26,7 +26,7 @@ BLOCK = 1 << 22  # bytes read at once
 DTYPES = {
     'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(jnp.bfloat16),
 }  # fmt: skip
-# bits of what else the format knows; other dtypes are the reader's to refuse
+# bits per element of the format's other dtypes, which callers refuse
 _OTHER_BITS = {
     'BOOL': 8, 'U8': 8, 'I8': 8, 'F8_E5M2': 8, 'F8_E4M3': 8, 'F8_E8M0': 8, 'I16': 16, 'U16': 16,
     'I32': 32, 'U32': 32, 'I64': 64, 'U64': 64, 'F64': 64, 'C64': 64,
@@ -36,13 +36,13 @@ _FORBIDDEN = re.compile(r'[/\\\x00-\x1f]|^\.*$')
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies.
+    """The location of a tensor.
 
     Attributes:
       file: its file.
-      dtype: as the format spells it; `DTYPES` has those that can be read.
+      dtype: in the format's spelling; `DTYPES` lists those that can be read.
       shape: its shape.
-      begin, size: first byte in the file, and number of bytes.
+      begin, size: offset in the file and size, in bytes.
     """
 
     file: epath.Path
@@ -52,8 +52,8 @@ class Tensor(NamedTuple):
     size: int
 
 
-class Source(NamedTuple):
-    """A tensor to be written; `make` gives its values when it is its turn."""
+class LazyTensor(NamedTuple):
+    """A tensor to be written; `make` computes its values just before."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -68,22 +68,23 @@ class Source(NamedTuple):
 def read_folder(folder: epath.Path) -> dict[str, Tensor]:
     """Returns the tensors of a folder, by name.
 
-    Links are followed: a hub's cache is made of them. The index itself cannot leave the folder.
+    Symbolic links are followed, since hub caches consist of them; file names in the index cannot
+    leave the folder.
 
     Raises:
-      FileNotFoundError: neither `model.safetensors` nor an index is there.
-      ValueError: names every file that is missing, damaged, or not where the index says.
+      FileNotFoundError: there is neither `model.safetensors` nor an index.
+      ValueError: names every file that is missing, damaged, or at odds with the index.
     """
     if (folder / SINGLE).is_file():
         return read_header(folder / SINGLE)
     if not (folder / INDEX).is_file():
         others = [file.name for file in folder.glob('*.bin')]
-        hint = f'; {others[0]} is a pickle, which is not read: convert it' if others else ''
-        raise FileNotFoundError(f'{folder}: neither {SINGLE} nor {INDEX} is here{hint}')
+        hint = f'; {others[0]} is a pickle, which is never read: convert it' if others else ''
+        raise FileNotFoundError(f'{folder}: contains neither {SINGLE} nor {INDEX}{hint}')
     weight_map = json_fields.read(folder / INDEX).get('weight_map')
     names = weight_map.values() if isinstance(weight_map, dict) else [None]
     if not all(isinstance(name, str) for name in names) or not weight_map:
-        raise ValueError(f'{folder / INDEX}: "weight_map" is not a map from tensors to files')
+        raise ValueError(f'{folder / INDEX}: "weight_map" does not map tensors to file names')
     promised: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
         promised.setdefault(name, set()).add(tensor)
@@ -98,11 +99,13 @@ def read_folder(folder: epath.Path) -> dict[str, Tensor]:
         except (ValueError, FileNotFoundError) as error:
             problems.append(str(error))
             continue
-        twice = sorted(found.keys() & tensors.keys())
-        problems += [f'{folder / name}: {tensor} is in another file, too' for tensor in twice]
+        for tensor in sorted(found.keys() & tensors.keys()):
+            problems.append(f'{folder / name}: duplicate tensor {tensor}, also in another file')
         absent = sorted(promised[name] - tensors.keys())
         if absent:
-            problems.append(f'{folder / name}: lacks what the index promises: {", ".join(absent)}')
+            problems.append(
+                f'{folder / name}: lacks tensors that the index lists: {", ".join(absent)}'
+            )
         found |= tensors
     if problems:
         raise ValueError('; '.join(problems))
@@ -123,7 +126,7 @@ def read_header(file: epath.Path) -> dict[str, Tensor]:
         length = int.from_bytes(reader.read(8), 'little')
         if size < 8 or length > min(size - 8, json_fields.MOST_BYTES):
             raise ValueError(
-                f'{file}: damaged or cut short: {size:,} bytes, and a header of {length:,}'
+                f'{file}: damaged or truncated: {size:,} bytes, with a header of {length:,}'
             )
         entries = json_fields.parse(reader.read(length), f'{file}: header')
     entries.pop('__metadata__', None)
@@ -135,8 +138,8 @@ def read_header(file: epath.Path) -> dict[str, Tensor]:
         end += tensor.size
     if end != size - 8 - length:
         raise ValueError(
-            f'{file}: damaged or cut short: {size - 8 - length:,} bytes of tensors, '
-            f'the header promises {end:,}'
+            f'{file}: damaged or truncated: {size - 8 - length:,} bytes of tensors, '
+            f'but the header lists {end:,}'
         )
     start = 8 + length
     return {name: t._replace(begin=t.begin + start) for name, t in tensors.items()}
@@ -150,7 +153,7 @@ def _tensor(file: epath.Path, name: str, entry: Any) -> Tensor:
         raise ValueError(f'{damaged}expected dtype, shape and data_offsets')
     dtype, shape, offsets = entry['dtype'], entry['shape'], entry['data_offsets']
     for numbers in (shape, offsets):
-        # short lists of bounded numbers: their product is quickly found
+        # short lists of bounded numbers, so that their product is cheap
         if not isinstance(numbers, list) or len(numbers) > 32 or not all(map(_is_size, numbers)):
             raise ValueError(f'{damaged}shape and data_offsets must be lists of sizes')
     if not isinstance(dtype, str) or len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -166,7 +169,7 @@ def _is_size(value: Any) -> bool:
 
 
 def blocks(tensor: Tensor, unit: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (first row, rows), in order: multiples of `unit` rows in about `BLOCK` bytes.
+    """Yields (first row, rows) in order, by a multiple of `unit` rows and about `BLOCK` bytes.
 
     Raises:
       ValueError: the file ends too soon: it has changed since its header was read.
@@ -184,46 +187,46 @@ def blocks(tensor: Tensor, unit: int = 1) -> Iterator[tuple[int, np.ndarray]]:
             yield start, np.frombuffer(data, dtype).reshape(shape)
 
 
-def write_file(file: epath.Path, sources: Mapping[str, Source]) -> None:
-    """Writes one file, a tensor at a time."""
+def write_file(file: epath.Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Writes one file, one tensor at a time."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}  # transformers asks for it
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}  # transformers requires it
     end = 0
-    for name, source in sources.items():
-        offsets = [end, end + source.size]
+    for name, tensor in tensors.items():
+        offsets = [end, end + tensor.size]
         header[name] = {
-            'dtype': names[source.dtype], 'shape': list(source.shape), 'data_offsets': offsets,
+            'dtype': names[tensor.dtype], 'shape': list(tensor.shape), 'data_offsets': offsets,
         }  # fmt: skip
-        end += source.size
+        end += tensor.size
     text = json.dumps(header, separators=(',', ':')).encode()
-    text += b' ' * (-len(text) % 8)  # tensors are aligned
+    text += b' ' * (-len(text) % 8)  # aligns the tensors
     with file.open('wb') as writer:
         writer.write(len(text).to_bytes(8, 'little') + text)
-        for source in sources.values():
-            values = np.ascontiguousarray(source.make(), source.dtype)
-            assert values.shape == source.shape, (values.shape, source.shape)
+        for tensor in tensors.values():
+            values = np.ascontiguousarray(tensor.make(), tensor.dtype)
+            assert values.shape == tensor.shape, (values.shape, tensor.shape)
             writer.write(values.reshape(-1).view(np.uint8))
 
 
-def write_folder(folder: epath.Path, sources: Mapping[str, Source], most_bytes: int) -> None:
-    """Writes one file, or several of at most `most_bytes` of tensors and their index.
+def write_folder(folder: epath.Path, tensors: Mapping[str, LazyTensor], most_bytes: int) -> None:
+    """Writes one file, or an index and shards of at most `most_bytes` of tensors each.
 
-    A tensor that is larger has a file of its own.
+    A larger tensor gets a shard of its own.
     """
-    shards: list[dict[str, Source]] = [{}]
+    shards: list[dict[str, LazyTensor]] = [{}]
     room = most_bytes
-    for name, source in sources.items():
-        if shards[-1] and source.size > room:
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.size > room:
             shards.append({})
             room = most_bytes
-        shards[-1][name] = source
-        room -= source.size
+        shards[-1][name] = tensor
+        room -= tensor.size
     names = _shard_names(len(shards))
     for name, shard in zip(names, shards):
         write_file(folder / name, shard)
     if len(shards) > 1:
-        total = sum(source.size for source in sources.values())
-        weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+        total = sum(tensor.size for tensor in tensors.values())
+        weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
         described = {'metadata': {'total_size': total}, 'weight_map': weight_map}
         (folder / INDEX).write_text(json.dumps(described, indent=2) + '\n')
 

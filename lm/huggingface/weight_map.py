@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint goes where, and what does not fit."""
+"""Maps the tensors of a checkpoint to leaves of `lm.model.params`, and finds mismatches."""
 
 import math
 import re
@@ -15,24 +15,24 @@ from lm.model.config import Config
 from lm.model.params import Params
 
 _LAYER = 'model.layers.{}.'
-# the text model's names in multi-modal checkpoints, older and newer
+# prefixes of the text model in multimodal checkpoints, older and newer
 _RENAMED = (
     ('language_model.model.', 'model.'), ('model.language_model.', 'model.'),
     ('language_model.lm_head.', 'lm_head.'),
 )  # fmt: skip
 _OTHER_PARTS = re.compile(r'(model\.)?(vision_tower|multi_modal_projector)\.')
-_BUFFER = re.compile(r'.*\.rotary_emb\.inv_freq$')  # follows from config.json
+_BUFFER = re.compile(r'.*\.rotary_emb\.inv_freq$')  # derived from config.json
 
 
-class Place(NamedTuple):
-    """Where a tensor of a checkpoint goes.
+class LeafSlice(NamedTuple):
+    """The part of a leaf that one tensor of a checkpoint holds.
 
     Attributes:
-      leaf: name of the leaf, as `by_name` has it.
-      layer: index along the leaf's first axis, if it is stacked.
-      groups: the tensor's axes, each of one letter or of several.
-      sizes: of the letters.
-      order: axes of the leaf, layers aside, among those letters.
+      leaf: name of the leaf, as in `by_name`.
+      layer: index along the leaf's first axis if layers are stacked there, else None.
+      groups: the tensor's axes, as the letters that each one merges.
+      sizes: size of each letter.
+      order: for each axis of the leaf except layers, its index among the tensor's letters.
     """
 
     leaf: str
@@ -43,48 +43,34 @@ class Place(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor in its file."""
+        """Shape of the tensor in its file."""
         return tuple(math.prod(self.sizes[x] for x in group) for group in self.groups)
 
     @property
     def split_shape(self) -> tuple[int, ...]:
-        """Of the tensor with an axis for each letter."""
+        """Shape of the tensor with one axis per letter."""
         return tuple(self.sizes[x] for x in ''.join(self.groups))
 
 
-def places(config: Config, family: Family) -> dict[str, Place]:
-    """Returns where each tensor of a checkpoint goes, by the tensor's name."""
+def leaf_slices(config: Config, family: Family) -> dict[str, LeafSlice]:
+    """Returns the part of a leaf that each tensor of a checkpoint holds, by the tensor's name."""
     leaves = by_name(params_lib.abstract(config))
     found = {}
     for name, (leaf, groups) in OUTER.items():
         if leaf in leaves:
-            found[name] = _place(leaf, leaves[leaf].shape, groups, None)
+            found[name] = _leaf_slice(leaf, leaves[leaf].shape, groups, None)
     for i in range(config.n_layers):
         for name, (last, groups) in family.layer.items():
             leaf = f'body/layers/{last}'
-            found[_LAYER.format(i) + name] = _place(leaf, leaves[leaf].shape, groups, i)
+            found[_LAYER.format(i) + name] = _leaf_slice(leaf, leaves[leaf].shape, groups, i)
     return found
 
 
-def by_name(params: Params) -> dict[str, Any]:
-    """Returns the leaves of nested parameters by path, such as `body/layers/wq_NDHC`, in order."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {'/'.join(str(key.key) for key in path): leaf for path, leaf in leaves}
-
-
-def _place(leaf: str, shape: tuple[int, ...], groups: str, layer: int | None) -> Place:
-    letters = leaf.rpartition('_')[2]
-    sizes = dict(zip(letters, shape))
-    split = tuple(a or b for a, b in re.findall(r'\((\w+)\)|(\w)', groups))
-    order = tuple(''.join(split).index(x) for x in letters.removeprefix('N'))
-    return Place(leaf, layer, split, sizes, order)
-
-
 def text_tensors(tensors: dict[str, Tensor], multimodal: bool) -> dict[str, Tensor]:
-    """Returns a checkpoint's tensors that matter here, named as in one of a text model.
+    """Returns the text model's tensors, named as in a text-only checkpoint.
 
     Raises:
-      ValueError: two tensors have one name.
+      ValueError: two tensors have the same name.
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -95,17 +81,17 @@ def text_tensors(tensors: dict[str, Tensor], multimodal: bool) -> dict[str, Tens
                 name = plain + name.removeprefix(theirs)
                 break
         if name in found:
-            raise ValueError(f'{tensor.file}: {name} is there twice')
+            raise ValueError(f'{tensor.file}: duplicate tensor {name}')
         found[name] = tensor
     return found
 
 
-def mismatches(wanted: dict[str, Place], tensors: dict[str, Tensor]) -> Iterator[str]:
-    """Yields what keeps tensors from their places: each missing, left over, or of another kind."""
+def mismatches(wanted: dict[str, LeafSlice], tensors: dict[str, Tensor]) -> Iterator[str]:
+    """Describes each mismatch: tensors missing, unexpected, or of another shape or dtype."""
     head, table = tensors.get('lm_head.weight'), tensors.get('model.embed_tokens.weight')
     extra = tensors.keys() - wanted.keys()
     if 'lm_head.weight' in extra and head and table and head.shape == table.shape:
-        extra -= {'lm_head.weight'}  # a tied table may be written twice
+        extra -= {'lm_head.weight'}  # a tied table may be stored a second time
         if not _equal(head, table):
             yield 'lm_head.weight: differs from the input table, though tie_word_embeddings is true'
     if missing := _together(wanted.keys() - tensors.keys()):
@@ -121,8 +107,22 @@ def mismatches(wanted: dict[str, Place], tensors: dict[str, Tensor]) -> Iterator
             yield f'{name}: dtype {tensor.dtype[:20]}, expected one of {known}'
 
 
+def by_name(params: Params) -> dict[str, Any]:
+    """Returns the leaves of nested parameters in order, by path, such as `body/layers/wq_NDHC`."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {'/'.join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def _leaf_slice(leaf: str, shape: tuple[int, ...], groups: str, layer: int | None) -> LeafSlice:
+    letters = leaf.rpartition('_')[2]
+    sizes = dict(zip(letters, shape))
+    split = tuple(a or b for a, b in re.findall(r'\((\w+)\)|(\w)', groups))
+    order = tuple(''.join(split).index(x) for x in letters.removeprefix('N'))
+    return LeafSlice(leaf, layer, split, sizes, order)
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Returns whether two tensors of one shape hold the same bits; reads both in blocks."""
+    """Returns whether two tensors of the same shape are bit-identical; reads both in blocks."""
     if a.dtype != b.dtype or a.dtype not in safetensors_files.DTYPES:
         return False
     both = zip(safetensors_files.blocks(a), safetensors_files.blocks(b))
@@ -130,7 +130,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _together(names: Iterable[str]) -> str:
-    """Returns names as a list in which those that differ in one number stand together."""
+    """Joins names, merging those that differ in one number only, such as a layer's."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name in sorted(names):
         before, number, after = re.match(r'(.*?\.|)(\d{1,9})(\..*)|', name).groups()  # type: ignore[union-attr]

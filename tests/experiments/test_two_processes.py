@@ -126,4 +126,4 @@ def test_processes_that_were_started_differently_are_named(folder, port):
     out = folder / 'different'
     codes = finish(start(folder, out, port, ['--train.seed', '1'], ['--train.seed', '2']))
     assert 0 not in codes
-    assert 'process 1: other arguments than process 0' in error_of(out, 0)
+    assert 'process 1: arguments differ from those of process 0' in error_of(out, 0)

@@ -1,4 +1,4 @@
-"""Models over sequences cut over devices: training, losses by position, what is refused."""
+"""Models on sharded sequences: training, losses by position, unsupported features."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ def small(**changes) -> Config:
 
 
 def trained(text: str, config: Config) -> tuple[list[float], str]:
-    """Losses of 20 steps on packed rows, and the compiled step."""
+    """Returns the losses of 20 steps on packed rows, and the compiled step."""
     grid = mesh_lib.make(text, jax.devices('cpu')[: 1 if text == 'data=1' else 8])
     adam = optimizer.make(optimizer.OptimizerConfig(), 100)
     place = params.shardings(config, grid)
@@ -62,17 +62,17 @@ def trained(text: str, config: Config) -> tuple[list[float], str]:
     return values, step.as_text()
 
 
-def test_training_is_that_of_one_device():
+def test_training_equals_that_on_one_device():
     expected, _ = trained('data=1', small())
     values, text = trained('data=2,sequence=2,model=2', small(ring='queries'))
     assert expected[-1] < expected[0] - 0.5
     np.testing.assert_allclose(values, expected, rtol=1e-5)
-    # neither rows nor sequences are ever joined: 8 x 16 tokens are 4 x 8 on a device
+    # neither rows nor sequences are ever all-gathered: of 8 x 16 tokens, a device has 4 x 8
     gathered = re.findall(r'= f32\[([\d,]+)\]\S* all-gather(?:-start)?\(', text)
     assert not [shape for shape in gathered if shape.startswith(('8,16', '4,16', '8,8'))]
 
 
-def test_losses_by_position_are_in_the_order_of_the_text():
+def test_losses_by_position_are_in_text_order():
     config = small()
     weights = params.init(config, jax.random.key(0))
     text = types.SimpleNamespace(test_NL=np.random.default_rng(0).integers(0, 96, (3, 17)))
@@ -84,7 +84,7 @@ def test_losses_by_position_are_in_the_order_of_the_text():
     np.testing.assert_allclose(cut, one, rtol=1e-5)
 
 
-def test_what_needs_whole_sequences_is_refused():
+def test_features_that_need_whole_sequences_are_refused():
     config, key = small(), jax.random.key(0)
     q, k = jnp.zeros((1, 1, 4, 16)), jnp.zeros((1, 2, 32, 16))
     index = sparse.from_rows(jnp.ones(k.shape[:3], bool), 32, 1)
@@ -99,16 +99,16 @@ def test_what_needs_whole_sequences_is_refused():
         for call in calls:
             with pytest.raises(ValueError, match='not supported on a mesh with sequence=2'):
                 jax.eval_shape(call)
-        # short ones, such as a hypernetwork's pieces, are whole on each device
+        # short ones, such as a hypernetwork's pieces, are replicated
         assert not ring.is_cut(jnp.zeros((1, 7, 4, 16)), jnp.zeros((1, 2, 7, 16)))
-        with pytest.raises(ValueError, match="ring 'both': there are keys, queries"):
+        with pytest.raises(ValueError, match="ring 'both': expected one of keys, queries"):
             settings = ring_blocks.Settings('xla', False, 1.0, None, True)
             ring.attention(q, k, k, mask, settings, 'both')
     with pytest.raises(ValueError, match=r'Config.ring.*expected one of'):
         small(ring='both')
 
 
-def test_learned_rows_beside_drawn_ones_are_not_joined():
+def test_learned_rows_mixed_with_drawn_ones_are_not_all_gathered():
     config = small(tied=True, lexinvariant=Lexinvariant('gaussian', 0.5))
     grid = mesh_lib.make('data=2,sequence=2', jax.devices('cpu')[:4])
     weights = params.abstract(config, grid)['tables']
@@ -120,5 +120,5 @@ def test_learned_rows_beside_drawn_ones_are_not_joined():
 
     with jax.set_mesh(grid):
         text = jax.jit(jax.grad(loss)).lower(weights, tokens).compile().as_text()
-    # rows of 64 for 4 x 16 tokens, of which a device has 2 x 8
+    # vectors of width 64 for 4 x 16 tokens, of which a device has 2 x 8
     assert not re.findall(r'f32\[(?:4,16|2,16|4,8),64\]', text)

@@ -1,4 +1,4 @@
-"""Attention over sequences cut over devices: values, gradients, work and what is sent."""
+"""Attention over sharded sequences: values, gradients, work and communication."""
 
 import collections
 import dataclasses
@@ -23,11 +23,11 @@ from lm.kernels.mask import Mask, visible
 from lm.training import train
 from tests.lm.attention.packed_rows import packed
 
-DEVICES = 4  # along the axis, in most tests
+DEVICES = 4  # on the sequence axis, in most tests
 
 
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 1))
-def test_zigzag_is_a_permutation_that_is_undone(devices, chunk, axis):
+def test_zigzag_is_a_permutation_that_undo_inverts(devices, chunk, axis):
     length = 2 * devices * chunk
     x = np.moveaxis(np.arange(3 * length).reshape(3, length), 1, axis)
     there = zigzag.apply(x, devices, axis)
@@ -36,7 +36,7 @@ def test_zigzag_is_a_permutation_that_is_undone(devices, chunk, axis):
     assert chunks.tolist() == [[r, 2 * devices - 1 - r] for r in range(devices)]
 
 
-def test_put_orders_what_has_a_length_and_refuses_what_does_not_divide():
+def test_put_permutes_rows_and_refuses_indivisible_lengths():
     grid = mesh_lib.make('data=2,sequence=4', jax.devices('cpu'))
     batch = {'tokens': np.arange(48).reshape(2, 24), 'ids': np.arange(4), 'all': Shared(np.ones(3))}
     here = train.put(batch, grid)
@@ -49,7 +49,7 @@ def test_put_orders_what_has_a_length_and_refuses_what_does_not_divide():
 
 
 @given(st.integers(0, 10_000), st.booleans(), st.sampled_from([None, 2, 5]))
-def test_a_pair_that_is_skipped_has_nothing_to_see(seed, causal, window):
+def test_in_a_skipped_pair_no_query_sees_a_key(seed, causal, window):
     rng = np.random.default_rng(seed)
     segment, position = packed(2, 12, seed)
     order = rng.permutation(12)  # in any order of the sequence
@@ -66,7 +66,7 @@ def may_see(mask):
 
 
 def live(order: np.ndarray, segment: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """How many pairs of chunks each device attends, by device and by owner of the keys."""
+    """Number of pairs of chunks that are not skipped, by device and by owner of the keys."""
     cut = [np.split(x[:, order], 2 * DEVICES, axis=1) for x in (segment, position)]
     pairs = np.array([
         [bool(may_see(Mask(qp, kp[:, None], qs, ks))) for ks, kp in zip(*cut)]
@@ -79,16 +79,16 @@ def test_in_zigzag_order_every_device_has_the_same_causal_work():
     length = 8 * DEVICES
     one = np.ones((1, length), np.int32), np.arange(length)[None]
     by_step = live(zigzag.order(length, DEVICES), *one)
-    assert (by_step == 2 + np.eye(DEVICES)).all()  # of 4; the own block has two halves
+    assert (by_step == 2 + np.eye(DEVICES)).all()  # of 4; two are half masked in the own block
     assert set(live(np.arange(length), *one).sum(1)) == {3, 7, 11, 15}
-    # documents of one chunk each: only a device's own chunks
+    # documents of one chunk each: only a device's own chunks see each other
     length, document = 16 * DEVICES, 8
     many = np.arange(length)[None] // document + 1, np.arange(length)[None] % document
     assert (live(zigzag.order(length, DEVICES), *many) == 2 * np.eye(DEVICES)).all()
 
 
-def test_the_pairs_that_run_are_those(monkeypatch):
-    """Counted by the devices themselves, as they compute."""
+def test_each_device_runs_exactly_those_pairs(monkeypatch):
+    """Counted by callbacks from the devices."""
     ran: collections.Counter[int] = collections.Counter()
     forward = ring_blocks._forward
 
@@ -126,14 +126,14 @@ CASES = [
     Case('data=2,sequence=4', 'queries', window=9, softcap=4.0),
     Case('data=2,sequence=2,model=2', 'keys', kv_heads=1, segments=False),
     Case('data=2,sequence=2,model=2', 'queries', causal=False),
-    # Triton's kernels, interpreted: Mosaic's interpreter serves one device at a time
+    # Triton kernels in interpret mode: Mosaic's interpreter serves one device at a time
     Case('data=4,sequence=2', 'keys', kernels='triton', softcap=4.0),
 ]
 
 
 @pytest.fixture(scope='module', params=CASES, ids=lambda case: f'{case.mesh}-{case.ring}')
 def case(request):
-    """The case, its compiled value and gradients, what they give and what they should."""
+    """The case, number of devices, compiled text, and found and expected values and gradients."""
     case, rng = request.param, np.random.default_rng(0)
     grid = mesh_lib.make(case.mesh, jax.devices('cpu'))
     devices = grid.shape['sequence']
@@ -156,7 +156,7 @@ def case(request):
         return (*found, *gradients)
 
     arrays = (q, k, v, segment, position, rng.normal(size=q.shape).astype(np.float32))
-    axes = (1, 2, 2, 1, 1, 1)  # that are cut
+    axes = (1, 2, 2, 1, 1, 1)  # the sharded axis of each
     expected = jax.jit(functools.partial(results, reference.attention))(*arrays)
     attend = functools.partial(
         attention_lib.attention_and_lse, implementation=case.kernels, ring=case.ring
@@ -179,7 +179,7 @@ def case(request):
 KEYS = ('batch', 'kv_heads', 'length', None)
 
 
-def test_values_and_gradients_are_those_of_one_device(case):
+def test_values_and_gradients_equal_those_of_one_device(case):
     _, _, _, found, expected = case
     for x, y in zip(found, expected, strict=True):
         y = np.asarray(y)
@@ -188,17 +188,19 @@ def test_values_and_gradients_are_those_of_one_device(case):
         np.testing.assert_allclose(x[seen], y[seen], rtol=1e-5, atol=1e-5)
 
 
-def test_only_blocks_are_sent_and_queries_and_results_go_both_ways(case):
+def test_only_collective_permutes_are_sent_and_results_of_queries_return(case):
     case, devices, text, _, _ = case
     kinds = re.findall(r' (all-gather|all-to-all|collective-permute)(?:-start)?\(', text)
     assert set(kinds) == {'collective-permute'}
-    along = mesh_lib.parse(case.mesh, 8).model  # devices between neighbours on the ring
+    along = mesh_lib.parse(
+        case.mesh, 8
+    ).model  # stride of device ids between neighbours on the ring
     hops = {
         (int(there) // along - int(here) // along) % devices
         for pairs in re.findall(r'source_target_pairs=\{(.*?\})\}', text)
         for here, there in re.findall(r'\{(\d+),(\d+)\}', pairs)
     }
-    # -1, -2 and -3 of 4: results of queries that have gone 1, 2 and 3 places
+    # -1, -2 and -3 mod 4: results of queries that have travelled 1, 2 and 3 hops
     assert hops == ({1} if case.ring == 'keys' else set(range(1, devices)))
 
 
@@ -212,8 +214,8 @@ def test_the_planner_counts_what_is_sent(case):
     program = collectives.read(text, **sizes._asdict())
     sent = [one for one in program.collectives if one.kind == 'collective-permute']
     assert {one.axis for one in sent} == {'sequence'} and not program.remarks
-    # of two devices, the backward pass finds the block there that came in the forward pass
-    if case.ring == 'keys' and devices > 2:  # positions and segments come on top
+    # with two devices, the backward pass reuses the block received in the forward pass
+    if case.ring == 'keys' and devices > 2:  # plus positions and segments
         masks = 2 * (devices - 1) * rows * 32 / devices * 4 * (1 + case.segments)
         counted = sum(one.network_bytes for one in passes)
         assert sum(one.network_bytes for one in sent) == counted + masks

@@ -141,5 +141,5 @@ def test_a_full_disk_leaves_the_older_bundle(saved, tmp_path):
 
 def test_another_folder_is_never_overwritten(saved, tmp_path):
     (tmp_path / 'thesis').mkdir()
-    with pytest.raises(FileExistsError, match='is no bundle'):
+    with pytest.raises(FileExistsError, match='is not a bundle'):
         bundle.save(tmp_path / 'thesis', CONFIG, saved[1], FakeTokenizer(), 40)

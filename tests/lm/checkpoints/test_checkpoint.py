@@ -132,8 +132,8 @@ def half(x):
 @pytest.mark.parametrize(
     'change, said',
     [
-        (lambda x: x.at[3].add(1e-6), 'has other bytes in params/body/final_norm_D than'),
-        (half, 'has params/body/final_norm_D as bfloat16[8], and was saved as float32[8]'),
+        (lambda x: x.at[3].add(1e-6), 'differs in params/body/final_norm_D from'),
+        (half, 'has params/body/final_norm_D as bfloat16[8], but it was saved as float32[8]'),
     ],
 )
 def test_whole_files_of_another_state_are_seen(run, whole, copy, capfd, change, said):
@@ -166,7 +166,7 @@ def test_where_no_step_is_whole_nothing_is_moved_or_deleted(run, copy):
     for step in (4, 8):
         flip(copy / 'checkpoints' / str(step) / 'state' / '_METADATA')
     before = [(file, file.read_bytes()) for file in files(copy)]
-    with pytest.raises(OSError, match=r'no whole checkpoint: step 8: .*; step 4: .*') as error:
+    with pytest.raises(OSError, match=r'no intact checkpoint: step 8: .*; step 4: .*') as error:
         restored(copy, like_of(run[1]))
     assert '\n' not in str(error.value)
     assert [(file, file.read_bytes()) for file in files(copy)] == before
@@ -270,7 +270,7 @@ def test_a_part_of_a_checkpoint_is_read_by_itself(sharded, part):
     assert read < size + BYTES_BESIDE_LEAVES
     with pytest.raises(ValueError, match=r'does not fit this model: .*final_norm_D is float32'):
         restore.load_params(sharded[0] / 'checkpoints', {'body': {'final_norm_D': like_half()}})
-    with pytest.raises(FileNotFoundError, match='no step 7 here'):
+    with pytest.raises(FileNotFoundError, match='no step 7; found'):
         restore.load_params(sharded[0] / 'checkpoints', like, 7)
 
 

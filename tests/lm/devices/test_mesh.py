@@ -1,4 +1,4 @@
-"""Meshes from flags, and steps on them that equal the step on one device."""
+"""Meshes from flags, and training steps on them that equal those on one device."""
 
 import functools
 
@@ -20,7 +20,7 @@ from lm.training import optimizer, train
      ('data=4', (4, 1, 2)), ('model=1,data=8', (8, 1, 1)), ('data=2,sequence=4', (2, 4, 1)),
      ('sequence=2', (4, 2, 1)), ('sequence=2,data=2', (2, 2, 2))],
 )  # fmt: skip
-def test_sizes_left_out_fill_up(text, shape):
+def test_missing_sizes_take_the_remaining_devices(text, shape):
     assert mesh.parse(text, 8) == shape
 
 
@@ -33,10 +33,10 @@ def test_bad_meshes_are_refused(text):
         mesh.parse(text, 8)
 
 
-def test_a_dimension_that_does_not_divide_is_replicated():
+def test_an_indivisible_dimension_is_replicated():
     grid = mesh.make('data=4,model=2', jax.devices('cpu'))
     assert mesh.sharding(grid, ('vocab', 'embed'), (7, 8)).spec == P(None, 'data')
-    # an axis of the mesh shards one dimension only
+    # a mesh axis shards one dimension only
     assert mesh.sharding(grid, ('batch', 'length', 'embed'), (4, 3, 8)).spec == P(
         'data', None, None
     )
@@ -46,7 +46,7 @@ CONFIG = presets.tiny(2048)
 
 
 def steps(text, count):
-    """The losses of a few steps on a mesh, and the compiled step."""
+    """Returns the losses of a few steps on a mesh, and the compiled step."""
     devices = jax.devices('cpu')
     grid = mesh.make(text, devices if text else devices[:1])
     adam = optimizer.make(optimizer.OptimizerConfig(), 100)
@@ -81,6 +81,6 @@ def steps(text, count):
 def test_a_mesh_computes_what_one_device_computes(text):
     values, compiled = steps(text, 4)
     np.testing.assert_allclose(values, steps(None, 4)[0], rtol=1e-5)
-    # rows are divided: no device ever holds the activations of all eight
+    # rows are sharded: no device ever holds the activations of all eight
     assert 'f32[8,16,64]' not in compiled.as_text()
     assert 'f32[128,1024]' not in compiled.as_text()

@@ -1,4 +1,4 @@
-"""SIGTERM ends a command with what it has done on disk; SIGKILL costs time and nothing else."""
+"""SIGTERM ends a command with its work saved; SIGKILL costs time and nothing else."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def handler_stays():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_sigterm_leaves_a_long_loop():
+def test_sigterm_interrupts_a_long_loop():
     again = pytest.raises(preemption.Preempted, match='run the same command again')
     with again as stop, preemption.ends_cleanly():
         terminate()
@@ -37,7 +37,7 @@ def test_sigterm_leaves_a_long_loop():
     assert stop.value.code == 0
 
 
-def test_sigterm_is_noted_in_training_and_acted_on_after():
+def test_sigterm_during_training_is_deferred_to_the_end_of_a_step():
     reached = []
     with pytest.raises(preemption.Preempted), preemption.ends_cleanly():
         with preemption.noticed() as notice:
@@ -50,21 +50,21 @@ def test_sigterm_is_noted_in_training_and_acted_on_after():
     assert reached == ['save']
 
 
-def test_sigterm_before_the_first_step_is_acted_on():
+def test_sigterm_before_the_first_step_acts_at_once():
     with pytest.raises(preemption.Preempted), preemption.ends_cleanly(), preemption.noticed():
         terminate()
         while True:
             time.sleep(0.001)
 
 
-def test_an_error_is_not_hidden_by_sigterm():
+def test_sigterm_does_not_hide_an_error():
     with pytest.raises(ValueError, match='disk'), preemption.noticed() as notice:
         notice.agreed()
         terminate()
         raise ValueError('disk full')
 
 
-def test_other_threads_than_the_main_one_may_train():
+def test_threads_other_than_the_main_one_may_train():
     done = []
 
     def work():
@@ -77,10 +77,10 @@ def test_other_threads_than_the_main_one_may_train():
     assert done == [False]
 
 
-# A call that runs no bytecode for a minute, as a compilation does.
+# Runs no bytecode for a minute, as a compilation does.
 STUCK = """
 import hashlib, sys
-from lm import preemption
+from lm.devices import preemption
 with preemption.ends_cleanly(patience=0.3), {block}:
     print('ready', flush=True)
     hashlib.pbkdf2_hmac('sha256', b'', b'', 100_000_000)
@@ -88,7 +88,7 @@ with preemption.ends_cleanly(patience=0.3), {block}:
 
 
 @pytest.mark.parametrize('block', ['preemption.noticed()', 'open(sys.executable)'])
-def test_a_call_that_does_not_return_is_ended_too(block):
+def test_a_call_that_does_not_return_is_interrupted_too(block):
     with subprocess.Popen(
         [sys.executable, '-c', STUCK.format(block=block)], cwd=provenance.ROOT,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -100,7 +100,7 @@ def test_a_call_that_does_not_return_is_ended_too(block):
         assert 'run the same command again' in process.stderr.read()
 
 
-# An experiment that compiles for a minute, by threads that the interpreter waits for at its end.
+# Compiles for a minute, on threads that the interpreter waits for when it exits.
 COMPILES = """
 import os, runpy, signal, sys, threading
 import jax
@@ -122,7 +122,7 @@ runpy.run_module('experiments.run', run_name='__main__')
 """
 
 
-def test_a_command_that_compiles_is_ended_with_code_0(tmp_path):
+def test_sigterm_during_compilation_exits_with_code_0(tmp_path):
     environment = {**os.environ, 'PYTHONPATH': str(provenance.ROOT)}
     environment.pop('JAX_COMPILATION_CACHE_DIR', None)
     done = subprocess.run(
@@ -133,7 +133,7 @@ def test_a_command_that_compiles_is_ended_with_code_0(tmp_path):
     assert 'run the same command again' in done.stderr
 
 
-def test_hosts_stop_after_the_same_step_when_one_is_told(tmp_path):
+def test_hosts_stop_after_the_same_step_when_one_gets_sigterm(tmp_path):
     with socket.socket() as free:
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
@@ -151,13 +151,13 @@ def test_hosts_stop_after_the_same_step_when_one_is_told(tmp_path):
     assert step in (20, 21)
 
 
-def test_a_run_that_is_killed_in_every_phase_ends_as_the_whole_one(tmp_path):
+def test_a_run_killed_in_every_phase_ends_like_an_undisturbed_one(tmp_path):
     whole = kill_harness.Run(tmp_path, 'whole')
     whole.finish()
     tally = kill_harness.disturbed(tmp_path, whole, 'killed', seed=0)
     assert sum(tally.kills.values()) == 8 and set(tally.kills) == set(kill_harness.KILLS)
     assert not any(tally.differing.values()) and len(tally.differing) == 7
     assert not tally.torn and not tally.too_many_lost
-    # SIGTERM: the step under way is saved
+    # SIGTERM: the current step is completed and saved
     assert tally.terms == 2 and tally.term_steps_lost == [0, 0] and not tally.term_codes
     assert max(tally.term_seconds) < 30

@@ -1,4 +1,4 @@
-"""Which processes are named by an environment, and what is said of one that is named badly."""
+"""Processes configured by environment variables, and errors that name an invalid one."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from lm.devices.processes import ADDRESS, COUNT, INDEX
 WHOLE = {ADDRESS: 'host:1234', COUNT: '4', INDEX: '3'}
 
 
-def test_three_variables_name_the_processes():
+def test_three_variables_configure_the_processes():
     assert processes.named({}) is None
     assert processes.named(WHOLE) == {
         'coordinator_address': 'host:1234', 'num_processes': 4, 'process_id': 3,
@@ -16,7 +16,7 @@ def test_three_variables_name_the_processes():
 
 
 @pytest.mark.parametrize('missing', WHOLE)
-def test_a_missing_one_is_named(missing):
+def test_a_missing_variable_is_named(missing):
     with pytest.raises(ValueError, match=f'set, but not {missing}: set all three'):
         processes.named({name: value for name, value in WHOLE.items() if name != missing})
 
@@ -28,7 +28,7 @@ def test_a_missing_one_is_named(missing):
      (ADDRESS, 'host', 'expected host:port'), (ADDRESS, ':1234', 'expected host:port'),
      (ADDRESS, 'host:x', 'expected host:port'), (ADDRESS, 'host:99999', 'expected host:port')],
 )  # fmt: skip
-def test_a_bad_value_is_named(name, value, message):
+def test_an_invalid_value_is_named(name, value, message):
     with pytest.raises(ValueError, match=f'{name}.*{message}'):
         processes.named({**WHOLE, name: value})
 
@@ -44,11 +44,11 @@ def test_a_bad_value_is_named(name, value, message):
         ({'OMPI_COMM_WORLD_SIZE': '2'}, True),
     ],
 )
-def test_what_a_cluster_sets_is_left_to_jax(environment, joins):
+def test_variables_of_a_cluster_are_left_to_jax(environment, joins):
     assert processes.named(environment) == ({} if joins else None)
 
 
-def test_of_one_process_nothing_is_waited_for(tmp_path):
+def test_a_single_process_does_not_wait(tmp_path):
     processes.wait('here')
     processes.check_together(tmp_path, 'anything')
     assert processes.is_first() and processes.agree(True) and not processes.agree(False)

@@ -2,11 +2,12 @@
 
     PYTHONPATH=. python tests/lm/huggingface/make_fixtures.py
 
-Needs torch and transformers, which nothing else does. For each family: a random model with
-settings that matter at this size (windows shorter than the text, soft caps that bend, norms and
-biases away from where they begin), its folder as transformers writes it, tokens, and transformers'
-own logits. Then the folder is loaded and exported again with `lm.huggingface.checkpoint`, loaded by
-transformers, and its logits must be the same bits.
+Only this script needs torch and transformers. For each family it makes a random model whose
+settings matter at this size (windows shorter than the text, soft caps in their nonlinear range,
+norms and biases away from their initial values), and stores the folder that transformers writes,
+tokens, and the logits that transformers computes. It then loads and exports the folder with
+`lm.huggingface.checkpoint`, and loads the export with transformers: its logits must be
+bit-identical.
 """
 
 import json
@@ -47,7 +48,7 @@ VISION = {
 
 
 def older(config: dict) -> None:
-    """Spells a config as versions of transformers before 5 did, and leaves out what they did."""
+    """Spells a config as transformers before version 5 did, without the fields that it omitted."""
     rope = config.pop('rope_parameters')
     config['torch_dtype'] = config.pop('dtype', None)
     kind = 'type'
@@ -62,20 +63,20 @@ def older(config: dict) -> None:
 
 
 def oldest(config: dict) -> None:
-    """Spells a Llama's config as before there were grouped heads."""
+    """Spells a Llama's config as before grouped-query attention."""
     older(config)
     del config['head_dim'], config['num_key_value_heads']
 
 
 def older_text(config: dict) -> None:
-    """Spells the text part of a multi-modal Gemma 3 as before."""
+    """Spells the text part of a multimodal Gemma 3 as transformers before version 5 did."""
     text = config['text_config']
     older(text)
     text['sliding_window_pattern'] = text.pop('_sliding_window_pattern')
 
 
 def models() -> dict[str, tuple]:
-    """Returns the config of each fixture, the size of its shards, and a change to config.json."""
+    """Returns per fixture: its config, the size of its shards, and an edit of config.json."""
     t = transformers
     return {
         'llama2': (
@@ -121,7 +122,7 @@ def models() -> dict[str, tuple]:
 
 
 def random_model(config) -> transformers.PreTrainedModel:
-    """Returns a model in which every parameter matters."""
+    """Returns a model with random values for all parameters, norms and biases included."""
     kinds = transformers.AutoModelForImageTextToText, transformers.AutoModelForCausalLM
     kind = kinds[0] if isinstance(config, transformers.Gemma3Config) else kinds[1]
     generator = torch.manual_seed(0)
@@ -137,7 +138,7 @@ def random_model(config) -> transformers.PreTrainedModel:
 
 
 def text() -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and which are real: one whole row, one padded left, one padded right."""
+    """Returns tokens and a mask of real ones; rows 1 and 2 are padded left and right."""
     tokens = np.random.default_rng(0).integers(3, 40, (3, LENGTH))
     real = np.ones((3, LENGTH), bool)
     real[1, :PADDING] = real[2, -PADDING:] = False
@@ -145,7 +146,7 @@ def text() -> tuple[np.ndarray, np.ndarray]:
 
 
 def logits(model, tokens: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """Returns transformers' logits, zeros after padding."""
+    """Returns the logits of transformers, with zeros for padding."""
     mask = torch.from_numpy(real.astype(np.int64))
     positions = torch.clamp(torch.cumsum(mask, 1) - 1, min=0)
     with torch.inference_mode():
@@ -164,7 +165,7 @@ def load(folder: pathlib.Path):
 
 
 def main() -> None:
-    """Writes every fixture, and checks the export of each."""
+    """Writes each fixture and checks its export."""
     tokens, real = text()
     for name, (config, shard, change) in models().items():
         folder = FOLDER / name

@@ -1,4 +1,4 @@
-"""config.json of released checkpoints gives the presets."""
+"""Reading config.json of released checkpoints gives the presets."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from lm.huggingface import config as huggingface_config
 from lm.model import presets
 from lm.model.config import Config
 
-# What decides the model, in the spelling of the released files.
+# The fields that determine the model, as spelled in the released files.
 RELEASED = {
     presets.llama2_7b: {
         'model_type': 'llama', 'hidden_act': 'silu', 'hidden_size': 4096,
@@ -75,7 +75,7 @@ RELEASED = {
 def test_released_files_give_the_presets(preset):
     _, config = huggingface_config.read(RELEASED[preset], 'bfloat16')
     wanted = dataclasses.replace(preset(), remat=False)
-    # a scale of head_dim ** -0.5 may be said or left out
+    # a scale of head_dim ** -0.5 may be explicit or left out
     scale = config.query_scale if wanted.attention_scale is None else wanted.attention_scale
     assert dataclasses.replace(config, attention_scale=scale) == dataclasses.replace(
         wanted, attention_scale=scale
@@ -91,7 +91,7 @@ def test_windows_are_read_as_transformers_reads_them():
 
     none = (None, (False,) * 4)
     assert windows() == none
-    assert windows(use_sliding_window=True) == none  # the first 28 layers see everything
+    assert windows(use_sliding_window=True) == none  # the first 28 layers have full attention
     some = {'use_sliding_window': True, 'max_window_layers': 3}
     assert windows(**some) == (131072, (False, False, False, True))
     assert windows(**some, sliding_window=None) == none
@@ -102,7 +102,7 @@ def test_windows_are_read_as_transformers_reads_them():
 
 
 @pytest.mark.parametrize('preset', presets.PRESETS, ids=lambda preset: preset.__name__)
-def test_presets_are_written_as_the_family_that_they_are_named_for(preset):
+def test_presets_are_written_as_their_own_family(preset):
     config = preset()
     family = huggingface_config.find(config)
     named = RELEASED.get(preset, {'model_type': 'llama'})['model_type']

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, foreign or hostile: one error that names everything."""
+"""Damaged, unsupported or hostile checkpoints: one error lists every problem."""
 
 import json
 import pathlib
@@ -48,7 +48,7 @@ def set_header(file, change):
     file.write_bytes(len(text).to_bytes(8, 'little') + text + data[8 + length :])
 
 
-def test_what_is_not_there(tmp_path, copy):
+def test_missing_files_are_named(tmp_path, copy):
     assert 'config.json' in refused(tmp_path / 'nothing', FileNotFoundError)
     folder = copy('llama2')
     (folder / SINGLE).rename(folder / 'pytorch_model.bin')
@@ -68,7 +68,7 @@ def test_what_is_not_there(tmp_path, copy):
         ('llama2', {'quantization_config': {'bits': 4}}, 'quantization_config'),
         ('llama2', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor'),
         ('llama2', {'num_local_experts': 8}, 'num_local_experts: 8; not supported'),
-        ('llama2', {'auto_map': {'AutoModelForCausalLM': 'x.Y'}}, 'code of its own'),
+        ('llama2', {'auto_map': {'AutoModelForCausalLM': 'x.Y'}}, 'custom code'),
         ('llama2', {'rope_scaling': {'type': 'yarn', 'factor': 4}}, "RoPE scaling: 'yarn'"),
         ('llama2', {'rope_scaling': {'rope_type': 'dynamic', 'factor': 4}}, "'dynamic'"),
         ('llama2', {'rope_scaling': {'rope_type': 'longrope'}}, "'longrope'"),
@@ -98,7 +98,7 @@ def test_what_is_not_there(tmp_path, copy):
         ('gemma3_multimodal', {'text_config': {'model_type': 'llama'}}, 'text_config'),
     ],
 )  # fmt: skip
-def test_what_config_json_asks_for_and_is_not_supported(copy, name, fields, named):
+def test_unsupported_fields_of_config_json_are_named(copy, name, fields, named):
     folder = copy(name)
     edit(folder / 'config.json', lambda config: config.update(fields))
     message = refused(folder)
@@ -106,16 +106,16 @@ def test_what_config_json_asks_for_and_is_not_supported(copy, name, fields, name
     assert named in message
 
 
-def test_everything_that_is_wrong_is_in_one_error(copy):
+def test_one_error_lists_every_problem(copy):
     folder = copy('llama2')
     edit(folder / 'config.json', lambda c: c.update(mlp_bias=True, hidden_act='x', vocab_size=-1))
     (folder / SINGLE).write_bytes(b'\x03')
     message = refused(folder)
-    for part in ('mlp_bias', 'hidden_act', 'vocab_size', 'model.safetensors: damaged or cut short'):
+    for part in ('mlp_bias', 'hidden_act', 'vocab_size', 'model.safetensors: damaged or truncated'):
         assert part in message
 
 
-def test_tensors_missing_left_over_misshapen_and_of_another_dtype_are_all_named(copy):
+def test_missing_unexpected_and_misshapen_tensors_and_wrong_dtypes_are_all_named(copy):
     folder = copy('qwen3')
     tensors = safetensors.numpy.load_file(folder / SINGLE)
     for i in range(3):
@@ -132,7 +132,7 @@ def test_tensors_missing_left_over_misshapen_and_of_another_dtype_are_all_named(
     assert 'model.norm.weight: dtype I8, expected one of F32, F16, BF16' in message
 
 
-def test_a_tied_table_may_be_there_twice_if_it_is_the_same(copy):
+def test_a_tied_table_may_be_stored_twice_if_both_copies_are_equal(copy):
     folder = copy('gemma2')
     tensors = safetensors.numpy.load_file(folder / SINGLE)
     tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'].copy()
@@ -143,7 +143,7 @@ def test_a_tied_table_may_be_there_twice_if_it_is_the_same(copy):
     assert 'differs from the input table' in refused(folder)
 
 
-def test_the_frequencies_that_old_checkpoints_hold_are_not_wanted(copy):
+def test_rotary_frequencies_in_old_checkpoints_are_ignored(copy):
     folder = copy('llama2')
     tensors = safetensors.numpy.load_file(folder / SINGLE)
     tensors['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.zeros(2, np.float32)
@@ -162,7 +162,7 @@ def test_the_frequencies_that_old_checkpoints_hold_are_not_wanted(copy):
         (lambda h: h['model.norm.weight'].update(shape=[1] * 100), 'lists of sizes'),
         (lambda h: h['model.norm.weight'].update(shape=[16.0]), 'lists of sizes'),
         (lambda h: h['model.norm.weight'].pop('dtype'), 'expected dtype, shape and data_offsets'),
-        (lambda h: h.pop('model.norm.weight'), 'the header promises'),
+        (lambda h: h.pop('model.norm.weight'), 'the header lists'),
         (lambda h: h.update(extra=7), 'expected dtype, shape and data_offsets'),
     ],
 )
@@ -176,26 +176,26 @@ def test_damaged_headers(copy, change, named):
 @pytest.mark.parametrize(
     ('cut', 'named'),
     [
-        (lambda data: b'', 'cut short'),
-        (lambda data: data[:100], 'cut short'),
-        (lambda data: data[:-1], 'cut short: 3'),
-        (lambda data: data + b'\0', 'the header promises'),
-        (lambda data: b'\xff' * 8 + data[8:], 'cut short'),
+        (lambda data: b'', 'truncated'),
+        (lambda data: data[:100], 'truncated'),
+        (lambda data: data[:-1], 'truncated: 3'),
+        (lambda data: data + b'\0', 'the header lists'),
+        (lambda data: b'\xff' * 8 + data[8:], 'truncated'),
         (lambda data: (7).to_bytes(8, 'little') + b'[' * 7 + data[15:], 'header: damaged'),
         (lambda data: (90_000).to_bytes(8, 'little') + b'[' * 90_000, 'header: damaged'),
         (lambda data: (2).to_bytes(8, 'little') + b'[]', 'expected a JSON object'),
         (lambda data: (4).to_bytes(8, 'little') + b'\xff\xfe\xfd\xfc', 'header: damaged'),
-        (lambda data: (17).to_bytes(8, 'little') + b'{"a": 1, "a": 2 }', 'a name is there twice'),
-        (lambda data: (8).to_bytes(8, 'little') + b'{"a":NaN', 'NaN is no JSON'),
+        (lambda data: (17).to_bytes(8, 'little') + b'{"a": 1, "a": 2 }', 'duplicate key'),
+        (lambda data: (8).to_bytes(8, 'little') + b'{"a":NaN', 'NaN is not valid JSON'),
     ],
 )
-def test_files_that_are_no_safetensors(copy, cut, named):
+def test_invalid_safetensors_files(copy, cut, named):
     folder = copy('llama2')
     (folder / SINGLE).write_bytes(cut((folder / SINGLE).read_bytes()))
     assert named in refused(folder)
 
 
-def test_an_index_that_names_other_files_than_there_are(copy):
+def test_an_index_that_lists_files_that_do_not_exist(copy):
     folder = copy('mistral')
     names = ('../x.safetensors', '/etc/passwd', 'a/b', '..', 'gone.safetensors', 'C:\\x', '')
 
@@ -210,13 +210,13 @@ def test_an_index_that_names_other_files_than_there_are(copy):
         listed = f'{name!r} is not the name of a file' if name != 'gone.safetensors' else name
         assert listed in message
     assert 'gone.safetensors: no such file' in message
-    assert 'lacks what the index promises: invented' in message
+    assert 'lacks tensors that the index lists: invented' in message
     for weight_map in (None, {}, [], {'a': 1}, {'a': None}):
         edit(folder / INDEX, lambda index, m=weight_map: index.update(weight_map=m))
         assert 'weight_map' in refused(folder)
 
 
-def test_a_file_that_shrinks_while_it_is_read(copy, monkeypatch):
+def test_a_file_that_shrinks_while_being_read(copy, monkeypatch):
     folder = copy('llama2')
     found = huggingface.check(folder)
     data = (folder / SINGLE).read_bytes()
@@ -227,7 +227,7 @@ def test_a_file_that_shrinks_while_it_is_read(copy, monkeypatch):
 
 
 def _mutated(data, draw):
-    """Returns bytes with a few places overwritten, cut out, doubled, or made a large number."""
+    """Returns bytes with a few spans overwritten, removed, repeated, or made a large number."""
     data = bytearray(data)
     for _ in range(draw.randint(1, 4)):
         at = draw.randrange(len(data) + 1)
@@ -244,11 +244,11 @@ def _mutated(data, draw):
      ('gemma3', 'config.json'), ('gemma3_multimodal', 'config.json'), ('qwen2', 'config.json'),
      ('llama2', SINGLE), ('mistral', 'model-00002-of-00003.safetensors')],
 )  # fmt: skip
-def test_mutated_files_are_read_or_refused_and_nothing_else(copy, name, file):
+def test_mutated_files_are_read_or_refused(copy, name, file):
     draw = random.Random(name + file)
     folder = copy(name)
     whole = (folder / file).read_bytes()
-    # of a file with tensors, only the header can be wrong
+    # in a file of tensors, mutate the header only
     head, tail = whole, b''
     if file.endswith('.safetensors'):
         end = 8 + int.from_bytes(whole[:8], 'little')

@@ -1,4 +1,4 @@
-"""Checkpoints: the logits of transformers, exact exports, and whole tensors on their devices."""
+"""Checkpoints: logits of transformers, bit-exact exports, and tensors sharded over devices."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from lm.model import params, presets
 from lm.model import transformer as transformer_lib
 
 FIXTURES = pathlib.Path(__file__).parent
-NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
+NAMES = sorted(file.parent.name for file in FIXTURES.glob('*/expected.npz'))
 TOLERANCE = 1e-4
 
 
@@ -39,7 +39,7 @@ def one_device():
 
 
 def expected(name):
-    """Tokens, which of them are real, and transformers' logits."""
+    """Tokens, a mask of real tokens, and the logits of transformers."""
     with np.load(FIXTURES / name / 'expected.npz') as file:
         return file['tokens'], file['real'], file['logits']
 
@@ -49,7 +49,7 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_logits_are_those_of_transformers_whole_and_padded_on_either_side(name):
+def test_logits_equal_those_of_transformers_with_padding_on_either_side(name):
     config, weights = loaded(name)
     tokens, real, logits = expected(name)
     assert real[0].all() and not real[1, 0] and not real[2, -1]
@@ -61,7 +61,7 @@ def test_logits_are_those_of_transformers_whole_and_padded_on_either_side(name):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_logits_are_those_of_transformers_token_by_token(name):
+def test_logits_equal_those_of_transformers_token_by_token(name):
     config, weights = loaded(name)
     tokens, real, logits = expected(name)
 
@@ -69,7 +69,7 @@ def test_logits_are_those_of_transformers_token_by_token(name):
     def step(cache, tokens_B, real_B):
         before = cache.length_B
         logits_BLV, cache = transformer_lib.step(weights, config, tokens_B[:, None], cache)
-        # padding is taken back: rows have lengths of their own
+        # drop padding again, so that rows differ in length
         return logits_BLV[:, 0], cache_lib.truncate(cache, before + real_B)
 
     cache = cache_lib.init(config, len(tokens), tokens.shape[1])
@@ -82,7 +82,7 @@ def test_logits_are_those_of_transformers_token_by_token(name):
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_an_export_is_read_back_bit_for_bit(name, tmp_path):
+def test_an_export_reads_back_bit_identical(name, tmp_path):
     config, weights = loaded(name)
     family = json.loads((FIXTURES / name / 'config.json').read_text())['model_type']
     most = 12_000 if name in ('llama3', 'gemma3') else huggingface.MOST_SHARD_BYTES
@@ -93,7 +93,7 @@ def test_an_export_is_read_back_bit_for_bit(name, tmp_path):
     assert_equal(back, weights)
     files = sorted((tmp_path / 'export').glob('*.safetensors'))
     assert (len(files) > 2) == (most == 12_000)
-    # and the library of the format reads the same tensors
+    # and the format's own library reads the same tensors
     theirs = {k: v for file in files for k, v in safetensors.numpy.load_file(file).items()}
     if family != 'gemma3':
         ours = {
@@ -105,7 +105,7 @@ def test_an_export_is_read_back_bit_for_bit(name, tmp_path):
         assert_equal(theirs, ours)
 
 
-def test_tensors_go_to_the_devices_that_keep_them():
+def test_tensors_are_sharded_as_their_leaves():
     config, whole = loaded('llama3')
     of_eight = mesh.make('data=2,model=4', jax.devices('cpu'))
     _, spread = huggingface.load(FIXTURES / 'llama3', of_eight)
@@ -118,7 +118,7 @@ def test_tensors_go_to_the_devices_that_keep_them():
 
 
 def copy_as(tmp_path, dtypes, name='mistral'):
-    """Copies a fixture, its tensors cast in turn to each of the dtypes."""
+    """Copies a fixture, casting its tensors to the dtypes in turn."""
     folder = tmp_path / 'cast'
     shutil.copytree(FIXTURES / name, folder)
     for file in folder.glob('*.safetensors'):
@@ -138,7 +138,7 @@ def copy_as(tmp_path, dtypes, name='mistral'):
         ([jnp.bfloat16, np.float16], None, 'float32'),
     ],
 )
-def test_the_dtype_holds_every_tensor_exactly_or_is_the_one_asked_for(
+def test_the_dtype_is_as_requested_or_represents_all_tensors_exactly(
     tmp_path, dtypes, asked, result
 ):
     folder = copy_as(tmp_path, dtypes)
@@ -154,44 +154,44 @@ def test_the_dtype_holds_every_tensor_exactly_or_is_the_one_asked_for(
 
 
 @pytest.mark.parametrize('family', FAMILIES, ids=lambda family: family.model_type)
-def test_a_table_names_every_leaf_once(family):
+def test_a_family_maps_tensors_to_every_leaf_once(family):
     config = presets.tiny()
     config = dataclasses.replace(config, **family.same)
-    places = weight_map.places(config, family)
+    slices = weight_map.leaf_slices(config, family)
     leaves = weight_map.by_name(params.abstract(config))
-    filled = [(place.leaf, place.layer) for place in places.values()]
+    filled = [(part.leaf, part.layer) for part in slices.values()]
     assert len(set(filled)) == len(filled)
     assert {leaf for leaf, _ in filled} == set(leaves)
     for leaf, x in leaves.items():
-        parts = [place for place in places.values() if place.leaf == leaf]
-        assert sum(np.prod(place.shape) for place in parts) == x.size
+        parts = [part for part in slices.values() if part.leaf == leaf]
+        assert sum(np.prod(part.shape) for part in parts) == x.size
 
 
 @pytest.mark.parametrize(
     ('change', 'family', 'named'),
     [
-        ({'qk_norm': True, 'qkv_bias': True}, None, 'qwen2 models cannot have its qk_norm'),
-        ({'qk_norm': True}, 'llama', 'llama models cannot have its qk_norm'),
+        ({'qk_norm': True, 'qkv_bias': True}, None, 'qwen2 models cannot represent qk_norm'),
+        ({'qk_norm': True}, 'llama', 'llama models cannot represent qk_norm'),
         ({'window': 8, 'window_pattern': (True, False)}, 'mistral', 'windows'),
         ({'attention_scale': 0.3}, 'gemma2', 'attention scale'),
-        ({'d_model': 62}, 'llama', 'no multiple of n_heads'),
+        ({'d_model': 62}, 'llama', 'not a multiple of n_heads'),
         ({'tied': True, 'lexinvariant': config_lib.Lexinvariant(probability=0.5)}, None,
          'lexinvariant'),
         ({}, 'gpt2', "family: 'gpt2'; expected one of llama"),
     ],
 )  # fmt: skip
-def test_what_a_family_cannot_have_is_not_exported(tmp_path, change, family, named):
+def test_models_that_a_family_cannot_represent_are_not_exported(tmp_path, change, family, named):
     config = dataclasses.replace(presets.tiny(), **change)
     with pytest.raises(ValueError, match=named):
         huggingface.save(tmp_path / 'x', config, {}, family)
     assert not (tmp_path / 'x').exists()
 
 
-def test_an_export_replaces_only_checkpoints_and_only_whole(tmp_path, monkeypatch):
+def test_an_export_replaces_only_checkpoints_and_atomically(tmp_path, monkeypatch):
     config, weights = loaded('llama2')
     (tmp_path / 'bundle').mkdir()
     (tmp_path / 'bundle' / 'config.json').write_text('{"format": 1}')
-    with pytest.raises(FileExistsError, match='is no checkpoint'):
+    with pytest.raises(FileExistsError, match='is not a checkpoint'):
         huggingface.save(tmp_path / 'bundle', config, weights)
     huggingface.save(tmp_path / 'x', config, weights, files={'tokenizer.json': 'é'})
     assert (tmp_path / 'x' / 'tokenizer.json').read_text() == 'é'
@@ -207,7 +207,7 @@ def test_an_export_replaces_only_checkpoints_and_only_whole(tmp_path, monkeypatc
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
-def test_loading_holds_little_beside_the_parameters():
+def test_loading_needs_little_memory_beside_the_parameters():
     script = pathlib.Path(__file__).with_name('memory.py')
     environment = {**os.environ, 'PYTHONPATH': os.getcwd(), 'JAX_PLATFORMS': 'cpu'}
     run = subprocess.run(
