@@ -239,5 +239,7 @@ def test_tfds_by_name_without_tensorflow(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "'tiny_number': no TFDS dataset of this name; near names: tiny_number" in result.stdout
+    assert (
+        "'tiny_number': no TFDS dataset has this name; similar names: tiny_number" in result.stdout
+    )
     assert 'tiny_numbers: expected a text feature called "text"' in result.stdout
