@@ -14,8 +14,8 @@ from etils import epath
 MAX_DOCUMENT = 1 << 16
 # Bytes before a cut that are searched for a line break; a longer line is cut in its middle.
 _LOOK_BACK = 1 << 13
-# Cut k of a span is the last line break in the _LOOK_BACK bytes before k * _STEP. It depends only on
-# those bytes, so the number of documents follows from the file size and nothing is read early.
+# Cut k of a span is the last line break in the _LOOK_BACK bytes before k * _STEP. The number of
+# documents thus follows from the file size, and nothing is read until a document is requested.
 _STEP = MAX_DOCUMENT - _LOOK_BACK
 
 

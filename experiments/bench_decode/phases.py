@@ -1,4 +1,4 @@
-"""One round of decoding taken apart: each phase as a jitted function of its own."""
+"""Breaks a decoding round down into phases, each a separately jitted function."""
 
 import dataclasses
 import time
@@ -19,7 +19,7 @@ from lm.model import params as params_lib
 
 
 def measure(config: Config, model: Model) -> dict[str, float]:
-    """Returns the median seconds of each phase, their sum, a whole round, and the host's part."""
+    """Returns the median seconds of each phase, of their sum, a whole round, and the host."""
     draft = Model(config.draft, params_lib.init(config.draft, jax.random.key(1)))
     drafter = recursive.branching(ready(draft), config.factors)
     verifier = verify.default_for(drafter.trees)
@@ -69,9 +69,10 @@ def measure(config: Config, model: Model) -> dict[str, float]:
 
 
 def streamed(arguments: Any, state: rounds.State, seconds: dict[str, list[float]]) -> rounds.State:
-    """Runs a round as `generate` does for a stream; notes its time, and the host's part of it.
+    """Runs a round as `generate` does when streaming; records its time and the host's part.
 
-    The host's part is until the round is under way, and from its end until its tokens are read.
+    The host's part is the time until the round is dispatched, and from its end until its tokens
+    have been read.
     """
     times = [time.perf_counter()]
     state = rounds.loop(*arguments, state, 1)
@@ -86,7 +87,7 @@ def streamed(arguments: Any, state: rounds.State, seconds: dict[str, list[float]
 
 
 def begin(plan: Plan, model: Model, weights: Any, config: Config) -> rounds.State:
-    """Returns the state after reading a prompt of one row."""
+    """Returns the state after prefill of a one-row prompt."""
     size = config.prompt_tokens + config.new_tokens
     token_BS = jnp.zeros((1, size), jnp.int32)
     length_B = jnp.full(1, config.prompt_tokens, jnp.int32)
@@ -95,4 +96,4 @@ def begin(plan: Plan, model: Model, weights: Any, config: Config) -> rounds.Stat
     state = rounds.prefill(
         plan, model.params, weights, prompt_BL, text, jnp.full(1, size), jnp.ones(1, jnp.int32)
     )
-    return jax.block_until_ready(state)  # or the first round would be timed with it
+    return jax.block_until_ready(state)  # otherwise the first round's time would include prefill

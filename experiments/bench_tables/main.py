@@ -1,4 +1,4 @@
-"""Times a training step with each kind of table, in turn, and reads its memory off the compiler."""
+"""Times a training step with each kind of table, interleaved; memory is the compiler's figure."""
 
 import time
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         rows, columns,
         f'training step at V = {config.vocab_size}, {config.batch_size} x {config.length} tokens, '
         f'd = {config.width}, {config.layers} layers, documents per row: {config.segments}',
-        ['peak: arguments, results and temporaries of the compiled step, optimizer included'],
+        ['peak: arguments, results and temporaries of the compiled step, including the optimizer'],
     )  # fmt: skip
     metrics: dict[str, float] = {}
     for row in rows:
@@ -91,7 +91,7 @@ def _side(config: Config, law: Lexinvariant | None) -> _Side:
     def run() -> None:
         held[0] = jax.block_until_ready(compiled(held[0]))
 
-    # the donated state is counted once
+    # the donated state is counted only once
     peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     return _Side(run, peak + memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
