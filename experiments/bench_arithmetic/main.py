@@ -79,7 +79,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         'M/s: million symbols per second; excess: code length above the ideal; last column: bits.',
         f'{config.streams} streams of {config.symbols} symbols out of {config.vocab_size} (shared: '
         f'{config.shared_factor} times as many); medians of {config.repeats}',
-        'adaptive: one integer CDF per symbol; adaptive_floats: one float32 distribution per symbol',
+        'adaptive: one integer CDF per symbol; adaptive_floats: float32 probabilities per symbol,',
         'quantised within the measured time; shared: one integer CDF for all symbols.',
         'constriction: RangeEncoder with perfect=False, one vectorised call per stream; adaptive:',
         'float32, quantised within the measured time; shared: one model, built beforehand.',

@@ -165,7 +165,7 @@ TFDS = """
 
     from experiments import corpora
     from experiments.tokenize import plan
-    from tokenization.byte import ByteTokenizer
+    from tokenization.vocabularies.byte import ByteTokenizer
 
     class TinyText(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version('1.0.0')
