@@ -231,7 +231,7 @@ def test_a_tokenizer_that_loses_text_is_refused(source, tmp_path):
             return super().decode(ids).lower()
 
     corpus = corpora.open_corpus(f'{source}/text/*.txt')
-    with pytest.raises(ValueError, match='does not come back from its ids'):
+    with pytest.raises(ValueError, match='is not restored from its ids'):
         plan.make(corpus, Lossy(), SHARD, tmp_path)
 
 
