@@ -173,7 +173,7 @@ def test_the_largest_slices_are_known():
         (['--mesh', 'data=3,model=2'], 2, 'data=3 x model=2, but 8 devices'),
         (['--mesh', 'sequence=2', '--step', 'decode'], 2, 'expected sequence=1'),
         (['--mesh', 'sequence=8', '--length', '40'], 2, '40 tokens over sequence=8 devices'),
-        (['--length', '4096'], 2, '--length 4096: tiny is made for 128 positions'),
+        (['--length', '4096'], 2, '--length 4096: tiny has 128 positions'),
         (['--sweep', '--mesh', 'data=8'], 2, '--sweep tries every mesh'),
         (['--topology', 'v5e:32x32'], 2, 'the largest v5e slice is v5e:16x16, 256 devices'),
         (['--topology', 'v6e:8x32'], 2, 'the largest v6e slice is v6e:16x16, 256 devices'),
@@ -257,7 +257,7 @@ def test_memory_far_above_the_counted_is_said_with_its_copies(times, said, capsy
     result = compile.Compiled(2**30, (times - 1) * 2**30, 0, Program((), ()), copies, 1.0)
     tables.memory(counted, result, chips.parse('v5e:2x2'))
     printed = ' '.join(capsys.readouterr().out.split())
-    line = '2 GiB more than counted, 3 times as much: something is off; its largest copies: '
+    line = '2 GiB more than estimated, 3 times as much: something is off; its largest copies: '
     assert (line + 'bf16[1024,2048,128], 0.5 GiB (cache.k)' in printed) == said
     assert 'f32[8]' not in printed and ('something is off' in printed) == said
 
