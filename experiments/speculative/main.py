@@ -1,4 +1,4 @@
-"""Trains the models, measures the grid, prints the tables and the claims."""
+"""Trains the models, measures the grid, prints the tables and the findings."""
 
 import functools
 import time
@@ -23,12 +23,12 @@ from lm.attention import ring
 from lm.model import params
 from lm.training.metrics import ProgressLine
 
-_DRAWN = ('lookup', 'dynamic', 'recursive')  # whose trees are worth a drawing, the best last
-_ROUNDS = 8  # of which the one is drawn that accepted most
+_DRAWN = ('lookup', 'dynamic', 'recursive')  # drafters whose trees are drawn; the last available
+_ROUNDS = 8  # the round with the most accepted tokens among these is drawn
 
 
 def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
-    """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
+    """Runs the whole comparison, resuming from `out`; returns flat metrics."""
     begin = time.monotonic()
     with jax.set_mesh(mesh):
         ring.refuse('decoding')  # before anything is trained
@@ -44,7 +44,7 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
         texts = prompts.held_out(corpus.test, known.target, many, length)
     _check_length(config, known, texts)
     grid = measure.cells(config, list(known.drafts), main_ratio)
-    # before any of it is measured: a drafter that cannot be made ends the run
+    # build all drafters before measuring, so that an invalid one fails early
     made = {cell: _drafter(config, known, cell) for cell in grid}
     target, rows = ready(known.target.model), []
     with ProgressLine('measuring', len(grid)) as progress, jax.set_mesh(mesh):
@@ -62,13 +62,13 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
 
 
 def _check_length(config: Config, known: Models, texts: measure.Prompts) -> None:
-    """Raises ValueError if the models are not meant for texts as long as these get."""
+    """Raises ValueError if the texts become longer than a model's number of positions."""
     longest = max(len(text) for rows in texts.values() for text in rows) + config.new_tokens
     for model in (known.target.model, *known.drafts.values()):
         if longest > model.config.max_length:
             raise ValueError(
                 f'--prompt_tokens {config.prompt_tokens} --new_tokens {config.new_tokens}: '
-                f'{longest} tokens, and a model is meant for {model.config.max_length}'
+                f'{longest} tokens, but a model has {model.config.max_length} positions'
             )
 
 
@@ -83,7 +83,7 @@ def _drafter(config: Config, known: Models, cell: Cell) -> Drafter:
 
 
 def _show(config: Config, known: Models, rows: list[dict[str, Any]], out: epath.Path) -> None:
-    """Prints the tables and what they show, and saves both as Markdown."""
+    """Prints the tables and the findings, and saves both as Markdown."""
     size = params.count(known.target.model.config)
     smaller = ', '.join(f'1:{ratio}' for ratio in known.drafts)
     calls = sum(len(row['walks_by_depth']) > 0 for row in rows)
@@ -108,7 +108,7 @@ def _show(config: Config, known: Models, rows: list[dict[str, Any]], out: epath.
 def _draw(
     config: Config, known: Models, made: dict[Cell, Drafter], prompt: list[int], out: epath.Path
 ) -> None:
-    """Saves a drawing of one round after a prompt, of the last of the trees worth drawing."""
+    """Saves a drawing of one round after a prompt, for the last drafter of `_DRAWN` in the grid."""
     trees = [cell for cell in made if cell.drafter in _DRAWN and cell.kind == 'budget']
     if not trees:
         return

@@ -1,4 +1,4 @@
-"""The target, the draft models and the adapter: trained here, or found in bundles."""
+"""The target, the draft models and the adapter: trained here, or loaded from bundles."""
 
 import functools
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ _VALID_BYTES = 50_000
 
 
 class Models(NamedTuple):
-    """What the grid is run with.
+    """The models of the grid.
 
     Attributes:
       target: the model that verifies.
-      drafts: draft models, ready to draft, by how many times more parameters the target has.
-      adapter: of the early exit; None where no row asks for it.
+      drafts: draft models, ready for decoding, by the target's size ratio to them.
+      adapter: parameters of the early exit's adapter; None if no row needs it.
     """
 
     target: Loaded
@@ -43,10 +43,10 @@ class Models(NamedTuple):
 
 
 def prepare(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Models:
-    """Trains what is not there yet in `out`, and loads it, or loads the config's bundles.
+    """Loads the config's bundles, or trains (where `out` lacks them) and loads the models.
 
     Raises:
-      ValueError: what `language_model.check` raises; a draft bundle of another tokenizer; no
+      ValueError: as `language_model.check` does; or a draft bundle has another tokenizer, or no
         adapter can be trained for the target.
     """
     if config.target_bundle is not None:
@@ -63,8 +63,8 @@ def prepare(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Mode
         ratio = round(size / params.count(draft.model.config))
         if ratio < 1 or ratio in by_ratio:
             raise ValueError(
-                f'{path}: {max(ratio, 0)} times smaller than the target, as is another draft model '
-                'or none that drafts; give models of different sizes, smaller than the target'
+                f'{path}: {ratio} times smaller than the target; expected draft models of '
+                'different sizes, all smaller than the target'
             )
         by_ratio[ratio] = ready(draft.model)
     adapter = None
@@ -74,7 +74,7 @@ def prepare(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Mode
 
 
 def nearest(models: Models, ratio: int) -> int:
-    """Returns the ratio of the draft model that comes nearest to `ratio`."""
+    """Returns the size ratio of the draft model that is nearest to `ratio`."""
     return min(models.drafts, key=lambda known: abs(known - ratio))
 
 
@@ -113,12 +113,12 @@ def _trained(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> lis
 def _adapter(
     config: Config, target: Loaded, documents: Sequence[bytes], out: epath.Path, mesh: Mesh
 ) -> Params:
-    """Trains the adapter of the target's early exit, on the text that models are trained on."""
+    """Trains the adapter of the target's early exit on the training text."""
     model, vocab_size = target.model, target.tokenizer.vocab_size
     if model.bos != vocab_size:
         raise ValueError(
-            f'--drafters: no adapter can be trained for this target, whose BOS is {model.bos} and '
-            f'not {vocab_size}: leave early_exit_adapter out'
+            f'--drafters: no adapter can be trained for this target, whose BOS is {model.bos} '
+            f'instead of {vocab_size}: omit early_exit_adapter'
         )
     run = config.adapter_train
     language_model.check(model.config, run, mesh, 'adapter_train')
