@@ -87,8 +87,8 @@ def make_drafter(
     parts = Parts(loaded.model, draft, config.exit_layers, None, config.longest)
     nodes = _best_nodes(loaded, out) if config.nodes == 'auto' else config.nodes
     drafter = drafters.of_budget(config.drafter, parts, nodes)
-    law = decoding_models.draft_sampler(sampler, drafter, config.draft_temperature)
-    return drafters.with_sampler(drafter, law)
+    draft_sampler = decoding_models.draft_sampler(sampler, drafter, config.draft_temperature)
+    return drafters.with_sampler(drafter, draft_sampler)
 
 
 def _best_nodes(loaded: Loaded, out: epath.Path) -> int:

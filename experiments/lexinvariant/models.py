@@ -92,8 +92,8 @@ def texts(
 
 def model_config(config: Config, probability: float) -> ModelConfig:
     """Returns the config of a model whose rows are random with this probability."""
-    law = Lexinvariant(config.kind, probability) if probability else None
-    return dataclasses.replace(config.model, lexinvariant=law)
+    drawn = Lexinvariant(config.kind, probability) if probability else None
+    return dataclasses.replace(config.model, lexinvariant=drawn)
 
 
 def fit(config: Config, name: Name, text: Text, out: epath.Path, mesh: Mesh) -> Fitted:
@@ -111,8 +111,8 @@ def fit(config: Config, name: Name, text: Text, out: epath.Path, mesh: Mesh) -> 
 
 def at_rest(fitted: Fitted) -> Fitted:
     """Returns a mixed model with its learned rows only, as dropout is disabled at evaluation."""
-    law = fitted.config.lexinvariant
-    if law is None or not law.partial:
+    drawn = fitted.config.lexinvariant
+    if drawn is None or not drawn.partial:
         return fitted
     return fitted._replace(config=dataclasses.replace(fitted.config, lexinvariant=None))
 

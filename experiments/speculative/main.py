@@ -114,9 +114,9 @@ def _draw(
         return
     cell = max(trees, key=lambda cell: (_DRAWN.index(cell.drafter), cell.size))
     sampler = Sampler(temperature=jnp.float32(config.temperatures[-1]))
-    law = decoding_models.draft_sampler(sampler, made[cell], config.greedy_draft_temperature)
+    draft = decoding_models.draft_sampler(sampler, made[cell], config.greedy_draft_temperature)
     one = drawing.best_round(
-        known.target.model, drafters.with_sampler(made[cell], law), sampler, prompt,
+        known.target.model, drafters.with_sampler(made[cell], draft), sampler, prompt,
         jax.random.key(config.seed), config.new_tokens, _ROUNDS,
     )  # fmt: skip
     title = drafters.NAMES[cell.drafter]

@@ -81,8 +81,8 @@ def measure(
     rows = []
     for temperature in config.temperatures:
         sampler = Sampler(temperature=jnp.float32(temperature))
-        law = decoding_models.draft_sampler(sampler, drafter, config.greedy_draft_temperature)
-        sides = (plain(), drafters.with_sampler(drafter, law))
+        draft = decoding_models.draft_sampler(sampler, drafter, config.greedy_draft_temperature)
+        sides = (plain(), drafters.with_sampler(drafter, draft))
         pairs: dict[str, list[tuple[Run, Run]]] = {task: [] for task in prompts}
         for repeat in range(config.repeats):
             key = jax.random.fold_in(jax.random.key(config.seed), repeat)
