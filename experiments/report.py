@@ -82,7 +82,9 @@ def key(metric: str, row: str, **conditions: object) -> str:
         parts.append(f'{name}={value:g}' if isinstance(value, float) else f'{name}={value}')
     for part in parts:
         if not part or part.endswith('=') or any(c == '/' or c.isspace() for c in part):
-            raise ValueError(f'{part!r}: expected a non-empty part without slash or blank')
+            raise ValueError(
+                f'{part!r}: expected a non-empty part of a key, without slash or blank'
+            )
     return '/'.join(parts)
 
 
