@@ -43,7 +43,7 @@ class Fitted(NamedTuple):
 def with_vocabulary(config: Config, vocab_size: int) -> Config:
     """Returns the config with a vocabulary of the tokenizer's ids and an input-only BOS."""
     if config.lexinvariant is not None:
-        # what is never seen would keep its share of the probability
+        # a lexinvariant table is not padded: its padding rows would keep probability mass
         return dataclasses.replace(config, vocab_size=vocab_size + 1)
     padded = -(-(vocab_size + 1) // _TABLE_MULTIPLE) * _TABLE_MULTIPLE
     return dataclasses.replace(config, vocab_size=padded)

@@ -89,7 +89,7 @@ def devices(topology: Topology) -> Sequence[jax.Device]:
     options: dict[str, Any] = {}
     if topology.chip.name == 'v4':
         options['chip_config_name'] = 'megacore'  # a chip's two cores as one device, JAX's default
-    if topology.devices == 1:  # a host has at least four otherwise
+    if topology.devices == 1:  # by default, a host has at least four chips
         options['chips_per_host_bounds'] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(topology.name, 'tpu', **options).devices

@@ -118,7 +118,7 @@ def flag(sizes: Sizes) -> str:
 
 
 def show(config: Config, found: Sequence[Choice], out: epath.Path) -> None:
-    """Prints the table and saves `sweep.png`."""
+    """Prints the table of choices and saves `sweep.png`."""
     rows = [
         {
             'mesh': ' x '.join(map(str, choice.mesh)),

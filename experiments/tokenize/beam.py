@@ -13,7 +13,7 @@ from experiments.tokenize.plan import Task
 def check() -> None:
     """Raises ValueError if Apache Beam is not installed."""
     try:
-        import apache_beam  # noqa: F401 (seconds to import; nobody else needs it)
+        import apache_beam  # noqa: F401 (takes seconds to import; only needed here)
     except ImportError:
         raise ValueError(
             '--beam: Apache Beam is not installed; create its separate environment: make beam'

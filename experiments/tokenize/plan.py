@@ -234,5 +234,7 @@ def finish(plan: Plan) -> tuple[Index, list[Task]]:
     if not missing:
         shard_index.write_index(plan.out, index)
         for partial in [*plan.out.glob('.*.tmp'), *plan.out.glob('parts/.*.tmp')]:
-            partial.rmtree() if partial.is_dir() else partial.unlink(missing_ok=True)  # of a kill
+            partial.rmtree() if partial.is_dir() else partial.unlink(
+                missing_ok=True
+            )  # after a kill
     return index, missing

@@ -35,7 +35,7 @@ class Trained(NamedTuple):
 
 
 def fit(config: Config, source: Source, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Trained:
-    """Trains a hypernetwork in two stages, or resumes what `out` holds."""
+    """Trains a hypernetwork in two stages, resuming from the checkpoints in `out`."""
     begin = time.monotonic()
     shape = hypernetwork.for_model(config.hypernetwork, source.config, source.tokenizer.vocab_size)
     placed = params.placed(hypernetwork.leaves(shape), mesh)
