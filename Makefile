@@ -1,21 +1,21 @@
 # make setup   creates .venv and installs everything that the other targets need
-# make demo    trains and compares the tokenizers on the bundled corpus, about ten minutes
-# make test    the tests; make test-slow the long ones
-# make soak    kills a small run 40 times and compares; prints the table of docs/reliability.md
-# make test-tpu  kernels and steps through the TPU compiler; needs no TPU
-# make test-beam   the shards of `tokenize` through Apache Beam, in .venv-beam
-# make lint    format, lint, types and contracts; make format repairs what can be repaired
+# make demo    trains one model per tokenizer on the standard library and compares them; ten minutes
+# make test    runs the tests; make test-slow runs the long ones
+# make soak    kills a small run 40 times, compares the results, prints the table of docs/reliability.md
+# make test-tpu    compiles kernels and steps with the TPU compiler; needs no TPU
+# make test-beam   tests `tokenize` on Apache Beam, in .venv-beam
+# make lint    checks format, lint, types and contracts; make format applies automatic fixes
 #
 # Settings, on the command line or in the environment:
-#   PYTHON=python3.12      the interpreter to build .venv with, 3.11 or newer
-#   JAX_PLATFORMS=cuda     the device to run on (after: make gpu)
-#   WORKERS=4              processes that run the tests
+#   PYTHON=python3.12      the interpreter for .venv, 3.11 or newer
+#   JAX_PLATFORMS=cuda     the device to run on (after make gpu)
+#   WORKERS=4              number of test processes
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 
-# The first of these that runs and is new enough.
+# The first interpreter that runs and is new enough.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& echo $$python && break; done)
@@ -34,7 +34,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 setup: $(VENV)/.package $(VENV)/.test
 
-# What the package needs. The file is touched last: an interrupted installation starts again.
+# Runtime dependencies. The stamp file is touched last, so an interrupted installation starts again.
 $(VENV)/.package: pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] || { echo 'error: no Python 3.11 or newer found: make $(MAKECMDGOALS) PYTHON=/path/to/python' >&2; exit 1; }
 	@echo 'Installing into $(VENV), a minute or two'
@@ -42,7 +42,7 @@ $(VENV)/.package: pyproject.toml constraints.txt
 	$(INSTALL) --editable .
 	@touch $@
 
-# What the tests and the linters need beside it.
+# Dependencies of the tests and linters.
 $(VENV)/.test: $(VENV)/.package
 	$(INSTALL) --editable '.[test]'
 	@touch $@
@@ -50,18 +50,18 @@ $(VENV)/.test: $(VENV)/.package
 demo: $(VENV)/.package
 	$(BIN)/python -m experiments.run equal_info --scale demo --out out/demo
 
-# One file's tests stay in one process, which then compiles and trains what they share once.
+# Tests of one file run in one process, so that shared models are compiled and trained once.
 test: $(VENV)/.test
 	$(PYTEST) -m 'not slow and not tpu'
 
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
 
-# Eight kills are one run; CI makes one, this five. About ten minutes.
+# Eight kills make one run; CI does one run, this target five. About ten minutes.
 soak: $(VENV)/.test
 	$(BIN)/python -m tests.kill_harness --kills 40
 
-# The TPU compiler is a library of its own; nothing is run on what it compiles.
+# The TPU compiler (libtpu) is a separate library; its compiled programs are never run here.
 $(VENV)/.tpu: $(VENV)/.test
 	$(INSTALL) --editable '.[tpu]'
 	@touch $@
@@ -69,8 +69,8 @@ $(VENV)/.tpu: $(VENV)/.test
 test-tpu: $(VENV)/.tpu
 	$(BIN)/python -m pytest -m tpu
 
-# Apache Beam refuses the versions of four packages that everything else is tested with, so that it
-# has an environment of its own, with the versions of those that it takes.
+# Apache Beam conflicts with our pinned versions of four packages, so it gets its own environment,
+# where pip chooses versions of those four that Beam accepts.
 BEAM := .venv-beam
 REFUSED := pillow|protobuf|pyarrow|python-dateutil
 
@@ -96,7 +96,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Optional: a few comparisons run beside PyTorch where it is installed.
+# Optional: a few benchmarks also time PyTorch where it is installed.
 torch: $(VENV)/.package
 	$(INSTALL) torch==2.13.0
 

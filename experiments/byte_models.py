@@ -1,4 +1,4 @@
-"""Byte models on disk, as the coder wants them."""
+"""Loads next-byte models for the file compressor, and writes its outputs atomically."""
 
 import os
 
@@ -15,29 +15,30 @@ from tokenization.vocabularies.byte import ByteTokenizer
 
 
 def open_byte_model(path: epath.PathLike, precision: int = 16) -> NextByteModel:
-    """Returns the n-gram or the byte model bundle saved in a folder.
+    """Loads the byte n-gram, or the bundle of a byte-level LM, saved in a folder.
 
     Raises:
-      FileNotFoundError: neither is there.
-      ValueError: it is damaged, or a bundle over other symbols than bytes.
+      FileNotFoundError: the folder holds neither.
+      ValueError: the model is damaged, or is not over bytes.
     """
     folder = epath.Path(path)
     if not (folder / 'config.json').exists():
         if not folder.exists() or not any(folder.iterdir()):
             raise FileNotFoundError(f'{path}: no model here; `experiments.run pretrain` makes one')
         return NGram.load(folder).model(precision)
-    # one device: float sums, and so the bits of the code, would depend on how many there are
+    # One device: the order of float sums, and with it the code, depends on the device count.
     loaded = bundle.load(folder, mesh.make(devices=jax.devices()[:1]))
     if not isinstance(tokenization.load(loaded.tokenizer_path), ByteTokenizer):
-        raise ValueError(f'{path}: a model over other symbols than bytes cannot code a file')
+        raise ValueError(f'{path}: only a model over bytes can code a file')
     return neural.model(loaded.params, loaded.config, loaded.config.max_length - 1, precision)
 
 
 def atomically(target: epath.Path) -> epath.Path:
-    """Returns where to write until `target` is whole.
+    """Returns a temporary path beside `target`; rename it to `target` once it is complete.
 
     Raises:
-      FileExistsError: `target` is there already.
+      FileExistsError: `target` already exists.
+      FileNotFoundError: the folder of `target` does not exist.
     """
     if target.exists():
         raise FileExistsError(f'{target}: exists; give another --to, or remove it')

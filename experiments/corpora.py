@@ -1,7 +1,7 @@
-"""Text to train on: the standard library, one's own files, a TFDS dataset.
+"""Training text: the Python standard library, the user's files, or a TFDS dataset.
 
-A corpus is three random-access sequences of documents, each document a byte string. Nothing
-here decodes text: NUL bytes and bytes that are not UTF-8 pass through as they are.
+A corpus is three random-access sequences of documents, each document a byte string. Text is never
+decoded here: NUL bytes and invalid UTF-8 are kept.
 """
 
 import glob
@@ -18,12 +18,12 @@ from experiments import shard_text
 from experiments.file_documents import FileDocuments, Span, line_after, size_of
 from experiments.tfds_documents import TfdsDocuments
 
-# Shares of the test and the valid split; the rest is for training.
+# Fractions of the test and valid splits; the rest is for training.
 _TEST, _VALID = 0.05, 0.05
-# With fewer files than this, each file is divided among the splits instead.
+# With fewer files, each file is divided among the splits.
 _MIN_FILES = 3
-# Folders of the standard library left out: its tests (17 MB, half of them tables of cases)
-# and whatever is installed beside it.
+# Excluded folders of the standard library: its tests (17 MB, half of them tables of cases) and
+# installed packages.
 _NOT_LIBRARY = frozenset({'site-packages', 'dist-packages', '__pycache__', 'test', 'tests'})
 
 
@@ -37,14 +37,14 @@ class Corpus(NamedTuple):
 
 
 def open_corpus(data: str | None = None, tfds: str | None = None) -> Corpus:
-    """Returns the corpus that the flags `--data` and `--tfds` ask for.
+    """Returns the corpus selected by the flags `--data` and `--tfds`; by default the stdlib.
 
     Args:
       data: a pattern for `text_files`, or a folder of shards that `tokenize` wrote.
-      tfds: a name for `tfds_source`. Neither: the standard library.
+      tfds: a dataset name for `tfds_source`.
 
     Raises:
-      ValueError: both are given, or what the named source raises.
+      ValueError: both are given, or the selected source raises it.
     """
     if data is not None and tfds is not None:
         raise ValueError(f'--data {data} and --tfds {tfds}: give one of the two')
@@ -58,7 +58,7 @@ def open_corpus(data: str | None = None, tfds: str | None = None) -> Corpus:
 
 
 def first_bytes(documents: Sequence[bytes], limit: int) -> list[bytes]:
-    """Returns documents, evenly spread over all, until there are `limit` bytes; at least one."""
+    """Returns a random sample of documents of at least `limit` bytes in all, or all documents."""
     total = 0
     chosen = []
     order = np.random.default_rng(0).permutation(len(documents))
@@ -71,13 +71,13 @@ def first_bytes(documents: Sequence[bytes], limit: int) -> list[bytes]:
 
 
 def standard_library() -> Corpus:
-    """Returns the source of the running interpreter's own standard library, about 14 MB.
+    """Returns the source code of the running interpreter's standard library, about 14 MB.
 
-    Real text on every machine: `*.py` without tests, installed packages and the file that
-    records how this interpreter was built. A file's split follows from its relative path.
+    It is available on every machine: `*.py`, except tests, installed packages and the file that
+    records how this interpreter was built. A file's relative path determines its split.
 
     Raises:
-      ValueError: the interpreter came without its library's source.
+      ValueError: the interpreter was installed without the library's source.
     """
     root = sysconfig.get_paths()['stdlib']
     names = [
@@ -94,15 +94,15 @@ def standard_library() -> Corpus:
 
 
 def text_files(pattern: str) -> Corpus:
-    """Returns the files that match a glob pattern, local or on `gs://`, as a corpus.
+    """Returns the files matching a glob pattern, local or on `gs://`, as a corpus.
 
-    Three files or more are split by a hash of their names (relative to the folder before the
-    first wildcard); fewer are each divided by position, 90/5/5, at line breaks. Files over
+    Three or more files are split by a hash of their names (relative to the folder before the first
+    wildcard). With fewer, each file is divided 90/5/5 by position, at line breaks. Files over
     64 KiB become several documents, cut at line breaks.
 
     Raises:
       ValueError: the pattern matches no file, or a split would be empty.
-      OSError: a file cannot be read; names it.
+      OSError: a file cannot be read; the message names it.
     """
     files = dict(_match(pattern))
     if not files:
@@ -114,21 +114,21 @@ def text_files(pattern: str) -> Corpus:
 
 
 def tfds_source(name: str, data_dir: epath.PathLike | None = None) -> Corpus:
-    """Returns a TFDS dataset's text, downloaded and prepared where needed, without TensorFlow.
+    """Returns a TFDS dataset's text, downloading and preparing it if needed; no TensorFlow.
 
-    Splits `train`, `validation` and `test` are used as they are; a missing one is a slice off
-    the end of `train` (5% each). The text is the feature `text`, or the only text feature.
+    The splits `train`, `validation` and `test` are used unchanged; each missing one is taken from
+    the end of `train` (5%). The text is the feature `text`, or the only text feature.
 
     Args:
       name: as for `tfds.builder`: `'name'`, `'name/config'` or `'name/config:version'`.
-      data_dir: where datasets lie; the TFDS default if None.
+      data_dir: folder of the datasets; the TFDS default if None.
 
     Raises:
       ValueError: no such dataset, no (single) text feature, no train split, or a dataset that
         cannot be prepared without TensorFlow.
     """
     if not name or name.startswith('huggingface:'):
-        raise ValueError(f'{name!r}: expected the name of a TFDS dataset of its own')
+        raise ValueError(f'{name!r}: expected a native TFDS dataset')
     import tensorflow_datasets as tfds  # takes seconds to import
 
     try:
@@ -137,7 +137,7 @@ def tfds_source(name: str, data_dir: epath.PathLike | None = None) -> Corpus:
         near = _near(
             name.split('/')[0].split(':')[0], tfds.list_builders(with_community_datasets=False)
         )
-        raise ValueError(f'{name!r}: no TFDS dataset of this name{near}') from None
+        raise ValueError(f'{name!r}: no TFDS dataset has this name{near}') from None
     except (AssertionError, ValueError) as error:  # no such version or config
         raise ValueError(f'{name!r}: {" ".join(str(error).split())[:300]}') from None
     features = builder.info.features
@@ -152,9 +152,8 @@ def tfds_source(name: str, data_dir: epath.PathLike | None = None) -> Corpus:
         builder.download_and_prepare()
     except ModuleNotFoundError as error:
         raise ValueError(
-            f'{name}: to prepare this dataset its own code needs {error.name}, which is not '
-            "installed; prepare it where it is, with file_format='array_record', and point "
-            'TFDS_DATA_DIR at the result'
+            f'{name}: preparing this dataset needs {error.name}, which is not installed; prepare '
+            "it elsewhere with file_format='array_record' and point TFDS_DATA_DIR at the result"
         ) from error
     splits = _tfds_splits(name, set(builder.info.splits))
     folder = os.fspath(builder.data_path)
@@ -178,7 +177,7 @@ def _near(name: str, names: Iterable[str]) -> str:
     import difflib
 
     close = difflib.get_close_matches(name, names)
-    return f'; near names: {", ".join(close)}' if close else ''
+    return f'; similar names: {", ".join(close)}' if close else ''
 
 
 def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -197,7 +196,7 @@ def _match(pattern: str) -> Iterator[tuple[str, str]]:
     if '://' not in pattern:
         matches = glob.glob(os.path.expanduser(pattern), recursive=True)
     elif '**' in pattern:
-        raise ValueError(f'{pattern!r}: "**" works on local files only; name the folders')
+        raise ValueError(f'{pattern!r}: "**" works only on local files; list the folders')
     else:
         matches = [os.fspath(match) for match in root.glob('/'.join(parts[fixed:]))]
     for match in matches:
@@ -207,12 +206,12 @@ def _match(pattern: str) -> Iterator[tuple[str, str]]:
 
 
 def _fraction(name: str) -> float:
-    """A number in [0, 1) that depends on the name alone, on every machine."""
+    """Returns a number in [0, 1) that depends only on the name, on any machine."""
     return int.from_bytes(hashlib.sha256(name.encode('utf-8', 'replace')).digest()[:6]) / 2**48
 
 
 def _split_files(name: str, files: dict[str, str]) -> Corpus:
-    """Splits files (relative name -> path) into a corpus, in the order of their names."""
+    """Splits files (relative name -> path) into a corpus, ordered by name."""
     sizes = {key: size_of(path) for key, path in files.items()}
     files = {key: files[key] for key in sorted(files) if sizes[key]}
     parts: tuple[list[Span], list[Span], list[Span]] = ([], [], [])
@@ -225,7 +224,7 @@ def _split_files(name: str, files: dict[str, str]) -> Corpus:
                     part.append(Span(path, start, stop))
                 start = max(start, stop)
     else:
-        # By thresholds on the hash; but where a split stays empty, it gets the next file.
+        # Thresholds on the hash decide; a split that would stay empty gets the next file.
         order = sorted(files, key=_fraction)
         low = [sum(_fraction(k) < share for k in order) for share in (_TEST, _TEST + _VALID)]
         tests = min(max(low[0], 1), len(order) - 2)
@@ -242,7 +241,7 @@ def _checked(corpus: Corpus) -> Corpus:
     for split in ('train', 'valid', 'test'):
         if not len(getattr(corpus, split)):
             raise ValueError(
-                f'{corpus.name}: the {split} split is empty: the corpus is too small to be '
-                'divided into train, valid and test; give more or longer files'
+                f'{corpus.name}: the {split} split is empty: the corpus is too small to divide '
+                'into train, valid and test; give more or longer files'
             )
     return corpus

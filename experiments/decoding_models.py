@@ -1,4 +1,4 @@
-"""Bundles as what `decoding` wants: a model, what its ids write, and which tokenizer it has."""
+"""Loads bundles for `decoding`: a model, the bytes of its ids, and its tokenizer."""
 
 import dataclasses
 import hashlib
@@ -22,12 +22,12 @@ from tokenization.tokenizer import Tokenizer
 
 
 class Loaded(NamedTuple):
-    """A bundle, ready to decode with.
+    """A bundle, ready for decoding.
 
     Attributes:
-      model: its symbols are the tokenizer's, and perhaps BOS.
+      model: over the tokenizer's ids and, where it has one, a beginning-of-sequence id (BOS).
       config: of the model.
-      tokenizer: its tokenizer.
+      tokenizer: encodes prompts and decodes ids.
     """
 
     model: LM
@@ -35,9 +35,9 @@ class Loaded(NamedTuple):
     tokenizer: Tokenizer
 
     def encode(self, text: bytes) -> list[int]:
-        """Returns the ids of a document's beginning, BOS in front where the model has one.
+        """Returns the ids of a prompt, after BOS where the model has one.
 
-        An imported tokenizer puts a space before it where its original does.
+        An imported tokenizer adds a leading space where the original does.
         """
         if isinstance(self.tokenizer, HuggingFaceTokenizer):
             text = self.tokenizer.prefixed(text)
@@ -45,20 +45,20 @@ class Loaded(NamedTuple):
         return start + self.tokenizer.encode(text).tolist()
 
     def token_bytes(self) -> list[bytes]:
-        """Returns what each id of the model writes; BOS and special tokens write nothing.
+        """Returns the bytes of each id of the model; BOS and special tokens have none.
 
         Raises:
-          ValueError: an id of the tokenizer does not stand for fixed bytes by itself.
+          ValueError: the bytes of an id depend on its context.
         """
         known = self.tokenizer.vocab_size
         if isinstance(self.tokenizer, HuggingFaceTokenizer):
-            written = list(self.tokenizer.tokens)  # special ones write nothing
+            written = list(self.tokenizer.tokens)  # special tokens have no bytes
         else:
             written = [self.tokenizer.token_bytes(i) for i in range(known)]
         return written + [b''] * (self.config.vocab_size - known)
 
     def ends(self) -> tuple[int, ...]:
-        """Returns the ids that end a text by themselves: EOS, where the tokenizer has one."""
+        """Returns the ids that end a text: EOS (end of sequence), where the tokenizer has one."""
         if not isinstance(self.tokenizer, HuggingFaceTokenizer):
             return ()
         return tuple(i for role, i in self.tokenizer.roles if role == 'eos')
@@ -67,20 +67,20 @@ class Loaded(NamedTuple):
 def load(path: epath.PathLike, mesh: Mesh) -> Loaded:
     """Returns the bundle at `path`, its parameters sharded over the mesh.
 
-    Tables of tokens are padded for training. The rows behind the last symbol stand for nothing,
-    and are cut off here, so that they are not drawn.
+    Token tables are padded for training. The padding rows stand for no token and are removed here,
+    so that they are never sampled.
 
     Raises:
-      FileNotFoundError: no bundle at `path`.
-      ValueError: it is damaged, or its model has fewer symbols than its tokenizer.
+      FileNotFoundError: there is no bundle at `path`.
+      ValueError: the bundle is damaged, or its model has fewer ids than its tokenizer.
     """
     loaded = bundle.load(path, mesh)
     tokenizer = tokenization.load(loaded.tokenizer_path)
     symbols = max(tokenizer.vocab_size, -1 if loaded.bos is None else loaded.bos + 1)
     if symbols > loaded.config.vocab_size:
         raise ValueError(
-            f'{path}: the model has {loaded.config.vocab_size} symbols, its tokenizer and BOS '
-            f'need {symbols}'
+            f'{path}: the model has {loaded.config.vocab_size} ids; its tokenizer and BOS need '
+            f'{symbols}'
         )
     config = dataclasses.replace(loaded.config, vocab_size=symbols)
     tables = {name: table_VD[:symbols] for name, table_VD in loaded.params['tables'].items()}
@@ -91,7 +91,7 @@ def load(path: epath.PathLike, mesh: Mesh) -> Loaded:
 
 
 def tokenizer_digest(folder: epath.Path) -> str:
-    """Returns a hex SHA-256 of the files of a tokenizer's folder, their names included."""
+    """Returns a hex SHA-256 of a tokenizer's folder: names and contents of its files."""
     result = hashlib.sha256()
     for file in sorted(folder.iterdir(), key=lambda file: file.name):
         content = file.read_bytes()
@@ -100,7 +100,7 @@ def tokenizer_digest(folder: epath.Path) -> str:
 
 
 def draft_sampler(sampler: Sampler, drafter: Drafter, greedy_temperature: float) -> Sampler:
-    """Returns the sampler of a drafter: the target's, as far as it makes a tree.
+    """Returns a drafter's sampler: the target's, except for a tree under a greedy target.
 
     Any draft distribution is exact. A greedy one, though, has one child per node, and makes a chain
     of a tree; so for a greedy target trees are drawn at `greedy_temperature`.

@@ -1,4 +1,4 @@
-"""Documents that are stretches of files, on a local disk or a bucket, read when asked for."""
+"""Documents that are byte ranges of files, on a local disk or in a bucket, read lazily."""
 
 import dataclasses
 import functools
@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-# Longer stretches are cut into documents of at most this many bytes: short enough that shuffling
+# Longer spans are cut into documents of at most this many bytes: short enough that shuffling
 # documents mixes a book, long enough that the context lost at a cut does not matter.
 MAX_DOCUMENT = 1 << 16
-# How far before such a cut a line break is looked for; a longer line is cut in its middle.
+# Bytes before a cut that are searched for a line break; a longer line is cut in its middle.
 _LOOK_BACK = 1 << 13
-# Cut number k of a stretch is looked for in the bytes before k * _STEP: where it lies follows from
-# those alone, so that nothing is read before a document is asked for.
+# Cut k of a span is the last line break in the _LOOK_BACK bytes before k * _STEP. The number of
+# documents thus follows from the file size, and nothing is read until a document is requested.
 _STEP = MAX_DOCUMENT - _LOOK_BACK
 
 
@@ -29,13 +29,13 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FileDocuments(Sequence[bytes]):
-    """Documents that are stretches of files, cut at line breaks and read when asked for.
+    """Documents that are byte ranges of files, cut at line breaks and read lazily.
 
-    Memory is by the number of files, whatever their sizes.
+    Memory grows with the number of files, not with their sizes.
 
     Attributes:
-      spans: the stretches; each longer than `MAX_DOCUMENT` is several documents.
-      first, last: the documents of the spans that are meant; None is the end.
+      spans: the byte ranges; a span longer than `MAX_DOCUMENT` is several documents.
+      first, last: half-open range of the spans' documents; `last=None` is the end.
     """
 
     spans: tuple[Span, ...]
@@ -49,8 +49,8 @@ class FileDocuments(Sequence[bytes]):
         """Returns the bytes of one document, or `FileDocuments` for a slice of step 1.
 
         Raises:
-          OSError: the file cannot be read; names it.
-          ValueError: the file became shorter since the corpus was opened.
+          OSError: the file cannot be read; the message names it.
+          ValueError: the file has become shorter since the corpus was opened.
         """
         if isinstance(index, slice):
             start, stop = contiguous(index, len(self))
@@ -67,7 +67,7 @@ class FileDocuments(Sequence[bytes]):
 
     @functools.cached_property
     def _ends(self) -> np.ndarray:
-        """Number of documents in each span and all before it."""
+        """Cumulative number of documents, by span."""
         return np.cumsum(-(-self._sizes // _STEP))
 
     @property
@@ -76,7 +76,7 @@ class FileDocuments(Sequence[bytes]):
         return everything if self.last is None else self.last
 
     def _between(self, start: int, stop: int) -> 'FileDocuments':
-        """Documents by their numbers in `spans`, without the spans that have none of them."""
+        """Returns documents `[start, stop)` of `spans`, keeping only the spans that hold some."""
         low = int(np.searchsorted(self._ends, start, side='right'))
         high = int(np.searchsorted(self._ends, stop, side='left')) + 1 if stop > start else low
         skipped = int(self._ends[low - 1]) if low else 0
@@ -87,11 +87,11 @@ class FileDocuments(Sequence[bytes]):
 
     @property
     def size(self) -> int:
-        """Bytes of all spans."""
+        """Total bytes of all spans."""
         return int(self._sizes.sum())
 
     def starts(self, parts: int) -> list[int]:
-        """Returns where each of `parts` stretches of about as many bytes starts, and the end."""
+        """Returns the first document of each of `parts` parts of about equal bytes, and the end."""
         sizes = np.concatenate([[0], np.cumsum(self._sizes)])
         places = np.arange(parts) * self.size // parts
         at = np.searchsorted(sizes, places, side='right') - 1
@@ -99,12 +99,12 @@ class FileDocuments(Sequence[bytes]):
         return [*(before + (places - sizes[at]) // _STEP).tolist(), len(self)]
 
     def identity(self) -> bytes:
-        """Returns what tells these documents from others without reading them: sizes in order."""
+        """Returns a cheap fingerprint of the documents, without reading them: the span sizes."""
         return self._sizes.astype('<i8').tobytes()
 
 
 def contiguous(index: slice, size: int) -> tuple[int, int]:
-    """Returns the start and the stop of a slice; raises ValueError unless its step is 1."""
+    """Returns the start and stop of a slice; raises ValueError unless its step is 1."""
     start, stop, step = index.indices(size)
     if step != 1:
         raise ValueError(f'documents[{index}]: expected a step of 1')
@@ -112,7 +112,7 @@ def contiguous(index: slice, size: int) -> tuple[int, int]:
 
 
 def _document(span: Span, number: int) -> bytes:
-    """Reads one document of a span, with the bytes before it where its first line break may be."""
+    """Reads one document of a span; also reads the bytes before it that may hold its first cut."""
     path, start, stop = span
     begin = start + max(number * _STEP - _LOOK_BACK, 0)
     end = min(start + (number + 1) * _STEP, stop)
@@ -129,7 +129,7 @@ def _cut(data: bytes, end: int) -> int:
 
 
 def line_after(path: str, position: int, size: int) -> int:
-    """Returns the first line start at or after `position`, or `position` where lines are long."""
+    """Returns the first line start at or after `position`, or `position` if there is none near."""
     if position in (0, size):
         return position
     ahead = _read(path, position - 1, min(size, position + MAX_DOCUMENT))
@@ -151,7 +151,7 @@ def size_of(path: str) -> int:
         size = epath.Path(path).stat().length
     except OSError as error:
         raise _unreadable(path, error) from None
-    # Local files are also asked for permission now: training must not stop at one of them.
+    # Check read permission now, so that training does not stop at an unreadable file.
     if '://' not in path and not os.access(path, os.R_OK):
         raise PermissionError(f'{path}: no permission to read this file')
     return size

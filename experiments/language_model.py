@@ -1,4 +1,4 @@
-"""Fitting one language model to documents of ids: what every experiment that trains one shares."""
+"""Trains and evaluates one language model on documents of ids; shared by all experiments."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from lm.model.params import Params
 from lm.training import train
 from lm.training.train import TrainConfig
 
-# Tables are padded to a multiple of this, so that they divide over devices and fill tiles.
+# Token tables are padded to a multiple of this, to divide over devices and to fill tiles.
 _TABLE_MULTIPLE = 128
 
 
@@ -30,9 +30,9 @@ class Fitted(NamedTuple):
     """A trained model.
 
     Attributes:
-      config: its config, vocabulary included.
-      params: its parameters.
-      seconds: wall-clock seconds that training took in this process.
+      config: the model's config, with its vocabulary size.
+      params: the model's parameters.
+      seconds: wall-clock seconds of training in this process.
     """
 
     config: Config
@@ -41,16 +41,16 @@ class Fitted(NamedTuple):
 
 
 def with_vocabulary(config: Config, vocab_size: int) -> Config:
-    """Returns the config with room for the tokenizer's ids and one input-only id, BOS."""
+    """Returns the config with a vocabulary of the tokenizer's ids and an input-only BOS."""
     if config.lexinvariant is not None:
-        # what is never seen would keep its share of the probability
+        # a lexinvariant table is not padded: its padding rows would keep probability mass
         return dataclasses.replace(config, vocab_size=vocab_size + 1)
     padded = -(-(vocab_size + 1) // _TABLE_MULTIPLE) * _TABLE_MULTIPLE
     return dataclasses.replace(config, vocab_size=padded)
 
 
 def loss_fn(config: Config, z_loss: float) -> train.LossFn:
-    """Returns the next-token loss of a model as the training loop wants it."""
+    """Returns the next-token loss of a model, in the form that `lm.training.train` expects."""
 
     def loss(weights: Params, batch: dict[str, jax.Array], key: jax.Array):
         return losses.next_token_loss(weights, config, batch, z_loss, key)
@@ -59,10 +59,10 @@ def loss_fn(config: Config, z_loss: float) -> train.LossFn:
 
 
 def check(model: Config, config: TrainConfig, mesh: Mesh, name: str) -> None:
-    """Raises ValueError unless the run called `name` fits its model and the devices."""
+    """Raises ValueError unless the run named `name` fits its model and the devices."""
     if config.length > model.max_length:
         raise ValueError(
-            f'{name}.length {config.length}: the model is made for {model.max_length} positions'
+            f'{name}.length {config.length}: the model has {model.max_length} positions'
         )
     check_rows(config, mesh, name)
     if mesh.shape['sequence'] > 1:
@@ -70,7 +70,7 @@ def check(model: Config, config: TrainConfig, mesh: Mesh, name: str) -> None:
 
 
 def check_rows(config: TrainConfig, mesh: Mesh, name: str) -> None:
-    """Raises ValueError unless the rows of the run called `name` divide over the devices."""
+    """Raises ValueError unless the batch of the run named `name` divides over the devices."""
     if mesh.shape['data'] % jax.process_count():
         raise ValueError(
             f'data={mesh.shape["data"]}: expected a multiple of {jax.process_count()} processes'
@@ -91,19 +91,19 @@ def fit(
     mesh: Mesh,
     label: str,
 ) -> Fitted:
-    """Trains a model on documents of ids, or resumes what `folder` holds.
+    """Trains a model on documents of ids; resumes from the checkpoints in `folder`.
 
     Args:
-      model: its shape; the vocabulary is set here.
-      config: of the run; `batch_size` counts rows over all processes.
+      model: the model's config; its vocabulary size is set here.
+      config: the training config; `batch_size` counts rows over all processes.
       documents: arrays of ids below `vocab_size`.
-      vocab_size: of the tokenizer; BOS is the id after its last.
-      folder: of the run's checkpoints and metrics.
+      vocab_size: the tokenizer's vocabulary size; BOS is the next id.
+      folder: where checkpoints and metrics are saved.
       mesh: the devices.
-      label: what the progress line calls the run.
+      label: name of the run in the progress line.
 
     Raises:
-      ValueError: what `check` raises.
+      ValueError: as `check` does.
     """
     check(model, config, mesh, label)
     model = with_vocabulary(model, vocab_size)
@@ -117,7 +117,7 @@ def fit(
 
 
 def training(config: TrainConfig, documents: Documents, vocab_size: int) -> grain.IterDataset:
-    """Returns this process's rows of a run's batches, from documents that no other one reads."""
+    """Returns this process's rows of each batch, from documents that no other process reads."""
     return data.training_batches(
         documents, None, batch_size=config.batch_size // jax.process_count(),
         length=config.length, bos=vocab_size, seed=config.seed,
@@ -126,7 +126,7 @@ def training(config: TrainConfig, documents: Documents, vocab_size: int) -> grai
 
 
 def own_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns this process's rows of a batch that all have made, as `train.put` wants them."""
+    """Returns this process's rows of a global batch, as `train.put` expects them."""
     index, count = jax.process_index(), jax.process_count()
     own = slice(index * len(batch['tokens']) // count, (index + 1) * len(batch['tokens']) // count)
     return {name: x[own] for name, x in batch.items()}
@@ -135,7 +135,7 @@ def own_rows(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def evaluation(
     documents: Documents, vocab_size: int, batch_size: int, length: int
 ) -> grain.IterDataset:
-    """Returns one pass over documents of ids, each id a target exactly once."""
+    """Returns one pass over documents of ids; each id is a target exactly once."""
     return data.evaluation_batches(
         documents, None, batch_size=batch_size // jax.process_count(), length=length,
         bos=vocab_size, shard_index=jax.process_index(), shard_count=jax.process_count(),
@@ -143,32 +143,32 @@ def evaluation(
 
 
 def nats(fitted: Fitted, batches: Any, mesh: Mesh) -> float:
-    """Returns the summed loss over all targets, in nats."""
+    """Returns the loss summed over all targets, in nats."""
     return train.evaluate(loss_fn(fitted.config, 0.0), fitted.params, batches, mesh)['nats']
 
 
 def bit_losses(
     weights: Params, config: Config, batch: dict[str, jax.Array], bits: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Splits each token's loss over the bits of its id, highest bit first.
+    """Splits each token's loss into the losses of the bits of its id, highest bit first.
 
     `-log2 p(token)` is the sum over i of `-log2 p(bit i | bits before it)`.
 
     Args:
-      weights: parameters.
-      config: of the model.
+      weights: the model's parameters.
+      config: the model's config.
       batch: see `lm.data.documents`.
-      bits: per id; only the first `2**bits` ids share the probability.
+      bits: bits per id; probabilities are normalised over the first `2**bits` ids.
 
     Returns:
-      f32 `[bits]` twice: bits of loss summed over targets, and how often the likelier value of
-      the bit was the right one.
+      Two f32 arrays `[bits]`: the loss in bits, summed over targets, and the number of targets
+      whose bit the model predicts correctly.
     """
     logits = transformer.forward(
         weights, config, batch['tokens'], batch['positions'], batch['segments']
     )
     level, loss, right = logits[..., : 1 << bits], [], []
-    for bit in range(bits):  # from the last bit to the first, halving the ids each time
+    for bit in range(bits):  # from the last bit to the first; each step halves the number of ids
         pairs = level.reshape(*level.shape[:-1], -1, 2)
         prefix = batch['targets'] >> (bit + 1)
         pair = jnp.take_along_axis(pairs, prefix[..., None, None], axis=-2)[..., 0, :]

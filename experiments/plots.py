@@ -1,6 +1,6 @@
-"""Plots as PNG files, readable at 800 by 500 pixels, in colours safe for colour-blind readers.
+"""Plots as PNG files, legible at 800 by 500 pixels, with a colour-blind-safe palette.
 
-Figures are plain objects: no `pyplot`, so nothing global and no display.
+Figures are plain objects; without `pyplot` there is no global state and no display.
 """
 
 import os
@@ -17,16 +17,16 @@ from etils import epath
 
 from lm.devices import processes
 
-# Okabe and Ito's palette (2008) without its yellow, too pale on white, and black first.
+# Palette of Okabe and Ito (2008), without its yellow, which is too pale on white.
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
-# With more lines than colours, the next round is dashed.
+# Line styles for the second and later cycles through the colours.
 STYLES = ('-', '--', ':', '-.')
 MARKERS = 'osD^vPX'
 _LEADER = {'arrowstyle': '-', 'color': '#888888', 'linewidth': 0.7, 'shrinkA': 0, 'shrinkB': 5}
 
 
 class Point(NamedTuple):
-    """A labelled point; `group` gives its colour and marker (points of one group share them)."""
+    """A labelled point; points of one `group` share colour and marker."""
 
     label: str
     x: float
@@ -44,10 +44,10 @@ def scatter(
     log_x: bool = False,
     log_y: bool = False,
 ) -> None:
-    """Saves labelled points; each label lies where it covers no other label or point.
+    """Saves a scatter plot whose labels overlap neither each other nor the points.
 
     Raises:
-      ValueError: no points, or a coordinate that is not finite (or not positive on a log axis).
+      ValueError: there are no points, or a coordinate is not finite (on a log axis: not positive).
     """
     if not points:
         raise ValueError(f'{path}: no points to plot')
@@ -84,11 +84,11 @@ def curves(
     log_y: bool = False,
     markers: bool = False,
 ) -> None:
-    """Saves `lines`, name -> (x, y), with the legend beside them in the order of their ends.
+    """Saves `lines`, name -> (x, y); the legend lists them in the order of their last values.
 
     Raises:
-      ValueError: no lines, or one with x and y of different lengths, with no points, or with a
-        coordinate that is not finite (or not positive on a log axis).
+      ValueError: there are no lines; or a line is empty, has x and y of different lengths, or a
+        coordinate that is not finite (on a log axis: not positive).
     """
     if not lines:
         raise ValueError(f'{path}: no lines to plot')
@@ -107,7 +107,7 @@ def curves(
             label=name,
         )
         drawn.append((y[-1], line))
-    # From top to bottom as the lines end, so that the eye goes straight across.
+    # Same top-to-bottom order as the line ends, so that the legend reads straight across.
     drawn.sort(key=lambda pair: -pair[0])
     figure.legend(handles=[line for _, line in drawn], loc='outside right center', frameon=False)
     save(path, figure)
@@ -116,7 +116,7 @@ def curves(
 def bars(
     path: epath.PathLike, groups: Mapping[str, Mapping[str, float]], *, title: str, y_label: str
 ) -> None:
-    """Saves bars, group -> name -> height; a name has one colour in all groups.
+    """Saves a bar chart, group -> name -> height; a name has the same colour in all groups.
 
     Raises:
       ValueError: there are no groups.
@@ -147,12 +147,12 @@ def _check(
     log_y: bool,
 ) -> None:
     if len(x) != len(y) or not len(x):
-        raise ValueError(f'{path}: {name!r} has {len(x)} x and {len(y)} y: want as many, and some')
+        raise ValueError(f'{path}: {name!r} has {len(x)} x and {len(y)} y: expected equal, not 0')
     for axis, values, log in (('x', x, log_x), ('y', y, log_y)):
         array = np.asarray(values, np.float64)
         bad = array[~np.isfinite(array) | (log & (array <= 0))]
         if bad.size:
-            raise ValueError(f'{path}: {name!r} has {axis} = {bad[0]:g}, which has no place there')
+            raise ValueError(f'{path}: {name!r} has {axis} = {bad[0]:g}, which cannot be plotted')
 
 
 def _figure(
@@ -187,12 +187,12 @@ def _short(value: float) -> str:
 
 
 def _is_labelled(value: float) -> bool:
-    # 2, 3 and 5 between the powers of ten: enough for a short axis, legible on a long one.
+    # Label 2, 3 and 5 between powers of ten: enough on a short axis, legible on a long one.
     return f'{value:e}'[0] in '235'
 
 
 class _LinearFormatter(matplotlib.ticker.ScalarFormatter):
-    """As matplotlib writes small numbers (one number of decimals per axis), `_short` for large."""
+    """Formats small numbers as matplotlib does (equal decimals per axis), large by `_short`."""
 
     def __call__(self, x, pos=None):
         assert self.axis is not None
@@ -203,8 +203,8 @@ class _LinearFormatter(matplotlib.ticker.ScalarFormatter):
 def _place_labels(
     figure: matplotlib.figure.Figure, axes: matplotlib.axes.Axes, points: Sequence[Point]
 ) -> None:
-    """Writes each label at the first free place around its point, near before far."""
-    figure.draw_without_rendering()  # fixes the scales, so that places in pixels mean something
+    """Puts each label at the nearest free position around its point."""
+    figure.draw_without_rendering()  # fixes the axis limits, so that pixel positions are valid
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
     dots_xy = axes.transData.transform([(p.x, p.y) for p in points])
     taken: list[Sequence[float]] = [(x - 9, y - 9, x + 9, y + 9) for x, y in dots_xy]
@@ -224,9 +224,9 @@ def _place_labels(
                 fontsize=10,
                 arrowprops=None if (dx, dy) in near else _LEADER,
             )
-            text.set_in_layout(False)  # or the axes would move and the places with them
+            text.set_in_layout(False)  # otherwise the axes move, and with them the positions
             text.update_positions(renderer)
-            # Of the text alone: the line to its point may pass over others.
+            # The extent of the text alone: its connecting line may cross other labels.
             box = matplotlib.text.Text.get_window_extent(text, renderer).extents
             outside = _area(box, box) - _area(box, frame)
             cost = outside + sum(_area(box, other) for other in taken)
@@ -241,16 +241,16 @@ def _place_labels(
 
 
 def _area(a: Sequence[float], b: Sequence[float]) -> float:
-    """Pixels that the boxes `(left, bottom, right, top)` share."""
+    """Returns the overlap of two boxes `(left, bottom, right, top)`, in square pixels."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     return max(width, 0.0) * max(height, 0.0)
 
 
 def save(path: epath.PathLike, figure: matplotlib.figure.Figure) -> None:
-    """Writes a figure as PNG; `path` holds the old picture or the new, never a part.
+    """Writes a figure as PNG, atomically.
 
-    Of the processes of a run the first one writes.
+    In a multi-process run, only process 0 writes.
     """
     if not processes.is_first():
         return

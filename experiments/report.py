@@ -1,4 +1,4 @@
-"""What a run leaves behind for others: numbers, tables and where they were measured."""
+"""Results of a run: metrics, tables, and the environment they were measured in."""
 
 import dataclasses
 import datetime
@@ -18,25 +18,25 @@ from etils import epath
 from lm.files import atomic, provenance
 
 MISSING = '–'
-_WIDTH = 160  # columns of a table that goes to a file or a pipe
+_WIDTH = 160  # characters per line when the output is a file or a pipe
 
 
 def write_json_atomic(path: epath.PathLike, obj: Any) -> None:
-    """Writes `obj` as JSON with sorted keys, as `write_text_atomic` does.
+    """Writes `obj` as JSON with sorted keys, atomically (see `write_text_atomic`).
 
-    Dataclasses become dicts, paths strings, NumPy and JAX scalars numbers, arrays lists.
+    Dataclasses become dicts, paths strings, NumPy and JAX scalars numbers, and arrays lists.
 
     Raises:
       TypeError: a value has no JSON form.
-      ValueError: a number is not finite (JSON has no word for it).
+      ValueError: a number is not finite, which JSON cannot represent.
     """
     write_text_atomic(path, to_json(obj) + '\n')
 
 
 def write_text_atomic(path: epath.PathLike, text: str) -> None:
-    """Writes a file that holds the old text or the new, never a part.
+    """Writes a text file atomically: a reader sees the old text or the new one.
 
-    Of the processes of a run the first one writes; the others go on.
+    In a multi-process run, only process 0 writes; the others do not wait.
     """
     from lm.devices import processes  # late: it imports JAX
 
@@ -47,7 +47,7 @@ def write_text_atomic(path: epath.PathLike, text: str) -> None:
 
 
 def to_json(obj: Any) -> str:
-    """Returns what `write_json_atomic` writes."""
+    """Returns the JSON text that `write_json_atomic` writes."""
     return json.dumps(_jsonable(obj), indent=2, sort_keys=True, allow_nan=False)
 
 
@@ -66,36 +66,38 @@ def _jsonable(value: Any) -> Any:
 
 
 def key(metric: str, row: str, **conditions: object) -> str:
-    """Returns the name of a number in `result.json`: `metric/row[/name=value...]`.
+    """Returns the key of a metric in `result.json`: `metric/row[/name=value...]`.
 
     `key('block_efficiency', 'recursive', budget=14, temperature=0.6)` is
     `'block_efficiency/recursive/budget=14/temperature=0.6'`. Conditions keep their order.
 
     Raises:
-      ValueError: a part is empty, or holds a slash or a blank; a metric or row holds `=`.
+      ValueError: a part is empty or contains a slash or blank, or a metric or row contains `=`.
     """
     for part in (metric, row):
         if '=' in part:
-            raise ValueError(f'{part!r}: a metric or a row may not hold "="')
+            raise ValueError(f'{part!r}: a metric or row may not contain "="')
     parts = [metric, row]
     for name, value in conditions.items():
         parts.append(f'{name}={value:g}' if isinstance(value, float) else f'{name}={value}')
     for part in parts:
         if not part or part.endswith('=') or any(c == '/' or c.isspace() for c in part):
-            raise ValueError(f'{part!r}: a part of a key is not empty and has no slash or blank')
+            raise ValueError(
+                f'{part!r}: expected a non-empty part of a key, without slash or blank'
+            )
     return '/'.join(parts)
 
 
 def claim(holds: bool, what: str) -> str:
-    """Returns a line that says whether a paper's finding shows in one's own numbers."""
+    """Returns a line that states whether our numbers reproduce a finding of a paper."""
     return f'{"shown" if holds else "NOT SHOWN at this scale"}: {what}'
 
 
 def environment() -> dict[str, Any]:
-    """Returns where a number was measured, apart from the accelerator (see `devices`).
+    """Returns the environment of a measurement, except the accelerator (see `devices`).
 
-    The keys: `commit` and `dirty` (None outside a git checkout), `date` (UTC), `python`,
-    `jax`, `jaxlib`, `numpy` (versions), `platform`, `cpu`, `cpu_cores` that this process may use.
+    Keys: `commit` and `dirty` (None outside a git checkout), `date` (UTC), the versions `python`,
+    `jax`, `jaxlib` and `numpy`, `platform`, `cpu`, and `cpu_cores` available to this process.
     """
     commit, dirty = provenance.commit()
     return {
@@ -113,9 +115,9 @@ def environment() -> dict[str, Any]:
 
 
 def devices() -> dict[str, Any]:
-    """Returns JAX's devices: `device` (their kind), `device_count`, `process_count`.
+    """Returns JAX's `device` kind, `device_count` and `process_count`.
 
-    Starts JAX's backends: call it after `jax.distributed.initialize`, if that is called at all.
+    Initialises JAX's backends: call it after `jax.distributed.initialize`, if at all.
     """
     import jax
 
@@ -141,8 +143,8 @@ class Column:
 
     Attributes:
       field: the key of a row's dict.
-      header: what stands above it, with the unit.
-      format: of a number, as in `format(value, '.3f')`; text is printed as it is.
+      header: the column's heading, with the unit.
+      format: format spec of numbers, as in `format(value, '.3f')`; text is printed unchanged.
     """
 
     field: str
@@ -164,7 +166,7 @@ def table(
     footnotes: Sequence[str] = (),
     console: rich.console.Console | None = None,
 ) -> None:
-    """Prints `rows` under `title`; columns whose cells are all text stand to the left."""
+    """Prints `rows` under `title`; columns of text are left-aligned, numbers right-aligned."""
     console = console or rich.console.Console()
     if not console.is_terminal:
         console.width = max(console.width, _WIDTH)
@@ -183,7 +185,7 @@ def table(
 def markdown_table(
     rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], footnotes: Sequence[str] = ()
 ) -> str:
-    """Returns the table that `table` prints, as GitHub's Markdown, for a README."""
+    """Returns the same table as GitHub Markdown, for a README."""
     lines = [
         [_escape(column.header) for column in columns],
         ['---' if _is_text(rows, column) else '---:' for column in columns],

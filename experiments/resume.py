@@ -1,6 +1,7 @@
-"""Parts of a long run that are made once and found again when the run is resumed.
+"""Parts of a long run that are saved once and reloaded when the run resumes.
 
-Of several processes the first one makes what takes no accelerator; the others wait, and read it.
+In a multi-process run, process 0 makes the parts that need no accelerator; the others wait for it
+and then read them.
 """
 
 import hashlib
@@ -28,14 +29,13 @@ _SAMPLE = 64
 
 
 def claim(out: epath.Path, config: Any) -> None:
-    """Makes `out` the folder of this config.
+    """Reserves the folder `out` for runs of this config.
 
     Raises:
-      ValueError: it holds parts of a run with another config, which must not be mixed; or it is
-        not a local folder.
+      ValueError: `out` holds parts of a run with another config, or is not a local folder.
     """
     if '://' in os.fspath(out):
-        raise ValueError(f'--out {out}: a run that can be resumed needs a local folder')
+        raise ValueError(f'--out {out}: a resumable run needs a local folder')
     file = out / 'started.json'
     fields = json.loads(report.to_json(config))
     count = jax.process_count()
@@ -43,32 +43,32 @@ def claim(out: epath.Path, config: Any) -> None:
         before = json_fields.read(file)
         if before.get('processes', 1) != count:
             raise ValueError(
-                f'{out}: holds a run of {before.get("processes", 1)} processes, and here are '
-                f'{count}; start as many, since each has a place of its own in the data'
+                f'{out}: holds a run of {before.get("processes", 1)} processes, but there are '
+                f'{count}; start the same number, since each keeps its own position in the data'
             )
         other = sorted(
             name for name in fields if name in before and _differs(before[name], fields[name])
         )
         if other:
             raise ValueError(
-                f'{out}: holds a run with another {", ".join(other)}; give another --out, or '
+                f'{out}: holds a run with another {", ".join(other)}; give another --out or '
                 'remove the folder'
             )
     report.write_json_atomic(file, {**fields, 'processes': count} if count > 1 else fields)
 
 
 def _differs(before: Any, now: Any) -> bool:
-    """Returns whether a setting has changed; one that an older version did not have has not."""
+    """Returns whether a setting has changed; a setting missing from `before` has not."""
     if isinstance(before, dict) and isinstance(now, dict):
         return any(name not in now or _differs(before[name], now[name]) for name in before)
     return before != now
 
 
 def claim_corpus(out: epath.Path, corpus: Corpus) -> None:
-    """Makes `out` the folder of this text, known by its size and a sample of its documents.
+    """Reserves `out` for this corpus, identified by its size and a sample of its documents.
 
     Raises:
-      ValueError: the files behind the same name have changed since the run was started.
+      ValueError: the corpus has changed since the run was started.
     """
     seen = hashlib.sha256()
     for split in (corpus.train, corpus.valid, corpus.test):
@@ -79,14 +79,14 @@ def claim_corpus(out: epath.Path, corpus: Corpus) -> None:
     fields = {'name': corpus.name, 'sha256_of_sample': seen.hexdigest()}
     if file.exists() and json_fields.read(file) != fields:
         raise ValueError(
-            f'{out}: holds a run on other text than {corpus.name} has now; give another --out, or '
-            'remove the folder'
+            f'{out}: holds a run on an older text of {corpus.name}; give another --out or remove '
+            'the folder'
         )
     report.write_json_atomic(file, fields)
 
 
 def tokenizer_once(folder: epath.Path, make: Callable[[], Tokenizer]) -> Tokenizer:
-    """Returns the tokenizer saved in `folder`, or makes it and saves it there."""
+    """Returns the tokenizer saved in `folder`; makes and saves it there if there is none."""
     if processes.is_first() and not folder.exists():
         make().save(folder)
     processes.wait(os.fspath(folder))
@@ -96,9 +96,9 @@ def tokenizer_once(folder: epath.Path, make: Callable[[], Tokenizer]) -> Tokeniz
 def encoded_once(
     tokenizer: Tokenizer, documents: Sequence[bytes], folder: epath.Path, label: str
 ) -> EncodedDocuments | ShardedDocuments:
-    """Returns the ids of documents; encodes them into `folder`, unless it holds them already.
+    """Returns the ids of documents; encodes them into `folder` unless they are there already.
 
-    Shards of the same tokenizer are the ids.
+    Documents that are shards of the same tokenizer are not encoded again.
     """
     if isinstance(documents, ShardText) and documents.made_by(tokenizer):
         return documents.ids
@@ -117,12 +117,12 @@ def encoded_once(
 
 
 def part_once(file: epath.Path, make: Callable[[], Any]) -> Any:
-    """Returns what a part of a run came to, as JSON: `file`'s content, or what is made now.
+    """Returns a JSON result of a part of the run: loaded from `file`, or made and saved there.
 
-    All processes make it together, so that it may compute on all devices.
+    All processes make it together, so `make` may use all devices.
 
     Raises:
-      ValueError: the file is damaged; names it. Removed, it is made again.
+      ValueError: the file is damaged; the message names it. Remove it to make it again.
     """
     if not processes.agree(file.exists()):
         made = make()

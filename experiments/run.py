@@ -1,21 +1,21 @@
 """Runs an experiment: `python -m experiments.run NAME [--scale S] [--out DIR] [--field value ...]`.
 
-An experiment is a package `experiments/NAME` with
+An experiment is a package `experiments/NAME` with three files:
 
   config.py  a docstring (command, hardware, time, expected numbers), a frozen dataclass `Config`,
              and `SCALES`, a dict from scale to Config whose first entry is the default scale.
-             A field that only the user can give has the value `tyro.MISSING`. With `RESUMES = True`
-             a run picks up what DIR holds, and another config is refused there. With
-             `MAKES_OUT = True` the run makes DIR itself, and nothing else is written into it. With
-             `MESH` it has the flag `--mesh`, of which this is the default: `auto`, all devices of
-             all hosts on the data axis, or `one`. The others compute on one device.
+             Required fields have the value `tyro.MISSING`. With `RESUMES = True`, a run continues
+             from what DIR holds and refuses a DIR of another config. With `MAKES_OUT = True`, DIR
+             is itself the result, and nothing else is written into it. `MESH` adds the flag
+             `--mesh` and gives its default: `auto` (all devices of all hosts on the data axis) or
+             `one`. Without it, an experiment uses one device.
   main.py    `main(config, out) -> metrics or None`: writes into the folder `out`, prints a table.
-             With `MESH` it is `main(config, out, mesh)`.
+             With `MESH`, it is `main(config, out, mesh)`.
   README.md  the results.
 
-The folder is the only list of experiments. DIR then holds `config.json` (the fields, commit,
-versions, hardware, mesh) and `result.json` (flat: key -> number). The mesh is no field of the
-config: a run may be resumed on another one.
+Creating the folder registers the experiment. A run writes `DIR/config.json` (fields, commit,
+versions, hardware, mesh) and `DIR/result.json` (flat: key -> number). The mesh is not part of the
+config, so that a run can resume on another mesh.
 """
 
 import ast
@@ -45,17 +45,17 @@ from lm.devices import preemption
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-# What a user can cause and mend: one line, no traceback. Anything else is a bug and keeps its own.
+# Errors that the user can fix are shown as one line; all others are bugs and show their traceback.
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 TRACEBACK = 'TESSERA_TRACEBACK'
 
 
 class UsageError(Exception):
-    """The command line names something that does not exist."""
+    """The command line names an unknown experiment or scale, or holds an invalid value."""
 
 
 class Command(NamedTuple):
-    """What follows the name of an experiment; `mesh` is as in `lm.devices.mesh.parse`, or `one`."""
+    """The parsed command line; `mesh` is as in `lm.devices.mesh.parse`, or `one`."""
 
     scale: str
     config: Any
@@ -66,10 +66,10 @@ class Command(NamedTuple):
 def main(arguments: Sequence[str]) -> int:
     """Runs a command line; returns the exit code.
 
-    0 is done, 1 failed, 2 misused, 130 interrupted.
+    0: success; 1: failure; 2: usage error; 130: interrupted.
 
     Raises:
-      Preempted: SIGTERM came; all is on disk that the same command needs to go on.
+      Preempted: SIGTERM arrived; the state is saved, and the same command resumes the run.
     """
     try:
         with preemption.ends_cleanly():
@@ -98,7 +98,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     module = importlib.import_module(f'experiments.{name}.config')
     try:
         command = parse(name, module, rest)
-    except ValueError as error:  # the config refuses a value
+    except ValueError as error:  # the config rejects a value
         raise UsageError(str(error)) from error
     from lm.devices import processes  # late: --help and usage errors need no JAX
 
@@ -108,7 +108,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
 
 
 def folders() -> dict[str, pathlib.Path]:
-    """Returns the folder of each experiment, by name, sorted."""
+    """Returns the folder of each experiment, sorted by name."""
     found = [info for info in pkgutil.iter_modules(experiments.__path__) if info.ispkg]
     places = {info.name: getattr(info.module_finder, 'path', '') for info in found}
     return {name: pathlib.Path(places[name]) / name for name in sorted(places)}
@@ -119,7 +119,7 @@ def _listing() -> str:
     lines += ['       python -m experiments.run NAME --help', '', 'experiments:']
     width = max(map(len, folders()), default=0)
     for name, folder in folders().items():
-        # Parsed, not imported: fast, and it works where an extra is missing.
+        # Parsed, not imported: fast, and independent of optional dependencies.
         file = folder / 'config.py'
         docstring = ast.get_docstring(ast.parse(file.read_text())) or '' if file.exists() else ''
         lines.append(f'  {name:{width}}  {docstring.partition(chr(10))[0]}')
@@ -127,18 +127,18 @@ def _listing() -> str:
 
 
 def complete(config: Any) -> bool:
-    """Returns whether a config runs as it is: no field is left for the user to give."""
+    """Returns whether a config can run without arguments: it has no required fields."""
     values = [getattr(config, field.name) for field in dataclasses.fields(config)]
     return all(value is not tyro.MISSING for value in values)
 
 
 def parse(name: str, module: ModuleType, arguments: Sequence[str]) -> Command:
-    """Returns what the arguments say that follow the name of an experiment.
+    """Parses the arguments that follow the name of an experiment.
 
     Raises:
       UsageError: the scale is unknown.
-      ValueError: the config refuses a value.
-      SystemExit: an unknown flag or a value of the wrong type (2, explained), or `--help` (0).
+      ValueError: the config rejects a value.
+      SystemExit: an unknown flag or a value of the wrong type (2, with a message); `--help` (0).
     """
     scales = module.SCALES
     scale = _scale(name, scales, arguments)
@@ -148,9 +148,9 @@ def parse(name: str, module: ModuleType, arguments: Sequence[str]) -> Command:
         ('out', Annotated[str, _flag('folder for results')], f'out/{name}-{scale}'),
     ]
     if hasattr(module, 'MESH'):
-        devices = 'devices, as in data=2,sequence=2,model=2; auto: all on data; one: the first'
+        devices = 'e.g. data=2,sequence=2,model=2; auto: all devices on data; one: the first device'
         fields.append(('mesh', Annotated[str, _flag(devices)], module.MESH))
-    # One parser for the config's own fields and for the runner's: one --help shows all.
+    # One parser for the config's fields and the runner's, so that --help shows all of them.
     chosen: Any = tyro.cli(
         dataclasses.make_dataclass('Flags', fields),
         args=list(arguments),
@@ -166,7 +166,7 @@ def _flag(help_text: str) -> Any:
 
 
 def _scale(name: str, scales: Mapping[str, Any], arguments: Sequence[str]) -> str:
-    # Before the parser proper, since the scale sets the defaults of all other fields.
+    # Read before the main parser runs, since the scale sets the defaults of all other fields.
     scale: str | None = next(iter(scales))
     for word, following in itertools.zip_longest(arguments, arguments[1:]):
         flag, equals, value = word.partition('=')
@@ -178,11 +178,11 @@ def _scale(name: str, scales: Mapping[str, Any], arguments: Sequence[str]) -> st
 
 
 def run(name: str, command: Command) -> dict[str, float]:
-    """Runs one experiment; writes `config.json` before and `result.json` after; returns metrics.
+    """Runs one experiment and returns its metrics; writes `config.json` and then `result.json`.
 
     Raises:
-      ValueError: the mesh does not fit the devices; a metric is not a finite number (the others
-        are written).
+      ValueError: the mesh does not fit the devices, or a metric is not finite (the others are
+        written).
     """
     # Imported late: --help and usage errors need no JAX.
     from experiments import resume
@@ -221,13 +221,13 @@ def _mesh(text: str) -> 'Mesh':
     if text != 'one':
         return mesh_lib.make(text)
     if jax.process_count() > 1:
-        raise ValueError(f'--mesh one: of {jax.process_count()} processes; give --mesh auto')
+        raise ValueError(f'--mesh one: there are {jax.process_count()} processes; use --mesh auto')
     return mesh_lib.make(devices=jax.devices()[:1])
 
 
 @contextlib.contextmanager
 def _heard_once(first: bool) -> Iterator[None]:
-    """Silences other processes than the first: they would print the same tables again."""
+    """Silences stdout of all processes but the first, which would print the same tables."""
     if first:
         yield
         return
@@ -236,7 +236,7 @@ def _heard_once(first: bool) -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str | None:
-    """Returns an error as one line for the user, or None where only a traceback would help."""
+    """Returns an error as one line for the user, or None if only a traceback would help."""
     if isinstance(error, ImportError):
         return _missing_module(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:

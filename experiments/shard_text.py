@@ -1,4 +1,4 @@
-"""Shards of ids as a corpus: a tokenizer loses nothing, so that they are the text as well."""
+"""Shards of ids as a text corpus: the tokenizer is lossless, so the text is decoded from them."""
 
 import dataclasses
 import functools
@@ -16,17 +16,17 @@ from lm.data.shards import ShardedDocuments
 from tokenization.tokenizer import Tokenizer
 
 SPLITS = ('train', 'valid', 'test')
-TOKENIZER = 'tokenizer'  # the folder beside the shards, and its digest's name in the index
-PLAN = 'plan.json'  # what `tokenize` writes first
+TOKENIZER = 'tokenizer'  # folder beside the shards, and key of its digest in the index
+PLAN = 'plan.json'  # the first file that `tokenize` writes
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardText(Sequence[bytes]):
-    """The text of one split of a folder that `tokenize` wrote, decoded when it is asked for.
+    """The text of one split of a folder that `tokenize` wrote, decoded lazily.
 
     Attributes:
-      folder, split: where it lies.
-      first, last: the documents that are meant; None is the end.
+      folder, split: location of the shards.
+      first, last: half-open range of documents; `last=None` is the end.
     """
 
     folder: str
@@ -41,11 +41,11 @@ class ShardText(Sequence[bytes]):
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """What made the ids."""
+        """The tokenizer that made the ids."""
         return tokenization.load(epath.Path(self.folder) / TOKENIZER)
 
     def made_by(self, tokenizer: Tokenizer) -> bool:
-        """Returns whether these are all of the split's ids, and this tokenizer made them."""
+        """Returns whether this is the whole split and `tokenizer` made its ids."""
         whole = self.first == 0 and self.last is None
         return whole and shard_index.read_index(self.folder).origin[TOKENIZER] == digest(tokenizer)
 
@@ -66,31 +66,31 @@ class ShardText(Sequence[bytes]):
 
     @property
     def size(self) -> int:
-        """Bytes of the text of the whole split."""
+        """Bytes of text of the whole split."""
         return self.ids.text_bytes
 
     def starts(self, parts: int) -> list[int]:
-        """Returns where each of `parts` stretches of as many documents starts, and the end."""
+        """Returns the first document of each of `parts` parts with equal counts, and the end."""
         return [i * len(self) // parts for i in range(parts + 1)]
 
     def identity(self) -> bytes:
-        """Returns what tells these documents from others without reading them."""
+        """Returns a cheap fingerprint of the documents, without reading them."""
         found = shard_index.read_index(self.folder).splits[self.split]
         return ' '.join(shard.sha256 for shard in found).encode()
 
 
 def is_shards(folder: epath.PathLike) -> bool:
-    """Returns whether `tokenize` made this folder, or began to."""
+    """Returns whether `tokenize` created this folder, complete or not."""
     path = epath.Path(folder)
     return any((path / name).exists() for name in (PLAN, shard_index.INDEX))
 
 
 def open_splits(folder: epath.PathLike) -> tuple[ShardText, ...]:
-    """Returns the splits of a folder of shards; every file is there, and the tokenizer is whole.
+    """Returns the splits of a folder of shards; checks that it is complete.
 
     Raises:
-      FileNotFoundError, ValueError: as `ShardedDocuments`, `tokenization.load` and
-        `check_tokenizer` do.
+      FileNotFoundError, ValueError: as in `ShardedDocuments`, `tokenization.load` and
+        `check_tokenizer`.
     """
     splits = tuple(ShardText(str(folder), name) for name in SPLITS)
     for split in splits:
@@ -104,11 +104,11 @@ def check_tokenizer(folder: epath.PathLike, expected: str | None) -> None:
     """Raises ValueError unless the tokenizer beside the shards has the expected digest."""
     path = epath.Path(folder) / TOKENIZER
     if _digest_of_files(path) != expected:
-        raise ValueError(f'{path}: not the tokenizer that made these shards; copy it again')
+        raise ValueError(f'{path}: not the tokenizer that made these shards; copy that one here')
 
 
 def digest(tokenizer: Tokenizer) -> str:
-    """Returns a hex SHA-256 of everything that a tokenizer saves."""
+    """Returns a hex SHA-256 of all files that a tokenizer saves."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(epath.Path(folder) / TOKENIZER)
         return _digest_of_files(epath.Path(folder) / TOKENIZER)

@@ -1,4 +1,4 @@
-"""Documents that are one text feature of a prepared TFDS dataset, read when asked for."""
+"""Documents that are one text feature of a prepared TFDS dataset, read lazily."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ class TfdsDocuments(Sequence[bytes]):
     """One text feature of a prepared TFDS dataset; reopens its files after unpickling.
 
     Attributes:
-      builder_dir, split: where the dataset lies, and which part of it.
-      feature: the text among its features.
-      first, last: the documents that are meant; None is the end.
+      builder_dir, split: folder of the dataset, and one of its splits.
+      feature: name of the text feature.
+      first, last: half-open range of documents; `last=None` is the end.
     """
 
     builder_dir: str
@@ -51,15 +51,15 @@ class TfdsDocuments(Sequence[bytes]):
 
     @property
     def size(self) -> int:
-        """Bytes of all documents, about: as many as the dataset's own records say."""
+        """Approximate bytes of all documents, from the dataset's own metadata."""
         split = self._builder().info.splits[self.split.partition('[')[0]]
         return split.num_bytes * len(self) // max(split.num_examples, 1)
 
     def starts(self, parts: int) -> list[int]:
-        """Returns where each of `parts` stretches of as many documents starts, and the end."""
+        """Returns the first document of each of `parts` parts with equal counts, and the end."""
         return [i * len(self) // parts for i in range(parts + 1)]
 
     def identity(self) -> bytes:
-        """Returns what tells these documents from others without reading them."""
+        """Returns a cheap fingerprint of the documents, without reading them."""
         name = f'{self._builder().info.full_name}/{self.split}/{self.feature}'
         return f'{name} {len(self)}'.encode()

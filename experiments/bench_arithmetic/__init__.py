@@ -1,1 +1,1 @@
-"""Speed and length of the arithmetic coder by itself, beside `constriction`."""
+"""Speed and code length of the arithmetic coder, compared with `constriction`."""

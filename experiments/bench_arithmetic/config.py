@@ -1,11 +1,11 @@
-"""Speed and length of the arithmetic coder alone, beside the range coder of `constriction`.
+"""Speed and code length of the arithmetic coder, compared with constriction's range coder.
 
     python -m experiments.run bench_arithmetic
 
-On 2 cores of an AMD EPYC virtual machine: 10 seconds and 0.8 GB. Expected there: from the integer
-CDF of each symbol (`adaptive`) 2 to 3 times as many symbols per second as `constriction` encodes,
-and 5 times as many as it decodes; every stream within 0.1% + 32 bits of its ideal length.
-`constriction` (`pip install constriction`, part of the `test` extra) is left out where missing.
+On 2 cores of an AMD EPYC virtual machine: 10 seconds and 0.8 GB. Expected there: given the integer
+CDF of each symbol (`adaptive`), 2 to 3 times constriction's encoding speed and 5 times its decoding
+speed; every stream within 0.1% + 32 bits of its ideal length. The rows of `constriction`
+(`pip install constriction`, part of the `test` extra) are omitted if it is not installed.
 """
 
 import dataclasses
@@ -13,18 +13,18 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is coded, and how often.
+    """The coded symbols and the number of runs.
 
     Attributes:
-      streams: rows that are coded at once.
-      symbols: symbols in each of them, where each symbol has its own distribution.
-      shared_factor: times as many symbols where one distribution serves all.
-      vocab_size: symbols there are.
+      streams: rows coded in parallel.
+      symbols: symbols per row, where each symbol has its own distribution.
+      shared_factor: this many times as many symbols where all share one distribution.
+      vocab_size: size of the alphabet.
       precision: bits of the CDF.
-      concentration: of the Dirichlet distributions that the symbols come from; 0.3 gives about
-        6 bits a symbol.
-      repeats: runs of each side, taken in turn; medians are reported.
-      seed: of the distributions and the symbols.
+      concentration: Dirichlet concentration of the symbols' distributions; 0.3 gives about 6 bits
+        per symbol.
+      repeats: interleaved runs of each coder; medians are reported.
+      seed: random seed of the distributions and the symbols.
     """
 
     streams: int = 256

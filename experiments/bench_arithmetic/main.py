@@ -1,4 +1,4 @@
-"""Codes the same symbols with both coders, in turn, and compares speed and length."""
+"""Codes the same symbols with both coders, interleaved, and compares speed and length."""
 
 import dataclasses
 import functools
@@ -18,13 +18,13 @@ from tokenization.coding import arithmetic, cdf
 
 try:
     import constriction
-except ImportError:  # an optional extra: its rows are left out
+except ImportError:  # an optional extra; its rows are omitted
     constriction = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Symbols to code: `symbol_TB` from `p_TBV`, or all from `p_TBV[0, 0]` if it is shared."""
+    """Symbols to code: `symbol_TB` is drawn from `p_TBV`, or from `p_TBV[0, 0]` if shared."""
 
     symbol_TB: np.ndarray
     p_TBV: np.ndarray
@@ -32,7 +32,7 @@ class Case:
 
     @property
     def shared(self) -> bool:
-        """Whether there is one distribution for all symbols."""
+        """Whether all symbols share one distribution."""
         return self.p_TBV.shape[:2] == (1, 1)
 
 
@@ -71,20 +71,20 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         report.Column('decode', 'decode M/s', '.2f'),
         report.Column('encode_ratio', 'encode / constriction', '.2f'),
         report.Column('decode_ratio', 'decode / constriction', '.2f'),
-        report.Column('excess_percent', 'over ideal %', '.3f'),
-        report.Column('excess_bits', 'bits per stream', '.1f'),
-        report.Column('worst_bits', 'worst beyond 0.1%', '.1f'),
+        report.Column('excess_percent', 'excess %', '.3f'),
+        report.Column('excess_bits', 'excess bits per stream', '.1f'),
+        report.Column('worst_bits', 'worst excess beyond 0.1%', '.1f'),
     ]
     notes = [
-        'M/s: million symbols per second; the last two columns: bits over the ideal length.',
+        'M/s: million symbols per second; excess: code length above the ideal; last column: bits.',
         f'{config.streams} streams of {config.symbols} symbols out of {config.vocab_size} (shared: '
         f'{config.shared_factor} times as many); medians of {config.repeats}',
-        'adaptive: a distribution for each symbol, as integer CDFs; adaptive_floats: as float32,',
-        'quantised within the time; shared: one integer CDF for all symbols.',
+        'adaptive: one integer CDF per symbol; adaptive_floats: float32 probabilities per symbol,',
+        'quantised within the measured time; shared: one integer CDF for all symbols.',
         'constriction: RangeEncoder with perfect=False, one vectorised call per stream; adaptive:',
-        'from float32, quantised within the time; shared: one model, made before.',
+        'float32, quantised within the measured time; shared: one model, built beforehand.',
     ]
-    report.table(rows, columns, 'Arithmetic coder alone', notes)
+    report.table(rows, columns, 'Arithmetic coder', notes)
     names = {
         'encode': 'encode_symbols_per_s',
         'decode': 'decode_symbols_per_s',
@@ -104,7 +104,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
 
 
 def make_case(config: Config, shared: bool) -> Case:
-    """Draws distributions, and symbols from them."""
+    """Draws random distributions, and symbols from them."""
     rng = np.random.default_rng(config.seed)
     shape = (config.symbols * (config.shared_factor if shared else 1), config.streams)
     alpha_V = np.full(config.vocab_size, config.concentration)
@@ -119,7 +119,7 @@ def make_case(config: Config, shared: bool) -> Case:
 
 
 def given_cdf(name: str, case: Case) -> Side:
-    """The coder alone: it gets integer CDFs, on the device for the decoder."""
+    """Our coder, given integer CDFs; those of the decoder are on the device."""
     T, B = case.symbol_TB.shape
     cdf_TBV = cdf.quantize(case.p_TBV, case.precision)
     device_TBV = jnp.asarray(cdf_TBV)
@@ -138,11 +138,11 @@ def given_cdf(name: str, case: Case) -> Side:
 
 
 def given_floats(name: str, case: Case) -> Side:
-    """The coder behind `cdf.quantize`, which takes most of the time."""
+    """Our coder including `cdf.quantize`, which takes most of the time."""
     T, B = case.symbol_TB.shape
     length_B = np.full(B, T)
     p_TBV, symbol_TB = jnp.asarray(case.p_TBV), jnp.asarray(case.symbol_TB)
-    # The CDFs of both directions come from one compiled function, as a coder needs it.
+    # Encoder and decoder need identical CDFs, so both use the same compiled function.
     quantize = jax.jit(lambda p_TBV: cdf.quantize(p_TBV, case.precision))
     gather = jax.jit(jax.vmap(arithmetic.bounds))
 
@@ -158,7 +158,7 @@ def given_floats(name: str, case: Case) -> Side:
 
 
 def given_constriction(name: str, case: Case) -> Side:
-    """`constriction` through Python: one call with arrays per stream."""
+    """`constriction` called from Python: one call with arrays per stream."""
     T, B = case.symbol_TB.shape
     queue, categorical = constriction.stream.queue, constriction.stream.model.Categorical
     symbols = [np.ascontiguousarray(symbol_T) for symbol_T in case.symbol_TB.T]
@@ -190,7 +190,7 @@ def given_constriction(name: str, case: Case) -> Side:
 
 
 def measure(sides: list[Side], repeats: int) -> list[dict[str, Any]]:
-    """Returns a row per side; the sides take turns, so that what else runs hits them alike."""
+    """Returns one row per coder; runs are interleaved, so that other load affects all alike."""
     codes = [side.encode() for side in sides]  # warm-up
     for side, code in zip(sides, codes):
         if not np.array_equal(side.decode(code), side.symbol_TB):
@@ -223,7 +223,7 @@ def measure(sides: list[Side], repeats: int) -> list[dict[str, Any]]:
 
 
 def bounds(cdf_TBV: np.ndarray, symbol_TB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the cumulative frequencies below and up to each symbol, int32 `[T, B]`."""
+    """Returns the cumulative frequencies below each symbol and including it, int32 `[T, B]`."""
     if cdf_TBV.shape[:2] == (1, 1):
         return cdf_TBV[0, 0][symbol_TB], cdf_TBV[0, 0][symbol_TB + 1]
     index_TBV = symbol_TB[..., None]
@@ -233,7 +233,7 @@ def bounds(cdf_TBV: np.ndarray, symbol_TB: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def float_ideal(case: Case) -> np.ndarray:
-    """Returns -log2 of the probability of each stream, before any quantisation; float64[B]."""
+    """Returns -log2 of each stream's probability before quantisation, float64 `[B]`."""
     p_TBV = case.p_TBV.astype(np.float64)
     p_TBV = np.broadcast_to(p_TBV, (*case.symbol_TB.shape, p_TBV.shape[-1]))
     p_TB = np.take_along_axis(p_TBV, case.symbol_TB[..., None], axis=-1)[..., 0]

@@ -1,10 +1,10 @@
-"""Attention kernels: speed, share of the machine's peaks, and the best public ones beside them.
+"""Attention kernels: speed, fraction of the machine's peaks, comparison with public kernels.
 
     python -m experiments.run bench_attention
 
 On 2 cores of an AMD EPYC virtual machine: about two minutes. Expected there: XLA attention within
-5% of a hand-written jitted softmax. On a GPU (`--scale gpu`) each kernel at B 8, 2k to 32k keys,
-bf16, beside cuDNN, tokamax where it is installed, and XLA with a dense mask.
+5% of a hand-written jitted softmax. On a GPU (`--scale gpu`): each kernel at B 8, 2k to 32k keys,
+bf16, compared with cuDNN, tokamax (where installed), and XLA with a dense mask.
 """
 
 import dataclasses
@@ -13,19 +13,19 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured.
+    """Shapes, dtype and number of runs.
 
     Attributes:
       batch_size: rows.
       heads, kv_heads, channels: H, K and C.
-      lengths: keys, and queries in training, of each row of the table.
-      nodes: of the draft tree.
-      kept: share of the cache that `sparse_decode` keeps, in whole blocks.
-      dtype: of queries, keys and values.
-      repeats: timed runs of each side, taken in turn; medians are reported.
-      peak_size: side of the square matrices whose product gives the matmul peak; a copy of as
-        many bytes as 16 of them gives the copy peak.
-      largest_logits: bytes; a dense-mask side that needs more for its logits is left out.
+      lengths: numbers of keys (in training, also of queries), one table row each.
+      nodes: number of nodes of the draft tree.
+      kept: fraction of the cache that `sparse_decode` reads, in whole blocks.
+      dtype: dtype of queries, keys and values.
+      repeats: interleaved runs of each implementation; medians are reported.
+      peak_size: size of the square matrices whose product gives the matmul peak; a copy of 16 such
+        matrices gives the copy peak.
+      largest_logits: bytes; dense-mask implementations whose logits need more are omitted.
     """
 
     batch_size: int = 2
@@ -42,14 +42,14 @@ class Config:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise ValueError(f'--heads {self.heads}: no multiple of --kv-heads {self.kv_heads}')
+            raise ValueError(f'--heads {self.heads}: not a multiple of --kv-heads {self.kv_heads}')
         for name in ('batch_size', 'channels', 'nodes', 'repeats', 'peak_size'):
             if getattr(self, name) < 1:
                 raise ValueError(f'--{name.replace("_", "-")}: expected at least 1')
         if not 0 < self.kept <= 1:
-            raise ValueError(f'--kept {self.kept}: expected a share in (0, 1]')
+            raise ValueError(f'--kept {self.kept}: expected a fraction in (0, 1]')
         if min(self.lengths, default=0) < self.nodes:
-            raise ValueError(f'--lengths {self.lengths}: each must hold the {self.nodes} nodes')
+            raise ValueError(f'--lengths {self.lengths}: expected at least {self.nodes}, the nodes')
 
 
 SCALES = {

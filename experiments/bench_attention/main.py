@@ -1,4 +1,4 @@
-"""Times each kernel and what stands beside it, in turn, and sets them against two peaks."""
+"""Times each kernel and its alternatives, interleaved, and relates them to two measured peaks."""
 
 import functools
 import time
@@ -32,7 +32,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     """Prints the table; returns the metrics."""
     del out
     matmul, copy = peaks(config)
-    print(f'measured peaks: {matmul / 1e12:.3f} TFLOP/s, {copy / 1e9:.1f} GB/s read and written')
+    print(f'measured peaks: {matmul / 1e12:.3f} TFLOP/s, {copy / 1e9:.1f} GB/s (reads + writes)')
     rows: list[dict[str, Any]] = []
     for length in config.lengths:
         found = sides_lib.sides(config, length)
@@ -46,7 +46,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     report.table(
         rows, COLUMNS,
         f'{config.dtype}, B {config.batch_size}, H {config.heads}, K {config.kv_heads}, '
-        f'C {config.channels}, tree of {config.nodes}, medians of {config.repeats} in turn',
+        f'C {config.channels}, tree of {config.nodes}; medians of {config.repeats}, interleaved',
     )  # fmt: skip
     metrics = {report.key('matmul_tflop_per_s', 'peak'): matmul / 1e12,
                report.key('copy_gb_per_s', 'peak'): copy / 1e9}  # fmt: skip
@@ -57,7 +57,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     ms = {(row['task'], row['length']): row['ms'] for row in rows if row['name'] == 'ours'}
     for length in config.lengths:
         ratio = ms['tree', length] / ms['decode', length]
-        print(f'{length} keys: a tree of {config.nodes} takes {ratio:.2f} times a decode of one')
+        print(f'{length} keys: a tree of {config.nodes} nodes takes {ratio:.2f} times one query')
         metrics[report.key('tree_over_decode', 'ours', length=length)] = ratio
     return metrics
 
@@ -73,11 +73,11 @@ def _row(config, task, name, length, seconds, ours, matmul, copy) -> dict[str, A
 
 
 def work(config: Config, task: str, length: int) -> tuple[float, float]:
-    """Returns the FLOPs and the bytes that a task cannot do without, counted analytically.
+    """Returns the minimal FLOPs and bytes of a task, counted analytically.
 
-    Two products per visible pair of query and key, the backward pass two and a half times the
-    forward's (five products; recomputing the logits is one of them). Bytes: keys and values (the
-    kept ones; keys alone for column sums), queries and results, once each.
+    FLOPs: two products per visible pair of query and key; the backward pass takes 2.5 times the
+    forward pass (five products, one of which recomputes the logits). Bytes: keys and values (kept
+    blocks only; for column sums, keys only), queries and results, once each.
     """
     b, h, n_kv, c = config.batch_size, config.heads, config.kv_heads, config.channels
     size = jnp.dtype(config.dtype).itemsize
@@ -96,7 +96,7 @@ def work(config: Config, task: str, length: int) -> tuple[float, float]:
 
 
 def peaks(config: Config) -> tuple[float, float]:
-    """Returns the FLOP/s of a square product and the bytes/s of a copy, read and write counted."""
+    """Returns the FLOP/s of a square matmul and the bytes/s of a copy (reads plus writes)."""
     n = config.peak_size
     dtype = jnp.dtype(config.dtype)
     x = jnp.ones((n, n), dtype)
@@ -109,7 +109,7 @@ def peaks(config: Config) -> tuple[float, float]:
 
 
 def _medians(runs: Sequence[Callable[[], Any]], config: Config) -> list[float]:
-    """Returns the median seconds of each, taken in turn after a run that compiles."""
+    """Returns the median seconds of each; runs are interleaved, after one run that compiles."""
     for run in runs:
         jax.block_until_ready(run())
     seconds: list[list[float]] = [[] for _ in runs]

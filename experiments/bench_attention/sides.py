@@ -1,4 +1,4 @@
-"""What is timed: our kernels, a softmax by hand, and public kernels, on the same inputs."""
+"""Timed implementations: our kernels, a plain softmax, and public kernels, on the same inputs."""
 
 import importlib.util
 from collections.abc import Callable
@@ -19,9 +19,9 @@ class Side(NamedTuple):
     """One timed function.
 
     Attributes:
-      task: which kernel's work it does.
-      name: of the implementation.
-      run: jitted; its operands follow.
+      task: the kernel's task, a row group of the table.
+      name: the implementation.
+      run: jitted function of `operands`.
       operands: arrays.
     """
 
@@ -32,7 +32,7 @@ class Side(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Random queries, keys and values, and the masks of training, decoding and a tree."""
+    """Random queries, keys and values, and the masks for training, decoding and a draft tree."""
 
     q_BLHC: jax.Array
     k_BKSC: jax.Array
@@ -51,7 +51,7 @@ def inputs(config: Config, length: int) -> Inputs:
     keys = jax.random.split(jax.random.key(0), 4)
     position = jnp.broadcast_to(jnp.arange(length), (b, length))
     full = jnp.full(b, length)
-    # node i hangs below node (i - 1) / 2: a binary tree
+    # the parent of node i is node (i - 1) / 2: a binary tree
     nodes = jnp.arange(t)
     reach = nodes[:, None] == nodes
     for node in range(1, t):
@@ -71,7 +71,7 @@ def inputs(config: Config, length: int) -> Inputs:
 
 
 def by_hand(q_BLHC, k_BKSC, v_BKSC, seen):
-    """Softmax attention as one writes it down; `seen` broadcasts against `[B, K, G, L, S]`."""
+    """Plain softmax attention; the mask `seen` broadcasts against logits `[B, K, G, L, S]`."""
     b, l, h, c = q_BLHC.shape
     n_kv = k_BKSC.shape[1]
     precision = 'highest' if q_BLHC.dtype == jnp.float32 else None
@@ -83,7 +83,7 @@ def by_hand(q_BLHC, k_BKSC, v_BKSC, seen):
 
 
 def sides(config: Config, length: int) -> list[Side]:
-    """Returns everything that can be timed here at one length."""
+    """Returns all implementations available on this machine, at one length."""
     x = inputs(config, length)
     scale = config.channels**-0.5
     return [
@@ -127,7 +127,7 @@ def _training(config: Config, x: Inputs, length: int, scale: float) -> list[Side
 
 
 def _public(scale: float) -> dict[str, Callable[..., jax.Array]]:
-    """Returns public kernels for causal attention that run on this device; keys `[B, S, K, C]`."""
+    """Returns the public causal attention kernels for this device; keys are `[B, S, K, C]`."""
     if jax.default_backend() != 'gpu':
         return {}
 
@@ -169,7 +169,7 @@ def _cached(config, x: Inputs, length, scale, task, q_BLHC, mask: Mask) -> list[
                 query_seq_lengths=jnp.ones_like(length), key_value_seq_lengths=length,
             )  # fmt: skip
 
-        # in its own layout, as its users would keep their caches
+        # in cuDNN's own layout, since its users would keep their caches in it
         own = (q_BLHC, x.k_BKSC.swapaxes(1, 2), x.v_BKSC.swapaxes(1, 2), mask.length)
         found.append(Side(task, 'cudnn', jax.jit(cudnn), own))
     return found

@@ -1,1 +1,1 @@
-"""Speed of the compiled Equal-Info codec, beside tiktoken."""
+"""Throughput of the compiled Equal-Info codec, compared with tiktoken."""

@@ -1,4 +1,4 @@
-"""Encodes one text with each tokenizer in turn, and back, and compares the speeds."""
+"""Encodes and decodes one text with each tokenizer, interleaved, and compares throughput."""
 
 import functools
 import statistics
@@ -21,7 +21,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     del out
     corpus = corpora.standard_library()
     train = corpora.first_bytes(corpus.train, config.train_bytes)
-    # The last character may be cut, and not every file is UTF-8: a case of its own in BPE.
+    # The last character may be cut, and some files are not UTF-8; BPE has a special case for both.
     text = b''.join(corpora.first_bytes(corpus.test, config.text_bytes))[: config.text_bytes]
     text = text.decode('utf-8', 'ignore').encode()
 
@@ -51,7 +51,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         report.Column('name', 'tokenizer'),
         report.Column('vocab_size', 'entries', ',d'),
         report.Column('bytes_per_token', 'bytes per token', '.3f'),
-        report.Column('seconds', 'made in s', '.1f'),
+        report.Column('seconds', 'build s', '.1f'),
         report.Column('encode', 'encode MB/s', '.1f'),
         report.Column('decode', 'decode MB/s', '.1f'),
         report.Column('ratio', 'encode / tiktoken', '.2f'),
@@ -78,11 +78,11 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
 
 
 def measure(tokenizers: dict[str, Tokenizer], text: bytes, repeats: int) -> list[dict[str, Any]]:
-    """Returns a row per tokenizer; they take turns, so that what else runs hits them alike."""
+    """Returns one row per tokenizer; runs are interleaved, so that other load affects all alike."""
     ids = {name: each.encode(text) for name, each in tokenizers.items()}  # warm-up
     for name, each in tokenizers.items():
         if each.decode(ids[name]) != text:
-            raise RuntimeError(f'{name}: the text does not come back')
+            raise RuntimeError(f'{name}: the decoded text differs from the original')
     times: dict[tuple[str, str], list[float]] = {}
     for _ in range(repeats):
         for name, each in tokenizers.items():

@@ -1,12 +1,12 @@
-"""Speed of decoding: plain beside the weight-streaming limit, and what a round of drafting costs.
+"""Decoding speed: plain decoding against the weight-streaming limit, and the cost of a draft round.
 
     python -m experiments.run bench_decode
 
-On 2 cores: about 2 minutes. Expected there, for the 134M Llama in f32: plain greedy decoding of
-one row at 80% of the speed at which the weights can be read, or more; a pass over 8 nodes within
-1.8 times of one over a single node; less than 5% of a round spent on the host. Hugging Face
-`generate` stands beside it, on the same weights, where transformers and torch are installed.
-`--scale gpu` measures a 1B-class model in bf16.
+On 2 cores: about 2 minutes. Expected there, for the 134M Llama in f32: plain greedy decoding of one
+row reaches at least 80% of the speed at which the weights can be read; a pass over 8 nodes takes at
+most 1.8 times a pass over one; the host accounts for less than 5% of a round. Hugging Face
+`generate` is timed on the same weights where transformers and torch are installed. `--scale gpu`
+measures a 1B-class model in bf16.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ TINY = ModelConfig(384, 32, 2, 2, 2, 16, 64, max_length=128)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured.
+    """Models, sizes and number of runs.
 
     Attributes:
-      model: the target; its weights are random.
-      draft: the draft model whose round is taken apart.
-      factors: children of each node, level by level, of the trees that it drafts.
-      batches: rows decoded together.
-      prompt_tokens, new_tokens: of each row.
+      model: the target, with random weights.
+      draft: the draft model of the profiled round.
+      factors: branching factors of its draft trees, level by level.
+      batches: batch sizes.
+      prompt_tokens, new_tokens: tokens per row.
       nodes: tree sizes of the cost curve.
-      repeats: timed runs of each side, taken in turn; medians are reported.
-      matrix: side of the square matrix whose products with a vector give the streaming limit.
+      repeats: interleaved runs of each implementation; medians are reported.
+      matrix: size of the square matrix whose product with a vector gives the streaming limit.
     """
 
     model: ModelConfig = LLAMA_134M
@@ -58,7 +58,7 @@ class Config:
         if self.prompt_tokens + self.new_tokens > self.model.max_length:
             raise ValueError(
                 f'--prompt-tokens {self.prompt_tokens} and --new-tokens {self.new_tokens}: the '
-                f'model is meant for {self.model.max_length}'
+                f'model has {self.model.max_length} positions'
             )
         if 1 not in self.batches:
             raise ValueError(f'--batches {self.batches}: must hold 1')

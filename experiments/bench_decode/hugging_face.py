@@ -1,4 +1,4 @@
-"""The same weights in transformers' Llama, for comparison where it is installed."""
+"""The same weights in Llama of Hugging Face transformers, for comparison if it is installed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from lm.model.params import Params
 def generator(
     params: Params, config: ModelConfig, device: str
 ) -> Callable[[np.ndarray, int], np.ndarray]:
-    """Returns (prompts `[B, L]`, new tokens) -> greedy continuations `[B, new tokens]`."""
+    """Returns a function (prompts `[B, L]`, new tokens) -> greedy tokens `[B, new tokens]`."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size, hidden_size=config.d_model,

@@ -1,4 +1,4 @@
-"""Times plain decoding, passes over trees, and the phases of a round, in turn within one run."""
+"""Times plain decoding, passes over trees, and the phases of a round, interleaved in one run."""
 
 import functools
 import importlib.util
@@ -26,7 +26,7 @@ from lm.model.config import Config as ModelConfig
 
 GREEDY = Sampler(temperature=jnp.float32(0))
 BY_US, BY_HUGGING_FACE = 'ours', 'Hugging Face'
-SETTLE = 0.5  # seconds in which the threads of PyTorch stop to look for more work
+SETTLE = 0.5  # seconds after which PyTorch's idle threads stop spinning
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
@@ -40,7 +40,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
 
 
 def plain(config: Config, model: LM, params: Any) -> dict[str, float]:
-    """Plain greedy decoding beside the streaming limit and beside Hugging Face."""
+    """Compares plain greedy decoding with the streaming limit and with Hugging Face."""
     passes: list[tuple[str, int, Callable[[], float]]] = []  # name, batch, -> seconds of a round
     for batch in config.batches:
         passes.append((BY_US, batch, _ours(config, model, batch)))
@@ -66,28 +66,28 @@ def plain(config: Config, model: LM, params: Any) -> dict[str, float]:
             metrics[report.key('speedup', 'over_hugging_face', batch=batch)] = other / mine
     columns = [
         Column('name', ''), Column('batch', 'rows', '.0f'), Column('ms', 'ms per pass', '.1f'),
-        Column('rate', 'tokens/s', '.1f'), Column('share', 'of streaming limit', '.2f'),
+        Column('rate', 'tokens/s', '.1f'), Column('share', 'fraction of streaming limit', '.2f'),
         Column('ratio', 'x Hugging Face', '.2f'),
     ]  # fmt: skip
     report.table(
         rows, columns,
         f'plain greedy decoding, {params_lib.count(config.model) / 1e6:.0f}M parameters, '
         f'{config.model.dtype}, {config.prompt_tokens} + {config.new_tokens} tokens; medians of '
-        f'{config.repeats} runs in turn',
-        [f'streaming limit: {read / 1e6:.0f} MB of weights at {gbps:.1f} GB/s, that of products '
-         f'of a {config.matrix} x {config.matrix} matrix with a vector: {limit * 1e3:.1f} ms'],
+        f'{config.repeats} interleaved runs',
+        [f'streaming limit: {read / 1e6:.0f} MB of weights at {gbps:.1f} GB/s (bandwidth of '
+         f'{config.matrix} x {config.matrix} matrix-vector products): {limit * 1e3:.1f} ms'],
     )  # fmt: skip
     return metrics
 
 
 def weight_bytes(model: ModelConfig) -> int:
-    """Returns the bytes of weights that a pass reads: all but the table of embeddings."""
+    """Returns the bytes of weights that a pass reads: all except the input embedding table."""
     unread = 0 if model.tied else model.vocab_size * model.d_model
     return (params_lib.count(model) - unread) * jnp.dtype(model.dtype).itemsize
 
 
 def streaming(config: Config, read: int) -> Callable[[], float]:
-    """Returns a run that reads at least `read` bytes of matrix, scaled to exactly as many."""
+    """Returns a function that times reading at least `read` bytes, scaled to exactly `read`."""
     dtype = jnp.dtype(config.model.dtype)
     w = jnp.full((config.matrix, config.matrix), 1 / config.matrix, dtype)
     times = -(-read // w.nbytes)
@@ -104,14 +104,14 @@ def streaming(config: Config, read: int) -> Callable[[], float]:
 
 
 def elapsed(run: Callable[[], Any]) -> float:
-    """Returns the seconds that a run takes, device included."""
+    """Returns the wall-clock seconds of a run, including device work."""
     begin = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - begin
 
 
 def medians(runs: Mapping[Any, Callable[[], float]], repeats: int) -> dict[Any, float]:
-    """Returns the median of what each run returns; taken in turn, after one that compiles."""
+    """Returns each run's median result; runs are interleaved, after one run that compiles."""
     seconds: dict[Any, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
@@ -145,7 +145,7 @@ def _hugging_face(config: Config, params: Any, batch: int) -> Callable[[], float
     prompts = _prompts(config, batch)
 
     def per_pass() -> float:
-        # the first token comes with the prompt, and is not decoding
+        # prefill produces the first token, which is not decoding
         first = elapsed(lambda: run(prompts, 1))
         all_of_them = elapsed(lambda: run(prompts, config.new_tokens))
         time.sleep(SETTLE)
@@ -155,7 +155,7 @@ def _hugging_face(config: Config, params: Any, batch: int) -> Callable[[], float
 
 
 def costs(config: Config, model: LM) -> dict[str, float]:
-    """What a pass over several nodes costs, and the tree size that follows."""
+    """Measures the cost of a pass over several nodes, and picks the best tree size."""
     rows = config.prompt_tokens + config.new_tokens
     curve = calibrate.measure(model, 1, rows, config.nodes, config.repeats)
     one = curve.at(1)
@@ -166,9 +166,9 @@ def costs(config: Config, model: LM) -> dict[str, float]:
         [Column('nodes', 'nodes', '.0f'), Column('ms', 'ms per pass', '.1f'),
          Column('ratio', 'x one node', '.2f')],
         f'a pass of the target over the nodes of one tree, {rows} rows cached',
-        [f'at rates {", ".join(f"{x:.2f}" for x in rates[:4])}, ... for a node\'s candidates, '
+        [f'at acceptance rates {", ".join(f"{x:.2f}" for x in rates[:4])}, ... by rank, '
          f'{len(best.template.parent)} nodes are best: {best.tokens:.2f} tokens per round, '
-         f'{best.speedup:.2f} times plain decoding before what drafting costs'],
+         f'{best.speedup:.2f} times plain decoding if drafting were free'],
     )  # fmt: skip
     return {
         **{report.key('ms', 'pass', nodes=n): s * 1e3 for n, s in zip(*curve)},
@@ -178,14 +178,18 @@ def costs(config: Config, model: LM) -> dict[str, float]:
 
 
 def one_round(config: Config, model: LM) -> dict[str, float]:
-    """The phases of a round with a draft model, each jitted by itself."""
+    """Times the phases of a round with a draft model, each jitted separately."""
     seconds = phases.measure(config, model)
     whole = seconds['round']
     rows = [{'name': n, 'ms': s * 1e3, 'share': s / whole} for n, s in seconds.items()]
     report.table(
         rows,
-        [Column('name', 'phase'), Column('ms', 'ms', '.2f'), Column('share', 'of a round', '.3f')],
-        f'a round: trees of {"x".join(map(str, config.factors))} by a draft model of '
+        [
+            Column('name', 'phase'),
+            Column('ms', 'ms', '.2f'),
+            Column('share', 'fraction of a round', '.3f'),
+        ],
+        f'a round: trees of {"x".join(map(str, config.factors))} from a draft model of '
         f'{params_lib.count(config.draft) / 1e6:.0f}M, one row',
     )
     return {report.key('ms', name.replace(' ', '_')): s * 1e3 for name, s in seconds.items()} | {

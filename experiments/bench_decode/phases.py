@@ -1,4 +1,4 @@
-"""One round of decoding taken apart: each phase as a jitted function of its own."""
+"""Breaks a decoding round down into phases, each a separately jitted function."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from lm.model import params as params_lib
 
 
 def measure(config: Config, model: LM) -> dict[str, float]:
-    """Returns the median seconds of each phase, their sum, a whole round, and the host's part."""
+    """Returns the median seconds of each phase, of their sum, a whole round, and the host."""
     draft_params = params_lib.init(config.draft, jax.random.key(1))
     draft = for_decoding(model_lib.transformer(config.draft, draft_params))
     drafter = recursive.branching(draft, config.factors)
@@ -77,9 +77,10 @@ def measure(config: Config, model: LM) -> dict[str, float]:
 def streamed(
     plan: Plan, inputs: Inputs, state: rounds.State, seconds: dict[str, list[float]]
 ) -> rounds.State:
-    """Runs a round as `generate` does for a stream; notes its time, and the host's part of it.
+    """Runs a round as `generate` does when streaming; records its time and the host's part.
 
-    The host's part is until the round is under way, and from its end until its tokens are read.
+    The host's part is the time until the round is dispatched, and from its end until its tokens
+    have been read.
     """
     times = [time.perf_counter()]
     state = rounds.loop(plan, inputs, state, 1)
@@ -94,7 +95,7 @@ def streamed(
 
 
 def begin(plan: Plan, inputs: Inputs, config: Config) -> rounds.State:
-    """Returns the state after reading a prompt of one row."""
+    """Returns the state after prefill of a one-row prompt."""
     size = config.prompt_tokens + config.new_tokens
     token_BS = jnp.zeros((1, size), jnp.int32)
     length_B = jnp.full(1, config.prompt_tokens, jnp.int32)
@@ -102,4 +103,4 @@ def begin(plan: Plan, inputs: Inputs, config: Config) -> rounds.State:
     prompt_BL = token_BS[:, : config.prompt_tokens]
     limit_B, stop_B = jnp.full(1, size), jnp.ones(1, jnp.int32)
     state = rounds.prefill(plan, inputs, prompt_BL, text, limit_B, stop_B)
-    return jax.block_until_ready(state)  # or the first round would be timed with it
+    return jax.block_until_ready(state)  # otherwise the first round's time would include prefill

@@ -1,4 +1,4 @@
-"""Times searches of a large table, in turn, and merging; reads memory off the compiler."""
+"""Times searches of a large table, interleaved, and merging; memory is the compiler's figure."""
 
 import functools
 import time
@@ -41,15 +41,15 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     ]  # fmt: skip
     report.table(
         rows, columns,
-        f'{config.k} greatest of V = {config.vocab_size} logits, D = {config.width}, '
+        f'top {config.k} of V = {config.vocab_size} logits, D = {config.width}, '
         f'B = {config.batch_size}',
         [f'shortlist: {config.shortlist} tokens by {config.rank} of {config.width} dimensions, '
-         'then exact', 'temporaries: the compiler\'s, beside the table and the result'],
+         'then exact', 'temporaries: the compiler\'s figure, without the table and the result'],
     )  # fmt: skip
     rows = _merging(config, metrics)
     columns = [
         Column('name', 'boundary'), Column('merges', 'merges', 'd'),
-        Column('reduction', 'fewer units', '.1%'), Column('share', 'of the most', '.1%'),
+        Column('reduction', 'fewer units', '.1%'), Column('share', 'of the maximum', '.1%'),
         Column('speed', 'tokens per second', ',.0f'),
     ]  # fmt: skip
     report.table(
@@ -60,7 +60,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
 
 
 def _search(config: Config, dtype: Any, metrics: dict[str, float]) -> list[dict[str, Any]]:
-    """Returns rows of the table, for one dtype of table and hidden states."""
+    """Returns the table's rows for one dtype of table and hidden states."""
     name = jnp.dtype(dtype).name
     key = jax.random.key(0)
     h_BD = jax.random.normal(jax.random.fold_in(key, 1), (config.batch_size, config.width), dtype)
@@ -99,7 +99,7 @@ def _search(config: Config, dtype: Any, metrics: dict[str, float]) -> list[dict[
 
 
 def _dense(k: int, table: Table, h_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns what a step needs: the greatest tokens, and the normaliser."""
+    """Returns the top k tokens and the log-normaliser, from dense logits."""
     logits_BV = layers.einsum('bd,vd->bv', h_BD, table.rows_VD, jnp.float32)
     return jax.lax.top_k(logits_BV, k)[1], jax.nn.logsumexp(logits_BV, axis=1)
 
@@ -123,7 +123,7 @@ def _side(function: Callable[..., Any], k: int, table: Any, h_BD: jax.Array) -> 
 
 
 def _in_turn(runs: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
-    """Returns the median seconds of each; the first round is not counted."""
+    """Returns the median seconds of each run, interleaved; the first round only compiles."""
     seconds: dict[Any, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
@@ -146,7 +146,7 @@ def _merging(config: Config, metrics: dict[str, float]) -> list[dict[str, Any]]:
     for name in rules:
 
         def run(merges, name=name):
-            # a new rule each time, that remembers nothing: as for a batch never seen
+            # a new rule each time, with an empty cache, as for an unseen batch
             rule = BoundaryRule(name, tokenizer.tokens)
             return dynamic.merge(documents, tokenizer.tokens, merges, rule)
 

@@ -1,9 +1,9 @@
-"""What a random tokenizer per training step costs, beside the step it must not delay.
+"""Cost of sampling a random tokenizer for each training step, which it must not delay.
 
     python -m experiments.run bench_sampled
 
-On 2 cores: about 20 seconds. Expected there: counts of 2,048 texts, a tokenizer of 32,768 tokens
-drawn from them and its Unigram model in well under 2 seconds, from nothing.
+On 2 cores: about 20 seconds. Expected there: counting 2,048 texts, sampling a tokenizer of 32,768
+tokens from them, and building its Unigram model take well under 2 seconds in all.
 """
 
 import dataclasses
@@ -11,16 +11,16 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured.
+    """Sizes and number of runs.
 
     Attributes:
-      texts, text_bytes: the queue a tokenizer is drawn from; 16 batches.
-      length: tokens of a row.
-      vocab_size: V, of the tokenizers.
-      pieces: source tokens per token.
-      source_size: entries of the source's BPE vocabulary.
-      train_bytes: the text that is trained on.
-      repeats: medians are reported.
+      texts, text_bytes: size of the queue of texts, 16 batches, that a tokenizer is sampled from.
+      length: tokens per row.
+      vocab_size: V of the sampled tokenizers.
+      pieces: maximal number of source tokens per token.
+      source_size: size of the source's BPE vocabulary.
+      train_bytes: size of the training text.
+      repeats: number of runs; medians are reported.
     """
 
     texts: int = 2048

@@ -1,4 +1,4 @@
-"""Times the parts of drawing a tokenizer, and the whole pipeline's batches."""
+"""Times the steps of sampling a tokenizer, and the batches of the whole pipeline."""
 
 import time
 from collections.abc import Callable
@@ -46,12 +46,12 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         'counts of all texts': _median(lambda: substrings.count(texts), config.repeats),
         'counts of one batch': _median(lambda: substrings.count(texts[:batch]), config.repeats),
         'sum of 16 batches': _median(lambda: substrings.add(parts), config.repeats),
-        'draw and Unigram model': _median(build, config.repeats),
+        'sampling and Unigram model': _median(build, config.repeats),
         'encode one batch': _median(lambda: tokenizer.encode_batch(texts[:batch]), config.repeats),
         'decompose the vocabulary': _median(
             lambda: decompose(source, tokenizer.tokens, config.pieces), config.repeats
         ),
-        'tokenizer from nothing': _median(from_nothing, config.repeats),
+        'tokenizer from scratch': _median(from_nothing, config.repeats),
         'next training batch': _median(lambda: batches[next(steps)], config.repeats),
     }
     rows: list[dict[str, Any]] = [{'part': k, 'seconds': v} for k, v in seconds.items()]
@@ -59,7 +59,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         rows, [Column('part', 'part'), Column('seconds', 'seconds', '.3f')],
         f'{config.vocab_size:,} tokens from {len(texts):,} texts of {config.text_bytes} bytes, '
         f'{len(counts):,} substrings',
-        ['one process; medians of its runs'],
+        ['one process; medians'],
     )  # fmt: skip
     names = ('counts', 'batch_counts', 'sum', 'draw', 'encode', 'decompose', 'tokenizer', 'batch')
     return {report.key('seconds', name): row['seconds'] for name, row in zip(names, rows)}

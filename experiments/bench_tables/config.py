@@ -1,9 +1,9 @@
-"""What drawn tables cost in training: time and memory of a step, beside a learned table's.
+"""Training cost of tables drawn at random: time and memory of a step, against a learned table.
 
     python -m experiments.run bench_tables
 
 On 2 cores: about 3 minutes. Expected there, at V = 32,768: a step of a `permuted` model takes no
-longer than a learned table's, and peak memory of both kinds stays below it.
+longer than with a learned table, and the peak memory of both kinds of random table is lower.
 """
 
 import dataclasses
@@ -11,15 +11,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured.
+    """Sizes and number of runs.
 
     Attributes:
       vocab_size: V.
-      width, layers: of the model; heads have 64 channels, the MLP 4 times the width.
-      batch_size, length: of a step.
-      segments: documents in each row; 1 or more.
-      probability: of the partially lexinvariant model.
-      repeats: timed runs of each side, taken in turn; medians are reported.
+      width, layers: size of the model; heads have 64 channels, the MLP 4 times the width.
+      batch_size, length: rows of a step, and tokens per row.
+      segments: documents per row; 1 or more.
+      probability: p of the partially lexinvariant model, the fraction of symbols drawn at random.
+      repeats: interleaved runs of each kind of table; medians are reported.
     """
 
     vocab_size: int = 32_768

@@ -1,4 +1,4 @@
-"""Times a training step with each kind of table, in turn, and reads its memory off the compiler."""
+"""Times a training step with each kind of table, interleaved; memory is the compiler's figure."""
 
 import time
 from collections.abc import Callable
@@ -26,13 +26,13 @@ class _Side(NamedTuple):
 def main(config: Config, out: epath.Path) -> dict[str, float]:
     """Prints the table; returns the metrics."""
     del out
-    laws = {
+    kinds = {
         'learned': None,
         'permuted': Lexinvariant('permuted'),
         'gaussian': Lexinvariant('gaussian'),
         f'gaussian, p = {config.probability:g}': Lexinvariant('gaussian', config.probability),
     }
-    sides = {name: _side(config, law) for name, law in laws.items()}
+    sides = {name: _side(config, kind) for name, kind in kinds.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(config.repeats + 1):
         for name, side in sides.items():
@@ -56,7 +56,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
         rows, columns,
         f'training step at V = {config.vocab_size}, {config.batch_size} x {config.length} tokens, '
         f'd = {config.width}, {config.layers} layers, documents per row: {config.segments}',
-        ['peak: arguments, results and temporaries of the compiled step, optimizer included'],
+        ['peak: arguments, results and temporaries of the compiled step, including the optimizer'],
     )  # fmt: skip
     metrics: dict[str, float] = {}
     for row in rows:
@@ -67,12 +67,12 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     return metrics
 
 
-def _side(config: Config, law: Lexinvariant | None) -> _Side:
+def _side(config: Config, kind: Lexinvariant | None) -> _Side:
     heads = config.width // 64
     model = ModelConfig(
         config.vocab_size, config.width, config.layers, heads, heads, 64, 4 * config.width,
         max_length=config.length, activation='relu', tied=True, scale_embeddings=True,
-        lexinvariant=law,
+        lexinvariant=kind,
     )  # fmt: skip
     settings = optimizer.OptimizerConfig()
     steps = optimizer.make(settings, 100)
@@ -91,7 +91,7 @@ def _side(config: Config, law: Lexinvariant | None) -> _Side:
     def run() -> None:
         held[0] = jax.block_until_ready(compiled(held[0]))
 
-    # the donated state is counted once
+    # the donated state is counted only once
     peak = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     return _Side(run, peak + memory.output_size_in_bytes - memory.alias_size_in_bytes)
 

@@ -1,10 +1,10 @@
-"""What `tokenize` takes: memory of a process at one and at ten times the text, and speed.
+"""Peak memory of `tokenize` at one and at ten times the text, and throughput.
 
     python -m experiments.run bench_tokenize                 # 2 cores: 1 minute, 0.5 GB of disk
     python -m experiments.run bench_tokenize --tokenizer bytes --megabytes 500
 
-The text is the standard library, over and over. Expected: the same memory in all rows, within some
-megabytes. The numbers are in README.md.
+The text is the standard library, repeated. Expected: the same memory in all rows, within a few
+megabytes. README.md has the figures.
 """
 
 import dataclasses
@@ -12,15 +12,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured.
+    """Tokenizer and sizes.
 
     Attributes:
-      tokenizer: `bpe` (trained on the text), `bytes`, or the folder of a saved one.
-      vocab_size: of the BPE.
-      megabytes: of the smaller text; the larger one has ten times as many.
-      files: that each text is divided into.
-      workers: as in `tokenize`, a row of the table for each.
-      shard_bytes: of text in a shard.
+      tokenizer: `bpe` (trained on the text), `bytes`, or the folder of a saved tokenizer.
+      vocab_size: vocabulary size of the BPE.
+      megabytes: size of the smaller text; the larger one is ten times as large.
+      files: number of files per text.
+      workers: numbers of workers, as in `tokenize`; one table row each.
+      shard_bytes: bytes of text per shard.
     """
 
     tokenizer: str = 'bpe'

@@ -1,4 +1,4 @@
-"""Tokenizes a text and one of ten times its size, each in a process of its own."""
+"""Tokenizes a text and another of ten times its size, each in a new process."""
 
 import concurrent.futures
 import contextlib
@@ -26,7 +26,7 @@ _COLUMNS = (
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
-    """Prints and returns the peak memory and the speed for each size and number of workers."""
+    """Prints and returns peak memory and throughput for each size and number of workers."""
     source = corpora.standard_library().train
     tokenizer = config.tokenizer
     if tokenizer == 'bpe':
@@ -42,7 +42,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
             for workers in config.workers:
                 asked = TokenizeConfig(
                     tokenizer, pattern, shard_bytes=config.shard_bytes, workers=workers,
-                    hosts=1, host=0,  # JAX, which knows too, may hold the accelerator here
+                    hosts=1, host=0,  # given, because asking JAX could claim the accelerator
                 )  # fmt: skip
                 found, shards = _measure(asked, out / 'shards')
                 rows.append({'text': size / 1e6, 'workers': workers, 'shards': shards, **found})
@@ -54,7 +54,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
 
 
 def _measure(asked: TokenizeConfig, out: epath.Path) -> tuple[dict[str, float], int]:
-    """Returns memory and speed of one run in a new process, and its number of shards."""
+    """Returns peak memory and throughput of one run in a new process, and its number of shards."""
     out.rmtree(missing_ok=True)
     context = multiprocessing.get_context('spawn')
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
@@ -66,7 +66,7 @@ def _measure(asked: TokenizeConfig, out: epath.Path) -> tuple[dict[str, float], 
 
 @contextlib.contextmanager
 def _text(folder: epath.Path, source: Sequence[bytes], size: int, files: int) -> Iterator[str]:
-    """Writes `size` bytes of the source, over and over, into files; yields their pattern."""
+    """Writes `size` bytes of the repeated source into files; yields their glob pattern."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         for number in range(files):

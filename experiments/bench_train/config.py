@@ -1,11 +1,11 @@
-"""Speed of a training step beside the machine's matmul peak, and memory of the chunked loss.
+"""Training-step throughput against the machine's matmul peak, and memory of the chunked loss.
 
     python -m experiments.run bench_train
 
 On 2 cores of an AMD EPYC virtual machine: about a minute. Expected there: a step at d = 512 in f32
-runs at half of the matmul peak measured in the same run, or more; the same model in PyTorch stands
-beside it where torch is installed (`make torch`). The loss's memory at V = 65,536 is within 1.2
-times that at V = 1,024, the table and its gradient apart.
+reaches at least half of the matmul peak measured in the same run. The same model in PyTorch is
+timed where torch is installed (`make torch`). Without the table and its gradient, the loss needs at
+most 1.2 times as much memory at V = 65,536 as at V = 1,024.
 """
 
 import dataclasses
@@ -13,15 +13,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is measured.
+    """Sizes and number of runs.
 
     Attributes:
-      width: of the model, d.
-      layers: its blocks.
-      batch_size, length: of a step.
-      repeats: timed runs of each side, taken in turn; medians are reported.
-      peak_size: side of the square matrices whose product gives the peak.
-      small_vocab, large_vocab: the two tables whose losses are compared.
+      width: d, the width of the model.
+      layers: number of blocks.
+      batch_size, length: rows of a step, and tokens per row.
+      repeats: interleaved runs; medians are reported.
+      peak_size: size of the square matrices whose product gives the peak.
+      small_vocab, large_vocab: the two vocabulary sizes at which the loss's memory is compared.
     """
 
     width: int = 512

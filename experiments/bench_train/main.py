@@ -30,7 +30,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
 
 
 def model_config(config: Config) -> ModelConfig:
-    """Returns the model that is timed: heads of 64 channels, gated MLP of 4 d, unrolled."""
+    """Returns the timed model: heads of 64 channels, gated MLP of 4 d, unrolled layers."""
     heads = max(config.width // 64, 1)
     return ModelConfig(
         _VOCABULARY, config.width, config.layers, heads, heads, config.width // heads,
@@ -39,7 +39,7 @@ def model_config(config: Config) -> ModelConfig:
 
 
 def speed(config: Config) -> dict[str, float]:
-    """Times matmul, our step and PyTorch's in turn, and prints their FLOP/s."""
+    """Times a matmul, our step and PyTorch's, interleaved, and prints their FLOP/s."""
     model = language_model.with_vocabulary(model_config(config), _VOCABULARY)
     flops = 3 * params.flops_per_token(model, config.length) * config.batch_size * config.length
     sides: dict[str, tuple[Callable[[], None], float]] = {
@@ -62,9 +62,13 @@ def speed(config: Config) -> dict[str, float]:
     peak = rates['matmul peak']
     report.table(
         [{'name': n, 'rate': rate, 'share': rate / peak} for n, rate in rates.items()],
-        [Column('name', ''), Column('rate', 'GFLOP/s', '.0f'), Column('share', 'of peak', '.2f')],
+        [
+            Column('name', ''),
+            Column('rate', 'GFLOP/s', '.0f'),
+            Column('share', 'fraction of peak', '.2f'),
+        ],
         f'f32, d = {config.width}, {config.layers} layers, batch {config.batch_size} x '
-        f'{config.length}, medians of {config.repeats} taken in turn',
+        f'{config.length}, medians of {config.repeats} interleaved runs',
     )
     names = {'matmul peak': 'matmul', 'training step': 'step', 'training step, PyTorch': 'torch'}
     return {
@@ -106,7 +110,7 @@ def _step(model: ModelConfig, config: Config) -> Callable[[], None]:
 
 
 def loss_memory(config: Config) -> dict[str, float]:
-    """Compiles loss and gradients at two vocabularies and prints the memory that each needs."""
+    """Compiles the loss and its gradients at two vocabulary sizes and prints their memory."""
     tokens = config.batch_size * config.length
     rows, peaks = [], []
     for vocab_size in (config.small_vocab, config.large_vocab):
@@ -125,11 +129,11 @@ def loss_memory(config: Config) -> dict[str, float]:
         Column('peak', 'peak MB', '.1f'),
         Column('table', 'table MB', '.1f'),
         Column('temp', 'temporaries MB', '.1f'),
-        Column('logits', 'all logits would be MB', '.1f'),
+        Column('logits', 'MB of all logits', '.1f'),
     ]
     report.table(rows, columns, f'loss and gradients of {tokens} tokens, d = {config.width}')
     (small, small_table), (large, large_table) = peaks
-    # the table and its gradient are there whatever the loss does
+    # subtract the table and its gradient, which any loss needs
     ratio = (large - 2 * large_table) / (small - 2 * small_table)
     return {
         report.key('peak_mb', 'loss', vocab_size=config.small_vocab): small / 1e6,

@@ -1,4 +1,4 @@
-"""The timed model and its AdamW step in PyTorch, for comparison where torch is installed."""
+"""The same model and AdamW step in PyTorch, for comparison where torch is installed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from lm.model.config import Config as ModelConfig
 
 
 class Block(nn.Module):
-    """RMSNorm, causal attention with RoPE, gated MLP: as `lm.model.transformer.block`."""
+    """RMSNorm, causal attention with RoPE, gated MLP, as in `lm.model.transformer.block`."""
 
     def __init__(self, model: ModelConfig):
         super().__init__()
@@ -22,7 +22,7 @@ class Block(nn.Module):
         self.down = nn.Linear(model.d_ff, d, bias=False)
 
     def forward(self, x: Any, cos: Any, sin: Any) -> Any:
-        """Returns the stream after the block, `[B, L, D]`."""
+        """Returns the residual stream after the block, `[B, L, D]`."""
         b, l, d = x.shape
         qkv = self.qkv(self.norms[0](x)).view(b, l, 3, self.heads, d // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)

@@ -1,12 +1,12 @@
-"""Every attention kernel, compiled for TPUs by their own compiler and lowered for CUDA.
+"""Compiles every attention kernel for TPUs and lowers it for CUDA, without an accelerator.
 
     python -m experiments.run compile_attention
 
-Needs no accelerator; `make tpu` installs the compiler, libtpu. Prints compile time and memory of
-each kernel at real sizes (D 128, 32k keys) for v5e, v5p and v6e, and lowers the GPU kernels for
-CUDA. Fails where one of them does not compile. On 2 cores of an AMD EPYC virtual machine: about
-80 seconds. Expected: temporaries of 2 MiB or less for the kernels that read a cache, which is
-neither copied nor masked densely.
+`make tpu` installs the TPU compiler, libtpu. Prints compile time and memory of each kernel at real
+sizes (D 128, 32k keys) for v5e, v5p and v6e, and lowers the GPU kernels for CUDA. Fails if a kernel
+does not compile. On 2 cores of an AMD EPYC virtual machine: about 80 seconds. Expected: at most
+2 MiB of temporaries for the kernels that read a cache, since they neither copy it nor build a dense
+mask.
 """
 
 import dataclasses
@@ -17,17 +17,17 @@ Target = Literal['v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'cuda']
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is compiled.
+    """Targets, shapes and dtype.
 
     Attributes:
-      targets: TPU slices, of which one chip is compiled for, and `cuda`, which is only lowered for.
+      targets: TPU slices (kernels are compiled for one chip of each) and `cuda` (lowered only).
       batch_size, heads, kv_heads, channels: B, H, K and C.
-      queries: of training.
-      keys: of training and of the cache.
-      layers: of the stacked cache, one of which is read where it lies.
-      nodes: of the draft tree.
-      kept: blocks of 128 rows that `sparse_decode` keeps.
-      dtype: of queries, keys and values.
+      queries: number of queries in training.
+      keys: number of keys in training and in the cache.
+      layers: number of layers in the stacked cache; kernels read one of them in place.
+      nodes: number of nodes of the draft tree.
+      kept: number of blocks of 128 rows that `sparse_decode` reads.
+      dtype: dtype of queries, keys and values.
     """
 
     targets: tuple[Target, ...] = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'cuda')
@@ -44,7 +44,7 @@ class Config:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise ValueError(f'--heads {self.heads}: no multiple of --kv-heads {self.kv_heads}')
+            raise ValueError(f'--heads {self.heads}: not a multiple of --kv-heads {self.kv_heads}')
         if self.keys < max(self.queries, self.nodes, 128 * self.kept):
             raise ValueError(f'--keys {self.keys}: fewer than queries, nodes or kept rows')
 

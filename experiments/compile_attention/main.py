@@ -24,7 +24,7 @@ from lm.kernels.sparse import SparseIndex
 COLUMNS = [
     Column('kernel', ''),
     Column('target', ''),
-    Column('seconds', 'compiled in s', '.1f'),
+    Column('seconds', 'compile s', '.1f'),
     Column('arguments', 'arguments MiB', '.1f'),
     Column('temporaries', 'temporaries MiB', '.1f'),
     Column('calls', 'kernels', '.0f'),
@@ -36,7 +36,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
 
     Raises:
       ValueError: the compiler is not installed.
-      RuntimeError: a kernel was compiled without being a kernel.
+      RuntimeError: a compiled program contains no kernel.
     """
     del out
     rows = [row for target in config.targets for row in compile_for(config, target)]
@@ -59,7 +59,7 @@ def compile_for(config: Config, target: str) -> list[dict[str, Any]]:
     """Returns a row of the table for each kernel.
 
     Raises:
-      RuntimeError: a program holds no kernel of the target.
+      RuntimeError: a compiled program contains no kernel of the target.
     """
     sharding, name, use = None, 'triton', _any_gpu()
     if target != 'cuda':
@@ -73,7 +73,7 @@ def compile_for(config: Config, target: str) -> list[dict[str, Any]]:
 
 
 def _any_gpu() -> AbstractContextManager[Any]:
-    """Returns a context that lowers for a GPU, where there is none."""
+    """Returns a context in which code can be lowered for a GPU without having one."""
     device = AbstractDevice('NVIDIA H100', 1, 'gpu')
     mesh = mesh_lib.abstract(1, device=device)
     return jax.sharding.use_abstract_mesh(mesh)
@@ -99,14 +99,14 @@ def _compile(kernel, function, operands, target, sharding) -> dict[str, Any]:
             'calls': text.count('custom_call_target="tpu_custom_call"'),
         }
     if not row['calls']:
-        raise RuntimeError(f'{kernel} for {target}: compiled to XLA, no kernel is called')
+        raise RuntimeError(f'{kernel} for {target}: fell back to XLA, no kernel is called')
     row['seconds'] = time.monotonic() - begin
     print(f'{kernel} for {target}: {row["seconds"]:.1f} s', flush=True)
     return row
 
 
 def functions(config: Config, name: str) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Returns each kernel as a function of abstract arrays, and these."""
+    """Returns each kernel as a function, with its abstract operands."""
     b, h, n_kv, c = config.batch_size, config.heads, config.kv_heads, config.channels
     s, t = config.keys, config.nodes
     dtype = jnp.dtype(config.dtype)

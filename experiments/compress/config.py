@@ -1,11 +1,12 @@
-"""Compresses a file with a byte model: exact, streaming, readable with the same model alone.
+"""Compresses a file losslessly with a byte model, which is needed again to decompress it.
 
     python -m experiments.run compress FILE --model out/demo/ngram
     python -m experiments.run compress FILE --model out/pretrain-demo/bundle --to FILE.tess
 
-The model is an n-gram or a bundle over bytes. Memory does not grow with the file. On 2 cores an
-n-gram codes some hundred kB/s; a transformer's probabilities are floats, so that its file can be
-read only where they come out the same: on the same kind of machine, with the same versions.
+The model is an n-gram or a bundle over bytes. The file is streamed, so memory does not grow with
+its size. On 2 cores, an n-gram codes a few hundred kB/s. The probabilities of a transformer are
+floats, so its file can be decompressed only where they are bit-identical: on the same kind of
+machine, with the same versions.
 """
 
 import dataclasses
@@ -17,12 +18,12 @@ SUFFIX = '.tess'
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One file.
+    """Input, model and output.
 
     Attributes:
-      file: to compress.
+      file: the file to compress.
       model: folder of an n-gram or of a bundle over bytes.
-      to: the compressed file; FILE.tess if not given.
+      to: the compressed file; default FILE.tess.
     """
 
     file: tyro.conf.Positional[str] = tyro.MISSING

@@ -13,7 +13,7 @@ from tokenization.coding import container
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
-    """Writes the compressed file, whole or not at all; returns its rate."""
+    """Writes the compressed file atomically; returns its bits per byte and the throughput."""
     source = epath.Path(config.file)
     if source.is_dir():
         raise IsADirectoryError(f'{source}: is a folder; give a file')

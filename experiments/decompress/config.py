@@ -1,9 +1,9 @@
-"""Restores a file that `compress` made, with the model that it was made with.
+"""Decompresses a file made by `compress`, with the model that compressed it.
 
     python -m experiments.run decompress FILE.tess --model out/demo/ngram
 
-A file made with another model, a truncated or damaged one, and one whose probabilities come out
-differently on this machine are refused, each with its reason; nothing is left half-written.
+Refuses, with the reason, a file that was made with another model, is truncated or damaged, or whose
+probabilities differ on this machine. Never leaves a partial output.
 """
 
 import dataclasses
@@ -13,12 +13,12 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One file.
+    """Input, model and output.
 
     Attributes:
-      file: to restore.
-      model: folder of the n-gram or bundle that it was made with.
-      to: the restored file; FILE without its suffix if not given.
+      file: the compressed file.
+      model: folder of the n-gram or bundle that compressed it.
+      to: the decompressed file; default FILE without its suffix.
     """
 
     file: tyro.conf.Positional[str] = tyro.MISSING

@@ -1,4 +1,4 @@
-"""Restores one compressed file."""
+"""Decompresses one file."""
 
 import contextlib
 import time
@@ -16,18 +16,18 @@ from tokenization.coding import container
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
-    """Writes the restored file, whole or not at all; returns how fast that went.
+    """Writes the decompressed file atomically; returns the throughput.
 
     Raises:
-      ContainerError: the file cannot be restored exactly; says why.
+      ContainerError: the file cannot be restored exactly; the message gives the reason.
     """
     source = epath.Path(config.file)
     if config.to is None and not config.file.endswith(SUFFIX):
-        raise ValueError(f'{source}: does not end in {SUFFIX}; name the restored file with --to')
+        raise ValueError(f'{source}: does not end in {SUFFIX}; name the output file with --to')
     target = epath.Path(config.to or config.file.removesuffix(SUFFIX))
     partial = byte_models.atomically(target)
     with _naming(source), source.open('rb') as reader:
-        container.read_header(reader)  # a foreign file is refused before a model is loaded
+        container.read_header(reader)  # refuses other file formats before a model is loaded
     model = byte_models.open_byte_model(config.model)
     begin = time.monotonic()
     with _naming(source), source.open('rb') as reader:

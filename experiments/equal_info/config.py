@@ -1,18 +1,18 @@
-"""Bits per byte of one model size over bytes, BPE, arithmetic coding and Equal-Info windows.
+"""Bits per byte of one LM size over bytes, BPE, arithmetic coding and Equal-Info windows.
 
 Reproduces the comparison of Lester et al., Training LLMs over Neurally Compressed Text (TMLR
-12/2024), at sizes from two CPU cores upward. Each M2 gets the same training compute, that of
-`m2_train.steps` steps on raw bytes, output table included.
+12/2024), at sizes from two CPU cores upward. As in the paper, M1 is the byte model that compresses
+the text and M2 the language model trained on the result. Each M2 gets the training compute of
+`m2_train.steps` steps on raw bytes, including the output table.
 
     python -m experiments.run equal_info --scale demo        # 2 cores: about 10 minutes
     python -m experiments.run equal_info --scale cpu         # 2 cores: about 40 minutes, resumable
     python -m experiments.run equal_info --scale gpu         # one GPU: minutes
-    python -m experiments.run equal_info --data 'my/*.txt'   # one's own text
+    python -m experiments.run equal_info --data 'my/*.txt'   # your own text
 
-Expected on the standard library: over plain arithmetic coding M2 stays within 2% of uniform;
-over Equal-Info windows it falls at least 3% below uniform at `demo` and 10% at `cpu`. The README
-beside this file has the tables. `paper` holds the paper's own sizes, for a TPU slice; it is
-type-checked, not run.
+Expected on the standard library: over plain arithmetic coding, M2 stays within 2% of uniform; over
+Equal-Info windows, it falls at least 3% below uniform at `demo` and 10% at `cpu`. README.md has the
+tables. `paper` has the paper's sizes, for a TPU slice; it is type-checked, not run.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from lm.training.train import TrainConfig
 
 
 def _model(width: int, layers: int, hidden: int, max_length: int) -> ModelConfig:
-    """ReLU as in the paper; it, heads of 64 channels and unrolled layers are fast on a CPU."""
+    """ReLU as in the paper. ReLU, heads of 64 channels and unrolled layers are fast on a CPU."""
     return ModelConfig(
         384, width, layers, width // 64, width // 64, 64, hidden, max_length=max_length,
         activation='relu', unroll=layers,
@@ -34,22 +34,22 @@ def _model(width: int, layers: int, hidden: int, max_length: int) -> ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One comparison.
+    """Corpus, codecs, models and training.
 
     Attributes:
-      data: glob of text files; the interpreter's standard library if not given.
+      data: glob of text files; default: the interpreter's standard library.
       tfds: name of a TFDS dataset with a text feature, instead of `data`.
-      fit_bytes: of training text that the n-gram, M1 and BPE are fitted to.
-      train_bytes: of training text that is encoded for the M2s.
-      held_out_bytes: of validation text, which picks the codec's model, and of test text, on which
-        everything is measured.
-      ngram_order: context bytes of the n-gram.
-      window_bytes: most bytes in a window, and what M1 reads before it is reset.
-      bpe_vocab_size: entries of the BPE vocabulary.
-      m1: the byte model that the codec may be compiled from, if it beats the n-gram.
-      m1_train: how it is trained.
-      m2: the model that is trained over each representation; its vocabulary follows from that.
-      m2_train: how; `steps` counts steps over bytes, and sets the compute of the other rows.
+      fit_bytes: bytes of training text for the n-gram, M1 and BPE.
+      train_bytes: bytes of training text that is encoded for the M2s.
+      held_out_bytes: bytes of validation text, used to select the codec's model, and bytes of test
+        text, used for all measurements.
+      ngram_order: context length of the n-gram, in bytes.
+      window_bytes: maximal bytes per window; M1 is reset after as many bytes.
+      bpe_vocab_size: size of the BPE vocabulary.
+      m1: the byte model M1; the codec is compiled from it if it beats the n-gram.
+      m1_train: training of M1.
+      m2: the model trained over each representation, which determines its vocabulary.
+      m2_train: training of M2; `steps` counts steps over bytes and sets the compute of all rows.
     """
 
     data: str | None = None
@@ -75,18 +75,18 @@ class Config:
                 raise ValueError(f'--{name}: {getattr(self, name)}; expected at least 1')
         if self.window_bytes >= self.m1.max_length:
             raise ValueError(
-                f'--window_bytes: {self.window_bytes}; expected less than the {self.m1.max_length} '
-                'positions that M1 is made for'
+                f'--window_bytes: {self.window_bytes}; expected less than {self.m1.max_length}, '
+                'the number of positions of M1'
             )
         if self.m1_train.length != self.window_bytes:
             raise ValueError(
                 f'--m1_train.length: {self.m1_train.length}; expected window_bytes = '
-                f'{self.window_bytes}: M1 is trained on what it reads between resets'
+                f'{self.window_bytes}: M1 is trained on the stretches between its resets'
             )
         if self.m2_train.length > self.m2.max_length or self.m2_train.length % 2:
             raise ValueError(
                 f'--m2_train.length: {self.m2_train.length}; expected an even number up to '
-                f'{self.m2.max_length}, the positions that M2 is made for'
+                f'{self.m2.max_length}, the number of positions of M2'
             )
 
 

@@ -23,12 +23,12 @@ from tokenization.tokenizer import Tokenizer
 
 _PAPER_RULE_BYTES = 50_000
 _BIT_ROWS = ('equal_info_16_256', 'equal_info_16_65k')
-_BIT_ROWS_PER_DEVICE = 2  # all logits of a row exist at once
+_BIT_ROWS_PER_DEVICE = 2  # few, since all logits of a row are in memory at once
 _BIT_BATCHES = 32
 
 
 def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
-    """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
+    """Runs the whole comparison, resuming from `out`; returns flat metrics."""
     begin = time.monotonic()
     console = Console()
     language_model.check(config.m1, config.m1_train, mesh, 'm1_train')
@@ -134,9 +134,9 @@ def compare(
 
 
 def accuracy_by_bit(fitted: Fitted, batches, mesh: Mesh) -> list[float]:
-    """Returns how often the likelier value of each of a window's 16 bits is right.
+    """Returns the accuracy of M2's prediction of each of a window's 16 bits.
 
-    With 8-bit tokens a window is two tokens, the first at even positions of its document.
+    With 8-bit tokens, a window is two tokens; the first is at an even position of its document.
     """
     bits = 16 if fitted.config.vocab_size > 1 << 16 else 8
 
@@ -160,13 +160,13 @@ def accuracy_by_bit(fitted: Fitted, batches, mesh: Mesh) -> list[float]:
 def show(
     rows: dict[str, dict[str, float]], paper_rule: float, ngram_bits: float, out: epath.Path
 ) -> None:
-    """Prints the table and what it shows, and saves both as Markdown."""
+    """Prints the table and the findings, and saves both as Markdown."""
     title = 'Bits per byte over neurally compressed text'
     table_rows = results.table_rows(rows)
     notes = [
         *results.FOOTNOTES,
-        f"windows that the paper's literal closing rule decodes: {paper_rule:.1%}",
-        f'for scale: the n-gram by itself, over whole documents: {ngram_bits:.3f} bits per byte',
+        f"windows decoded correctly under the paper's literal closing rule: {paper_rule:.1%}",
+        f'for comparison: the n-gram alone, over whole documents: {ngram_bits:.3f} bits per byte',
         *results.claims(rows),
     ]
     report.table(table_rows, results.COLUMNS, title, notes)

@@ -1,4 +1,4 @@
-"""What can be said of a representation before any model is trained over it."""
+"""Metrics of a representation that need no model trained over it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,12 +15,12 @@ _REPEATS = 3
 
 
 class Encoded(NamedTuple):
-    """A tokenizer's ids of held-out documents, and what they show.
+    """A tokenizer's ids of held-out documents, with metrics.
 
     Attributes:
       ids: per document.
       metrics: `bytes_per_token`, `uniform_bits_per_byte`, `encode_mb_per_s`, `decode_mb_per_s`
-        and `round_trip_fraction`, the share of documents that come back as they were.
+        and `round_trip_fraction`, the fraction of documents that decode to the original.
     """
 
     ids: list[np.ndarray]
@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
 
 
 def encoded(tokenizer: Tokenizer, documents: Sequence[bytes]) -> Encoded:
-    """Encodes and decodes held-out documents, with a clock running."""
+    """Encodes and decodes held-out documents, timing both."""
     n_bytes = sum(map(len, documents))
     encode_seconds, ids = median_seconds(lambda: tokenizer.encode_batch(documents))
     decode_seconds, texts = median_seconds(lambda: tokenizer.decode_batch(ids))
@@ -47,9 +47,9 @@ def encoded(tokenizer: Tokenizer, documents: Sequence[bytes]) -> Encoded:
 
 
 def median_seconds(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Returns the median time of a few calls, after one that compiles, and the last result.
+    """Returns the median seconds of a few calls, after one warm-up call, and the last result.
 
-    A call that takes long is not repeated.
+    A long call is not repeated.
     """
     result = run()
     seconds: list[float] = []
@@ -63,7 +63,7 @@ def median_seconds(run: Callable[[], Any]) -> tuple[float, Any]:
 def unigram_bits_per_byte(
     train_ids: Sequence[np.ndarray], ids: Sequence[np.ndarray], vocab_size: int, n_bytes: int
 ) -> float:
-    """Returns the cost of held-out ids under the frequencies of training ids, plus one each."""
+    """Returns the unigram cost of held-out ids under add-one-smoothed counts of training ids."""
     counts = np.ones(vocab_size)
     for document in train_ids:
         counts += np.bincount(document, minlength=vocab_size)
@@ -74,9 +74,10 @@ def unigram_bits_per_byte(
 def paper_rule_round_trip(
     model: NextByteModel, documents: Sequence[bytes], window_bytes: int
 ) -> float:
-    """Returns the share of 16-bit windows, closed by the paper's literal rule, that decode.
+    """Returns the fraction of 16-bit windows under the paper's literal rule that decode correctly.
 
-    Each window is decoded by itself, to the longest string with its padded code (P1, D.5).
+    Each window is decoded independently, to the longest string with its padded code (Lester et al.,
+    D.5).
     """
     config = windows.WindowConfig(16, 'paper', 'every', window_bytes)
     encoded = windows.encode(model, documents, config)

@@ -27,12 +27,12 @@ BYTES = 256
 
 
 class FirstModels(NamedTuple):
-    """The models that a codec may be compiled from.
+    """The candidate models for the codec.
 
     Attributes:
       ngram: the byte n-gram.
       candidates: the n-gram and M1 as next-byte models, `ngram` and `m1`.
-      bits: bits per byte of each on validation text, reset every `window_bytes`.
+      bits: each candidate's bits per byte of validation text, with a reset every `window_bytes`.
     """
 
     ngram: NGram
@@ -47,12 +47,12 @@ def first_models(
     out: epath.Path,
     mesh: Mesh,
 ) -> FirstModels:
-    """Counts the n-gram, trains M1, measures both as a codec uses them, and saves both."""
+    """Counts the n-gram and trains M1; evaluates both with window resets, and saves both."""
     counted = ngram.count(train, config.ngram_order)
     if processes.is_first():
         counted.save(out / 'ngram')
     size = config.window_bytes
-    # Rows of one piece each, all starting with BOS: the state that a window's reset leaves.
+    # One piece per row, each after BOS: the state of M1 after a window's reset.
     full = [piece for piece in pieces(train, size) if len(piece) == size]
     m1 = language_model.fit(
         config.m1, config.m1_train, full, BYTES, out / 'm1', mesh, 'M1 over bytes'
@@ -66,8 +66,8 @@ def first_models(
     }
     metrics = {'bits_per_byte_reset': bits['m1']}
     bundle.save(out / 'bundles' / 'm1', m1.config, m1.params, ByteTokenizer(), BYTES, metrics)
-    # Each process codes with a whole copy on one device: float sums, and so the codes, would
-    # depend on the mesh.
+    # Each process codes with a full copy on one device: on a mesh, the order of float sums, and so
+    # the codes, would depend on its shape.
     whole = jax.tree.map(processes.whole, m1.params)
     candidates = {
         'ngram': counted.model(),
@@ -77,7 +77,7 @@ def first_models(
 
 
 def pieces(documents: Sequence[bytes], size: int) -> list[np.ndarray]:
-    """Cuts documents into arrays of `size` bytes; the last one of each may be shorter."""
+    """Cuts documents into arrays of `size` bytes; the last piece of a document may be shorter."""
     return [
         np.frombuffer(document[i : i + size], np.uint8).astype(np.int32)
         for document in documents
@@ -88,9 +88,9 @@ def pieces(documents: Sequence[bytes], size: int) -> list[np.ndarray]:
 def padded_batches(
     rows: Sequence[np.ndarray], length: int, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields batches of one byte string per row, each after BOS; padding has weight 0.
+    """Yields batches with one byte string per row, each after BOS; padding has weight 0.
 
-    Of several processes each gets its own rows of a batch.
+    In a multi-process run, each process gets its own rows of a batch.
     """
     for i in range(0, len(rows), batch_size):
         targets = np.zeros((batch_size, length), np.int32)
@@ -116,7 +116,7 @@ def second_model(
 
 
 def same_compute(config: Config, vocab_size: int) -> TrainConfig:
-    """Returns the run over `vocab_size` ids that costs what `m2_train` costs over bytes."""
+    """Returns a training config over `vocab_size` ids with the compute of `m2_train` over bytes."""
     run = config.m2_train
     flops = [
         params.flops_per_token(language_model.with_vocabulary(config.m2, size), run.length)

@@ -10,9 +10,9 @@ from experiments import plots, report
 from experiments.report import Column
 from lm.training import metrics as metrics_lib
 
-# Rows, their names for people, and the paper's figures at 25m: bits per byte and bytes per token
-# (P1, tables 1 and 15). The paper has no Tunstall row, and no bits per byte for AC beyond its
-# uniform rate, which its model did not fall below.
+# Row -> display name, and the paper's figures at 25m: bits per byte and bytes per token (Lester et
+# al., tables 1 and 15). The paper has no Tunstall row; for arithmetic coding, its figure is the
+# uniform rate, which its model did not improve on.
 ROWS = {
     'bytes': ('bytes', 1.29, 1.00),
     'bpe': ('BPE', 1.12, 4.28),
@@ -41,21 +41,21 @@ COLUMNS = (
 )
 
 FOOTNOTES = (
-    'uniform, unigram, M2: bits per byte of held-out text, from ids at equal odds, at their '
-    'frequencies in training text, and from the trained model. gain: M2 below uniform.',
-    'MFLOP/B: 2 per body weight and token, token tables not counted, as in the paper. AC runs its '
-    'first model at both ends, but that is an n-gram: look-ups, no FLOPs. EI, delay and Tunstall '
-    'are compiled: no model runs.',
-    'read MB: text that M2 saw in training. Every M2 had the same training compute, output tables '
-    'counted, so large vocabularies read less.',
-    'exact: share of held-out documents that decode to what was encoded.',
+    'uniform, unigram, M2: bits per byte of held-out text under a uniform distribution of ids, '
+    'under their frequencies in the training text, and under M2. gain: M2 below uniform.',
+    'MFLOP/B: 2 FLOPs per body weight and token, without token tables, as in the paper. AC '
+    '(arithmetic coding) runs M1 on both sides, but here M1 is an n-gram: look-ups, no FLOPs. EI '
+    '(Equal-Info), delay and Tunstall are compiled and run no model.',
+    'read MB: text that M2 saw in training. Every M2 had the same training compute, including the '
+    'output table, so M2s with large vocabularies read less.',
+    'exact: fraction of held-out documents that decode to the original.',
     'paper: 25m parameters, 26B tokens of C4; its BPE row is SentencePiece Unigram with 32k '
-    'pieces, its AC row the uniform rate that no model fell below.',
+    'pieces; its AC row is the uniform rate, which no model improved on.',
 )
 
 
 def table_rows(rows: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Returns the rows as `report.table` wants them, with the paper's figures beside."""
+    """Returns the rows for `report.table`, with the paper's figures."""
     result = []
     for key, metrics in rows.items():
         name, paper_bits, paper_bytes = ROWS[key]
@@ -74,7 +74,7 @@ def table_rows(rows: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
 
 
 def claims(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Says of each claim of the paper whether these rows show it."""
+    """Returns one line per finding of the paper: whether these rows reproduce it."""
 
     def below(row):
         return 1 - rows[row]['bits_per_byte'] / rows[row]['uniform_bits_per_byte']
@@ -94,7 +94,7 @@ def claims(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
         line('16-bit tokens beat 8-bit tokens over the same windows',
              bits('equal_info_16_65k') < bits('equal_info_16_256'),
              f'{bits("equal_info_16_65k"):.3f} and {bits("equal_info_16_256"):.3f}'),
-        line('over 16-bit tokens M2 learns more than their frequencies',
+        line('over 16-bit tokens, M2 beats their unigram frequencies',
              bits('equal_info_16_65k') < rows['equal_info_16_65k']['unigram_bits_per_byte'],
              f'{bits("equal_info_16_65k"):.3f}, unigram '
              f'{rows["equal_info_16_65k"]["unigram_bits_per_byte"]:.3f}'),
@@ -120,7 +120,7 @@ def plot(out: epath.Path, rows: Mapping[str, Mapping[str, float]], by_bit: Mappi
     curves = {}
     for key, metrics in rows.items():
         records = metrics_lib.read_jsonl(out / 'm2' / key / 'metrics.jsonl')
-        records = records[1:] or records  # the first step, untrained, would set the scale
+        records = records[1:] or records  # the untrained first step would dominate the scale
         bits = (
             np.array([r['nats_per_token'] for r in records])
             / np.log(2)
@@ -135,8 +135,8 @@ def plot(out: epath.Path, rows: Mapping[str, Mapping[str, float]], by_bit: Mappi
     plots.curves(
         out / 'accuracy_by_bit.png',
         {ROWS[key][0]: (list(range(1, 17)), list(by_bit[key])) for key in by_bit},
-        title='How often M2 guesses a bit of a window', x_label='bit of the 16-bit window',
-        y_label='accuracy given the bits before it (chance: 0.5)', markers=True,
+        title='Accuracy of M2 by bit of a window', x_label='bit of the 16-bit window',
+        y_label='accuracy given the previous bits (chance: 0.5)', markers=True,
     )  # fmt: skip
 
 

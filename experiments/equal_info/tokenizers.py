@@ -20,8 +20,8 @@ from tokenization.vocabularies.byte import ByteTokenizer
 
 
 class Codec(NamedTuple):
-    """A canonical codec of 16-bit tokens, the model it was compiled from, and how long its tokens
-    are on validation text."""
+    """A canonical codec of 16-bit tokens, the model it was compiled from, and its mean bytes per
+    token on validation text."""
 
     model: NextByteModel
     tokenizer: EqualInfoTokenizer
@@ -42,7 +42,7 @@ def compiled(config: Config, first: FirstModels, valid: Sequence[bytes]) -> dict
 def build(
     config: Config, first: FirstModels, codec: Codec, train: Sequence[bytes], out: epath.Path
 ) -> dict[str, Tokenizer]:
-    """Returns the tokenizer of each row; what an earlier run saved under `out` is loaded."""
+    """Returns the tokenizer of each row, loading those that an earlier run saved in `out`."""
     in_bytes = dataclasses.replace(codec.tokenizer, bits_per_token=8)
     size = config.window_bytes
     makers: dict[str, Callable[[], Tokenizer]] = {

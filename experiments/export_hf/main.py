@@ -16,7 +16,7 @@ from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
-    """Writes the checkpoint, whole or not at all; returns its size."""
+    """Writes the checkpoint atomically; returns its number of parameters and the seconds taken."""
     begin = time.monotonic()
     huggingface.check_replaceable(out)
     loaded = bundle.load(config.bundle)
@@ -44,7 +44,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
 
 
 def tokenizer_files(tokenizer: HuggingFaceTokenizer) -> dict[str, str]:
-    """Returns names and texts of the files that transformers reads a tokenizer from."""
+    """Returns the tokenizer files of a transformers checkpoint, name -> text."""
     source = tokenizer_json.parse(tokenizer.source)
     spelling = {i: piece for piece, i in source.pieces.items()}
     spelling |= {token.id: token.content for token in source.added}

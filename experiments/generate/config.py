@@ -1,12 +1,12 @@
-"""Continues a prompt with any bundle, several tokens per pass; shows which of them were drafted.
+"""Continues a prompt with any bundle, with or without drafting; highlights the drafted tokens.
 
     python -m experiments.run generate --bundle out/speculative-demo/bundles/target \\
         --draft out/speculative-demo/bundles/draft_10 --drafter recursive --prompt 'def main('
     python -m experiments.run generate --bundle DIR --prompt "..." --drafter lookup
 
-Whatever the drafter, the text follows the law of plain sampling. The accepted tokens of each round
-are coloured, two colours in turn; the token that the target drew after them is plain. Without a
-terminal, the text alone is printed.
+With any drafter, the text has exactly the distribution of ordinary sampling. The accepted tokens of
+a round are coloured, in two alternating colours; the token that the target samples after them is
+plain. If the output is not a terminal, there are no colours.
 """
 
 import dataclasses
@@ -22,24 +22,24 @@ WITH_DRAFT_MODEL = ('chain', 'iid', 'recursive', 'recursive_branching', 'dynamic
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One text.
+    """The model, the prompt, and the options of drafting and sampling.
 
     Attributes:
       bundle: folder of the model.
-      prompt: what is continued.
-      drafter: how to draft; chain, iid, dynamic and the recursive ones need `draft`.
+      prompt: the text to continue.
+      drafter: drafting method; chain, iid, dynamic and the recursive ones need `draft`.
       draft: folder of a smaller bundle with the same tokenizer.
-      nodes: drafted nodes per pass of the target; `auto` measures once what passes cost here, and
-        takes the number that is worth most. Of a prime number `recursive` and `iid` make one chain.
-      exit_layers: of the model, run by an early exit.
-      longest: n-gram that lookup matches.
-      max_tokens: drawn at most.
-      temperature: divides the logits; 0 takes the most probable token.
-      draft_temperature: of the draft where `temperature` is 0.
+      nodes: drafted nodes per pass of the target. `auto` measures the cost of passes once on this
+        machine and takes the best number. With a prime number, `recursive` and `iid` draft a chain.
+      exit_layers: number of the model's layers that an early exit runs.
+      longest: longest n-gram that lookup matches.
+      max_tokens: maximal number of new tokens.
+      temperature: divides the logits; 0 is greedy decoding.
+      draft_temperature: temperature of the draft if `temperature` is 0.
       top_k: keeps the k most probable tokens.
       top_p: keeps the smallest set of most probable tokens whose mass reaches p.
-      stop: strings that end the text; they are printed. EOS of an imported tokenizer ends it, too.
-      seed: of the draws; the same seed gives the same text.
+      stop: strings that end the text, and are printed. The EOS of an imported tokenizer also does.
+      seed: random seed; the same seed gives the same text.
     """
 
     bundle: str = tyro.MISSING

@@ -1,4 +1,4 @@
-"""Streams one text, and says how fast it came."""
+"""Streams one continuation and reports its speed."""
 
 import functools
 import time
@@ -24,12 +24,12 @@ from experiments.speculative import drafters
 from experiments.speculative.drafters import Parts
 from lm.attention import ring
 
-_CALIBRATED_ROWS = 256  # of the cache, while passes are timed
-_RANKS = 8  # of candidates whose acceptance is assumed
+_CALIBRATED_ROWS = 256  # cache rows while passes are timed
+_RANKS = 8  # ranks of candidates with an assumed acceptance rate
 
 
 def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
-    """Prints prompt and continuation as it comes, then its speed; returns both figures."""
+    """Streams the prompt and its continuation, then prints the speed; returns the metrics."""
     sampler = Sampler(jnp.float32(config.temperature), config.top_k, config.top_p)
     sample.check(sampler)
     if not config.prompt:
@@ -50,7 +50,7 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
 
     def stream(row: int, tokens: np.ndarray) -> None:
         del row
-        if not clock.times:  # not before: what is wrong with the arguments is found by then
+        if not clock.times:  # the prompt is printed only now, once the arguments have been checked
             painter.plain(config.prompt)
         clock.tick(len(tokens))
         painter.round(tokens)
@@ -76,11 +76,11 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
 def make_drafter(
     config: Config, loaded: Loaded, sampler: Sampler, out: epath.Path, mesh: Mesh
 ) -> Drafter:
-    """Returns the drafter that the config asks for; `out` keeps what passes cost.
+    """Returns the drafter that the config selects; the measured cost curve is cached in `out`.
 
     Raises:
-      ValueError: it needs a draft model and has none, or cannot be made with these sizes.
-      FileNotFoundError: no bundle where `--draft` points.
+      ValueError: the draft model is missing, or the drafter does not support these sizes.
+      FileNotFoundError: there is no bundle at `--draft`.
     """
     if config.drafter == 'none':
         return plain()
@@ -95,7 +95,7 @@ def make_drafter(
 
 
 def _best_nodes(loaded: Loaded, out: epath.Path) -> int:
-    """Returns how many nodes are best drafted on this machine, at rates assumed for any text."""
+    """Returns the best number of draft nodes on this machine, at assumed acceptance rates."""
     lm, rows = for_decoding(loaded.model), min(loaded.config.max_length, _CALIBRATED_ROWS)
     about = {
         'cpu': report.environment()['cpu'], **report.devices(), 'rows': rows,
@@ -108,14 +108,14 @@ def _best_nodes(loaded: Loaded, out: epath.Path) -> int:
 
 
 def describe(tokens: int, rounds: int, tokens_per_s: float | None) -> str:
-    """Returns what is said of a text at its end."""
+    """Returns the line printed after a text."""
     speed = '' if tokens_per_s is None else f'{tokens_per_s:.0f} tokens/s, '
     efficiency = f'{tokens / rounds:.2f}'
     return f'{speed}block efficiency {efficiency}: {tokens} tokens in {rounds} passes of the model'
 
 
 class _Clock:
-    """Times rounds. The first one is left out: it waits for the compiler."""
+    """Times rounds, except the first, which includes compilation."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -127,7 +127,7 @@ class _Clock:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Tokens per second after the first round; None where there was no other."""
+        """Tokens per second after the first round; None if there was only one round."""
         if len(self.times) < 2:
             return None
         return self._tokens / (self.times[-1] - self.times[0])

@@ -1,18 +1,18 @@
-"""How a training step grows with its devices: loss, time, memory and what they send each other.
+"""Scaling of a training step over devices: loss, time, memory and communication.
 
     python -m experiments.run growth
     python -m experiments.run growth --abstract
     python -m experiments.run growth --preset llama3_8b --length 2048 --slices v5e:4x4 v5e:8x8
 
-Two tables. The first trains one small model over meshes of fake CPU devices, which share the
-machine's cores: it shows that the losses are the same, how memory falls, and which collectives XLA
-puts in; its times say what cutting costs, not what devices gain. The second asks the planner
-(`experiments/plan`) for slices of real chips: the TPU compiler (`make tpu`) compiles each step for
-the devices of the slice, on this CPU; `--abstract` only counts.
+Prints two tables. The first trains one small model on meshes of fake CPU devices, which share the
+machine's cores. It shows that the losses agree, how memory per device falls, and which collectives
+XLA inserts; its times show the overhead of sharding, not its speed-up. The second uses the planner
+(`experiments/plan`) for slices of real chips: the TPU compiler (`make tpu`) compiles each step on
+this CPU; with `--abstract`, costs are only estimated from the config.
 
-On 2 CPU cores: about 10 minutes, most of it the TPU compiler's; a few minutes with `--abstract`.
-Expected: losses equal to 1e-5, relative, and memory between steps on each device falling as
-1 / devices. A row that is done is kept in DIR: the same command goes on after it.
+On 2 CPU cores: about 10 minutes, mostly TPU compilation; a few minutes with `--abstract`. Expected:
+losses equal within 1e-5 relative, and memory between steps proportional to 1 / devices. Finished
+rows are saved in DIR; the same command resumes after them.
 """
 
 import dataclasses
@@ -26,19 +26,19 @@ RESUMES = True
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What is compared.
+    """Meshes, slices, models and sizes.
 
     Attributes:
-      meshes: of fake devices, as `--mesh` writes them; the first is what others are compared with.
-      small: the model that they train, a preset, in float32.
-      batch, small_length: rows over all devices, and tokens in a row.
-      steps: that are trained from the same start for the losses.
-      repeats: timed steps of each mesh, taken in turn with the first's; medians are reported.
-      preset: the model of the slices, as the planner trains it.
-      slices: of chips; the rows per chip stay the same.
-      rows_per_chip, length: of a step there.
-      model_ways: devices on the mesh axis `model` of the slices, each a row; the others on `data`.
-      abstract: count the slices' rows only; compile nothing for them.
+      meshes: meshes of fake devices, in the syntax of `--mesh`; the first is the reference.
+      small: preset of the model trained on them, in float32.
+      batch, small_length: rows over all devices, and tokens per row.
+      steps: training steps, from the same initial state, whose losses are compared.
+      repeats: timed steps of each mesh, interleaved with the reference; medians are reported.
+      preset: preset of the model planned for the slices.
+      slices: TPU slices; the number of rows per chip is constant.
+      rows_per_chip, length: rows per chip and tokens per row on the slices.
+      model_ways: sizes of the slices' mesh axis `model`, one table row each; the rest is `data`.
+      abstract: only estimate the costs of the slices; compile nothing for them.
     """
 
     meshes: tuple[str, ...] = (
@@ -62,7 +62,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f'--{name} {getattr(self, name)}: expected at least 1')
         if not self.meshes:
-            raise ValueError('--meshes: expected one at least')
+            raise ValueError('--meshes: expected at least one')
         if self.preset not in PRESETS:
             raise ValueError(f'--preset {self.preset!r}: there are {", ".join(PRESETS)}')
         for name in self.slices:

@@ -1,4 +1,4 @@
-"""One small model trained over meshes of fake CPU devices: the same losses, less on each device."""
+"""Trains one small model on meshes of fake CPU devices: equal losses, less memory per device."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from lm.training import optimizer, train
 
 
 class Made(NamedTuple):
-    """A compiled step for one mesh, and what it says of itself."""
+    """A compiled step for one mesh, with the compiler's analysis."""
 
     mesh: Mesh
     step: jax.stages.Compiled
@@ -33,22 +33,22 @@ class Made(NamedTuple):
 
 
 def model_config(config: Config) -> ModelConfig:
-    """Returns the small model in float32, so that losses may be compared to 1e-5."""
+    """Returns the small model in float32, so that losses can be compared within 1e-5."""
     return dataclasses.replace(PRESETS[config.small](), dtype='float32', param_dtype='float32')
 
 
 def devices(text: str) -> int:
-    """Returns how many devices a mesh such as `data=4,model=2` has."""
+    """Returns the number of devices of a mesh such as `data=4,model=2`."""
     return math.prod(int(part.partition('=')[2] or 1) for part in text.split(','))
 
 
 def compiler(config: Config) -> Callable[[str], Made]:
-    """Returns mesh -> its compiled step, each made once, at the first call."""
+    """Returns a function mesh -> compiled step, which compiles each mesh once."""
     count = max(map(devices, config.meshes))
 
     @functools.cache
     def make(text: str) -> Made:
-        # all devices, before any is used
+        # request the largest device count first: it cannot grow once a device is in use
         found = compile.devices(chips.parse(f'cpu:{count}'))[: devices(text)]
         mesh = mesh_lib.make(text, found)
         plan = PlanConfig(
@@ -64,12 +64,12 @@ def compiler(config: Config) -> Callable[[str], Made]:
 
 
 def row(config: Config, text: str, make: Callable[[str], Made]) -> dict[str, Any]:
-    """Trains on one mesh and, beside it, on the first one; returns what the table says of it.
+    """Trains on one mesh and on the reference mesh, interleaved; returns its table row.
 
     Args:
-      config: what is trained.
-      text: the mesh.
-      make: see `compiler`.
+      config: the experiment's config.
+      text: the mesh, such as `data=4,model=2`.
+      make: the result of `compiler`.
 
     Raises:
       ValueError: the rows do not divide over the mesh.
@@ -102,7 +102,7 @@ def row(config: Config, text: str, make: Callable[[str], Made]) -> dict[str, Any
 
 
 def named(collectives: Iterable[Collective]) -> str:
-    """Returns what runs in a step, as in `18 all-gather (data), 7 all-reduce (data+model)`."""
+    """Returns counts of a step's collectives: `18 all-gather (data), 7 all-reduce (data+model)`."""
     times: defaultdict[str, dict[str, int]] = defaultdict(dict)
     for one in collectives:
         times[one.kind][one.axis] = times[one.kind].get(one.axis, 0) + one.times
@@ -114,7 +114,7 @@ def named(collectives: Iterable[Collective]) -> str:
 
 
 def _start(config: Config, made: Made) -> Callable[[], float]:
-    """Returns what makes one step, from a start that all meshes share, and gives its loss."""
+    """Returns a function that runs one step and returns its loss; the initial state is shared."""
     model = model_config(config)
     state, batch = _state(model, made.mesh), _batch(config, model, made.mesh)
 

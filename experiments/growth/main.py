@@ -1,4 +1,4 @@
-"""Prints both tables, row by row as they are made."""
+"""Computes and prints both tables, saving each row when it is done."""
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ TOLERANCE = 1e-5
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
-    """Measures and plans what `out` does not hold yet; returns all metrics."""
+    """Computes the rows that `out` does not hold yet; returns all metrics."""
     wanted = [(name, ways) for name in config.slices for ways in config.model_ways]
     make = fake.compiler(config)
     trained: list[dict[str, Any]] = []
@@ -41,11 +41,11 @@ def show_trained(config: Config, rows: Sequence[dict[str, Any]]) -> dict[str, fl
     columns = [
         Column('mesh', 'mesh'),
         Column('devices', 'devices', 'd'),
-        Column('first_difference', 'loss differs by', '.1e'),
-        Column('difference', 'and after updates', '.1e'),
-        Column('ratio', 'time of a step', '.2f'),
+        Column('first_difference', 'loss difference, first step', '.1e'),
+        Column('difference', 'all steps', '.1e'),
+        Column('ratio', 'relative step time', '.2f'),
         Column('kept', 'MiB between steps', '.2f'),
-        Column('step', 'MiB more in a step', '.2f'),
+        Column('step', 'extra MiB in a step', '.2f'),
         Column('sent', 'MB sent', '.2f'),
         Column('collectives', 'collectives of a step (axis)'),
     ]
@@ -59,12 +59,12 @@ def show_trained(config: Config, rows: Sequence[dict[str, Any]]) -> dict[str, fl
         cells, columns,
         f'{config.small} in float32, {config.batch} x {config.small_length}, on fake CPU devices',
         [
-            report.claim(worst <= TOLERANCE, f'all losses of {config.steps} steps are those of '
+            report.claim(worst <= TOLERANCE, f'all losses of {config.steps} steps equal those of '
                          f'{config.meshes[0]} within {TOLERANCE:g}, relative; AdamW divides by the '
-                         'gradients\' size and so enlarges their rounding'),
-            f'time: beside a step of {config.meshes[0]} in the same process; devices share its '
+                         'size of the gradients, which amplifies rounding errors'),
+            f'step time: relative to {config.meshes[0]} in the same process; devices share its '
             f'cores ({rows[0]["ms"]:.1f} ms)',
-            'MiB: of one device, by memory_analysis; MB sent: by one device, by a ring',
+            'MiB: per device, from memory_analysis; MB sent: per device, with ring collectives',
         ],
     )  # fmt: skip
     names = {name: name for name in ('loss', 'kept_bytes', 'step_bytes', 'sent_bytes')}
@@ -86,13 +86,13 @@ def show_planned(config: Config, planned: Sequence[dict[str, Any]]) -> dict[str,
         Column('slice', 'slice'),
         Column('mesh', 'mesh'),
         Column('chips', 'chips', 'd'),
-        Column('kept', 'GiB kept', '.3f'),
-        Column('counted', 'GiB counted', '.2f'),
+        Column('kept', 'GiB between steps', '.3f'),
+        Column('counted', 'GiB estimated', '.2f'),
         Column('compiled', 'compiled', '.2f'),
-        Column('sent', 'GB sent counted', '.2f'),
+        Column('sent', 'GB sent estimated', '.2f'),
         Column('really', 'compiled', '.2f'),
         Column('compute', 'ms compute', '.1f'),
-        Column('network', 'send', '.1f'),
+        Column('network', 'network', '.1f'),
         Column('ms', 'step', '.1f'),
         Column('rate', 'tokens/s', '.0f'),
     ]
@@ -108,14 +108,14 @@ def show_planned(config: Config, planned: Sequence[dict[str, Any]]) -> dict[str,
     title = f'{config.preset}, training, {config.rows_per_chip} rows of {config.length} per chip'
     report.table(
         cells, columns, title,
-        ['of one chip; kept: between steps; compiled: by the TPU compiler',
-         'a step takes as long as the longest of computing, reading memory and sending, by the '
-         'planner\'s model; its own pages are in plans/'],
+        ['per chip; estimated: from the config alone; compiled: by the TPU compiler',
+         'step time: maximum of compute, memory and network time in the planner\'s model, whose '
+         'full output is in plans/'],
     )  # fmt: skip
     if any(row['collectives'] for row in rows):
         columns = [
             *columns[:2],
-            Column('collectives', 'GB that a chip sends, by collective (axis)'),
+            Column('collectives', 'GB sent per chip, by collective (axis)'),
         ]
         report.table(rows, columns, 'Collectives of the compiled steps')
     fields = ('kept_bytes', 'counted_bytes', 'compiled_bytes', 'counted_sent', 'compiled_sent',

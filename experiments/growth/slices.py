@@ -1,4 +1,4 @@
-"""The planner's answers for slices of growing size, at the same rows per chip."""
+"""The planner's results for slices of growing size, with a constant number of rows per chip."""
 
 import contextlib
 import re
@@ -16,10 +16,10 @@ _COLLECTIVE = re.compile(r'collectives/([\w-]+)/axis=([\w+]+)')
 
 
 def row(config: Config, name: str, ways: int, out: epath.Path) -> dict[str, Any]:
-    """Plans one slice; what the planner prints goes into a file below `out`.
+    """Plans one slice; the planner's output is written to a file below `out`.
 
     Raises:
-      ValueError: there is no compiler for the slice, or the rows do not divide over it.
+      ValueError: the slice's compiler is missing, or the rows do not divide over its devices.
     """
     count = chips.parse(name).devices
     mesh = f'data={count // ways}' + (f',model={ways}' if ways > 1 else '')
@@ -41,15 +41,15 @@ def row(config: Config, name: str, ways: int, out: epath.Path) -> dict[str, Any]
 
 
 def file_name(name: str, ways: int) -> str:
-    """Returns a slice and its mesh as the name of a file."""
+    """Returns a file name for a slice and its mesh."""
     return f'{name.replace(":", "_")}_model_{ways}'
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
     """Returns the cells of one row of the table from the planner's numbers.
 
-    A step takes as long as the longest of compute, memory traffic and what it sends: what was
-    compiled where it was, else what is counted.
+    The step time is the maximum of compute, memory and network time; the network time is that of
+    the compiled program if there is one, else the estimate.
     """
     sent = {k: v for k, v in found.items() if k.startswith('collective_bytes/')}
     counted = sum(v for k, v in found.items() if k.startswith('network_bytes/'))
@@ -84,7 +84,7 @@ def summary(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def named(found: dict[str, Any]) -> str:
-    """Returns kinds, axes and GB that a chip sends, the most first."""
+    """Returns kind, axis and GB sent per chip of each collective, largest first."""
     sent = {}
     for name in found:
         if match := _COLLECTIVE.fullmatch(name):

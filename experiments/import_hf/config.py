@@ -1,10 +1,11 @@
-"""Makes a bundle of a checkpoint of Hugging Face: Llama, Mistral, Qwen or Gemma in safetensors.
+"""Imports a Hugging Face checkpoint (Llama, Mistral, Qwen or Gemma, safetensors) as a bundle.
 
     python -m experiments.run import_hf FOLDER --out BUNDLE
     python -m experiments.run generate --bundle BUNDLE --prompt "The capital of France"
 
-FOLDER holds config.json, the weights, and tokenizer.json or tokenizer.model. What cannot be
-represented exactly is refused before any weight is read. `docs/models.md` has the families.
+FOLDER holds config.json, the weights, and tokenizer.json or tokenizer.model. A checkpoint that
+cannot be represented exactly is refused before any weight is read. `docs/models.md` lists the
+families.
 """
 
 import dataclasses
@@ -17,11 +18,12 @@ MAKES_OUT = True
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One checkpoint.
+    """The checkpoint and the dtype of the bundle.
 
     Attributes:
-      folder: of the checkpoint.
-      dtype: of the parameters; by default bfloat16 where all of the checkpoint's are, else float32.
+      folder: folder of the checkpoint.
+      dtype: dtype of the parameters; by default bfloat16 if the whole checkpoint is in bfloat16,
+        else float32.
     """
 
     folder: tyro.conf.Positional[str] = tyro.MISSING

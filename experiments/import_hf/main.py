@@ -13,11 +13,11 @@ from tokenization.huggingface import tokenizer as huggingface_tokenizer
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
-    """Writes the bundle, whole or not at all; returns its size.
+    """Writes the bundle atomically; returns its number of parameters and the seconds taken.
 
     Raises:
-      ValueError: the checkpoint or its tokenizer is damaged or cannot be represented, or the
-        tokenizer has more ids than the model's tables have rows.
+      ValueError: the checkpoint or its tokenizer is damaged or cannot be represented exactly, or
+        the tokenizer has more ids than the model's token tables have rows.
     """
     begin = time.monotonic()
     bundle.check_replaceable(out)
@@ -27,7 +27,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     if tokenizer.vocab_size > rows:
         raise ValueError(
             f'{config.folder}: its tokenizer has {tokenizer.vocab_size} ids, '
-            f'{tokenizer.added_bytes} of them for bytes that it lacked; the model has {rows} rows'
+            f'{tokenizer.added_bytes} of them for missing bytes; the model has {rows} rows'
         )
     model, params = huggingface.load(config.folder, dtype=config.dtype)
     bundle.save(out, model, params, tokenizer, tokenizer.special.get('bos'))

@@ -1,7 +1,8 @@
-"""The classical attack on a substitution cipher: frequencies first, then hill climbing on bigrams.
+"""Classical attack on a substitution cipher: frequency ranks, then hill climbing on bigrams.
 
-A key starts with symbols of equal frequency rank together; two symbols of it swap meanings
-wherever that makes the text's bigrams more probable, until no swap does (Jakobsen 1995).
+The initial key maps symbols to the plain symbols of the same frequency rank. The meanings of two
+symbols are swapped if that makes the text's bigrams more probable, until no swap does (Jakobsen
+1995).
 """
 
 import numba
@@ -10,11 +11,11 @@ import numpy as np
 from lm.data.documents import Documents
 
 _SMOOTHING = 0.1
-_SHUFFLED = 0.3  # share of a restart's key that is shuffled
+_SHUFFLED = 0.3  # fraction of the key that a restart shuffles
 
 
 def statistics(documents: Documents, symbols: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns log-probabilities `[V]` of symbols, and `[V, V]` of seconds after firsts."""
+    """Returns log-probabilities of symbols, `[V]`, and of a symbol given the previous, `[V, V]`."""
     bigrams = np.zeros((symbols, symbols))
     for i in range(len(documents)):
         ids = documents[i]
@@ -27,13 +28,13 @@ def statistics(documents: Documents, symbols: int) -> tuple[np.ndarray, np.ndarr
 def attack(
     cipher: np.ndarray, single_V: np.ndarray, bigram_VV: np.ndarray, climbs: int, seed: int
 ) -> dict[int, int]:
-    """Returns what each cipher symbol is taken for; the best key of several climbs.
+    """Returns the plain symbol inferred for each cipher symbol: the best key of several restarts.
 
     Args:
-      cipher: ids of the cipher text.
+      cipher: ids of the ciphertext.
       single_V, bigram_VV: see `statistics`.
-      climbs: restarts; the first from the frequencies alone.
-      seed: of the restarts.
+      climbs: number of restarts; the first starts from the frequency ranks, unshuffled.
+      seed: random seed of the restarts.
     """
     symbols = len(single_V)
     counts_V = np.bincount(cipher, minlength=symbols)
@@ -70,7 +71,7 @@ def _score(key, seen, counts_VV, bigram_VV):
 
 @numba.njit(cache=True)
 def _local(symbol, other, key, seen, counts_VV, bigram_VV):
-    """Sums the terms of the score in which one of two symbols stands."""
+    """Sums the terms of the score that involve either of two symbols."""
     total = 0.0
     for a in seen:
         for s in (symbol, other):
@@ -82,7 +83,7 @@ def _local(symbol, other, key, seen, counts_VV, bigram_VV):
 
 @numba.njit(cache=True)
 def _climb(key, seen, counts_VV, bigram_VV, order):
-    """Swaps meanings in place while any swap gains; returns the score."""
+    """Swaps meanings in place as long as a swap improves the score; returns the score."""
     improved = True
     while improved:
         improved = False

@@ -1,17 +1,17 @@
-"""Language models whose symbols have no fixed meaning, after Huang et al. 2023 (arXiv 2305.16349).
+"""Lexinvariant language models, without fixed embeddings (Huang et al. 2023, arXiv 2305.16349).
 
-A standard model and a lexinvariant one of the same size are trained on the same text, and compared
-by position; made to decipher substitution ciphers; asked for look-ups and permutations; and mixed,
-each symbol's row being random with probability p.
+A standard and a lexinvariant model of the same size are trained on the same text. They are compared
+by perplexity at each position, on substitution ciphers, and on look-up and permutation tasks. Mixed
+models, in which the row of each symbol is random with probability p, are compared too.
 
     python -m experiments.run lexinvariant                  # 2 cores: about 17 minutes, resumable
     python -m experiments.run lexinvariant --scale gpu
     python -m experiments.run lexinvariant --prose 'novels/*.txt' --code 'src/*.c'
     python -m experiments.run lexinvariant --model.no-induction-init --bpe-domains --probabilities
 
-Expected at `demo` on the standard library: a gap between perplexities that closes with the context,
-and several times as many look-ups as the standard model; no deciphering, and no gain from p. The
-README has the tables. `paper` holds the paper's sizes (150M parameters); it is type-checked only.
+Expected at `demo` on the standard library: a perplexity gap that closes with the context, and
+several times as many correct look-ups as the standard model; no deciphering, and no gain from p.
+README.md has the tables. `paper` has the paper's sizes (150M parameters); it is only type-checked.
 """
 
 import dataclasses
@@ -36,28 +36,28 @@ DOMAINS = ('prose', 'code')
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One comparison.
+    """Texts, models, training and evaluations.
 
     Attributes:
-      prose, code: globs of text files; by default the standard library's documentation strings
-        and comments, and what is left of its source without them.
-      kind: of the lexinvariant tables. The paper's are `gaussian`; `demo` has `permuted` ones,
-        whose rows a small model does not mistake for each other.
-      model: its shape; the vocabulary follows from the tokenizer. In `demo`, both models begin
-        with induction heads (`lm.model.induction`).
-      train: how each model is trained.
-      bpe_size: of the small BPE vocabulary; characters are the other one.
-      bpe_domains: on which models over BPE are trained.
-      probabilities: between 0 and 1, with which rows are random in the regularised models.
-      valid_bytes: of each domain's held-out text, evaluated at most.
-      probe_steps, probe_batch, probe_hidden: of the 2-layer network that reads hidden states.
-      ciphers: held-out texts that are deciphered.
-      contexts: after so many characters of cipher text, accuracy is reported.
-      climbs: restarts of the classical attack, whose best key counts.
-      queries: of each reasoning task.
-      pairs: of symbols, of which a look-up asks for one.
-      examples: of a permutation, before it is asked for.
-      symbols: that a permutation reorders.
+      prose, code: globs of text files; default: the standard library's documentation strings and
+        comments, and the rest of its source.
+      kind: kind of the lexinvariant tables. The paper's are `gaussian`; `demo` uses `permuted`,
+        whose rows are easier for a small model to tell apart.
+      model: the model's config; the tokenizer determines its vocabulary size. In `demo`, both
+        models are initialised with induction heads (`lm.model.induction`).
+      train: training of each model.
+      bpe_size: size of the small BPE vocabulary; characters are the other vocabulary.
+      bpe_domains: domains on which models over BPE are trained.
+      probabilities: values of p for the mixed models, between 0 and 1.
+      valid_bytes: maximal bytes of held-out text per domain.
+      probe_steps, probe_batch, probe_hidden: size and training of the 2-layer probe.
+      ciphers: number of held-out texts to decipher.
+      contexts: numbers of ciphertext characters at which accuracy is reported.
+      climbs: restarts of the classical attack; the best key counts.
+      queries: number of queries per reasoning task.
+      pairs: number of pairs in a look-up, which asks for one of them.
+      examples: number of examples of a permutation before the query.
+      symbols: number of symbols that a permutation reorders.
     """
 
     prose: str | None = None
@@ -101,7 +101,7 @@ class Config:
         require('symbols', self.symbols, 2 <= self.symbols <= 10, '2 to 10')
         require('pairs', self.pairs, self.pairs <= 31, 'at most 31')
         for p in self.probabilities:
-            require('probabilities', p, 0 < p < 1, 'between 0 and 1, which have rows of their own')
+            require('probabilities', p, 0 < p < 1, 'between 0 and 1, exclusive')
         require('contexts', self.contexts, bool(self.contexts), 'at least one')
         for n in self.contexts:
             require('contexts', n, 1 <= n <= self.train.length, f'at most {self.train.length}')
@@ -109,7 +109,7 @@ class Config:
             require('bpe_domains', name, name in DOMAINS, f'some of {", ".join(DOMAINS)}')
         require('bpe_size', self.bpe_size, self.bpe_size > 256, 'more than the 256 bytes')
         if not (self.model.tied and self.model.lexinvariant is None):
-            raise ValueError('--model: expected a tied one; its tables are set by the experiment')
+            raise ValueError('--model: expected tied tables; the experiment sets their kind')
 
 
 RESUMES = True

@@ -1,4 +1,4 @@
-"""A yardstick that the paper lacks: what counting alone makes of a text in unknown symbols."""
+"""A baseline that the paper lacks: n-gram counts of the text itself, its symbols unknown."""
 
 import collections
 
@@ -8,10 +8,11 @@ _ORDER = 2
 
 
 def nats(pieces_NL: np.ndarray, symbols: int, order: int = _ORDER) -> np.ndarray:
-    """Returns the mean loss at each position but the first, f64 `[L - 1]`, of counts so far.
+    """Returns the mean loss of counts so far at each position but the first, f64 `[L - 1]`.
 
-    Orders 0 to `order` are interpolated after Witten and Bell, from a uniform law over `symbols`.
-    Nothing is known but the text itself, so the loss is the same after any renaming of symbols.
+    Orders 0 to `order` are interpolated with Witten-Bell smoothing, starting from a uniform
+    distribution over `symbols`. Only the text itself is used, so the loss is invariant under any
+    permutation of the symbols.
     """
     return np.mean([_nats(piece_L.tolist(), symbols, order) for piece_L in pieces_NL], axis=0)[1:]
 
@@ -26,7 +27,7 @@ def _nats(piece: list[int], symbols: int, order: int) -> list[float]:
         p = 1 / symbols
         for context in contexts:
             counts = seen[context]
-            if counts:  # as much weight for what is new as there were new symbols so far
+            if counts:  # Witten-Bell: the weight of the lower order is the number of seen types
                 p = (counts[symbol] + len(counts) * p) / (counts.total() + len(counts))
         losses.append(-np.log(p))
         for context in contexts:

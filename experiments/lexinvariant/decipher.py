@@ -1,8 +1,8 @@
-"""Substitution ciphers, read from the hidden states of a frozen model.
+"""Deciphers substitution ciphers from the hidden states of a frozen model.
 
-Every text gets a random permutation of the alphabet. The frozen model reads the cipher text; a
-network of two layers, trained on other texts and keys, says from each hidden state which plain
-symbol its position stands for (Huang et al. 2023, section on deciphering).
+Each text is enciphered with a random permutation of the alphabet. The frozen model reads the
+ciphertext; a probe, a two-layer network trained on other texts and keys, predicts the plain symbol
+at each position from the hidden state (Huang et al. 2023, section on deciphering).
 """
 
 import functools
@@ -27,11 +27,11 @@ _AT_ONCE = 32
 
 
 class Reading(NamedTuple):
-    """What was read of ciphers.
+    """Enciphered texts and the probe's predictions.
 
     Attributes:
-      plain_NL, cipher_NL: the texts, ids.
-      logprob_NLV: what the probe says of each position's plain symbol.
+      plain_NL, cipher_NL: ids of the plaintexts and ciphertexts.
+      logprob_NLV: the probe's log-probabilities of the plain symbol at each position.
     """
 
     plain_NL: np.ndarray
@@ -40,7 +40,7 @@ class Reading(NamedTuple):
 
 
 def encipher(plain_NL: np.ndarray, symbols: int, seed: int) -> np.ndarray:
-    """Returns texts, each under a random permutation of its own of the alphabet."""
+    """Returns the texts, each enciphered with its own random permutation of the alphabet."""
     random = np.random.default_rng(seed)
     alphabets_NV = np.tile(np.arange(symbols, dtype=np.int32), (len(plain_NL), 1))
     keys_NV = random.permuted(alphabets_NV, axis=1)
@@ -48,7 +48,7 @@ def encipher(plain_NL: np.ndarray, symbols: int, seed: int) -> np.ndarray:
 
 
 def read(config: Config, fitted: Fitted, text: models.Text, label: str) -> Reading:
-    """Trains the probe on the frozen model, and reads held-out ciphers."""
+    """Trains the probe on the frozen model and applies it to held-out ciphers."""
     length, symbols = config.train.length, text.tokenizer.vocab_size
     known = domains.chunks(text.train, length, _TRAINING_PIECES)
     every = np.linspace(0, len(text.test_NL) - 1, min(config.ciphers, len(text.test_NL)))
@@ -107,16 +107,16 @@ def _train(config: Config, states, params: Params, known_NL: np.ndarray, symbols
 
 
 def accuracy(reading: Reading, context: int) -> float:
-    """Returns the share of positions in the second half of a context that are read rightly."""
+    """Returns the probe's accuracy in the second half of a context."""
     half = slice(context // 2, context)
     guess = reading.logprob_NLV[:, half].argmax(-1)
     return float((guess == reading.plain_NL[:, half]).mean())
 
 
 def recovered_keys(reading: Reading, context: int) -> list[dict[int, int]]:
-    """Returns of each text what each cipher symbol in its first `context` ones is taken for.
+    """Returns each text's key: the plain symbol inferred for each of its first cipher symbols.
 
-    A symbol's positions vote with their log-probabilities.
+    The first `context` positions are used; those of a symbol vote with their log-probabilities.
     """
     keys = []
     for cipher_L, logprob_LV in zip(reading.cipher_NL[:, :context], reading.logprob_NLV):
@@ -130,8 +130,8 @@ def recovered_keys(reading: Reading, context: int) -> list[dict[int, int]]:
 def key_recovery(
     keys: Sequence[dict[int, int]], reading: Reading, context: int
 ) -> tuple[float, float]:
-    """Returns two shares: of the symbols in contexts whose meaning is recovered, mean over texts;
-    and of the texts where that is every symbol."""
+    """Returns the fraction of recovered symbols in a context, averaged over texts, and the fraction
+    of texts whose key is recovered completely."""
     shares = []
     for key, plain_L, cipher_L in zip(keys, reading.plain_NL, reading.cipher_NL):
         truth = dict(zip(cipher_L[:context].tolist(), plain_L[:context].tolist()))
@@ -140,7 +140,7 @@ def key_recovery(
 
 
 def text_accuracy(keys: Sequence[dict[int, int]], reading: Reading, context: int) -> float:
-    """Returns the share of characters of contexts that keys turn back into the plain ones."""
+    """Returns the fraction of the contexts' characters that the keys decipher correctly."""
     right = [
         np.mean([key[c] == p for c, p in zip(cipher_L[:context].tolist(), plain_L.tolist())])
         for key, plain_L, cipher_L in zip(keys, reading.plain_NL, reading.cipher_NL)

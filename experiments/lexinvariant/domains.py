@@ -1,7 +1,7 @@
-"""Two kinds of text, in characters: what people write for people, and what they write for machines.
+"""Two domains of text, in characters: prose and code.
 
 The standard library holds both: documentation strings and longer comments are prose, the rest is
-code. Bytes that are not ASCII are left out, so that a character is a byte below 128.
+code. Non-ASCII bytes are dropped, so that a character is a byte below 128.
 """
 
 import inspect
@@ -20,14 +20,14 @@ _COMMENT = re.compile(rb'(?:^[ \t]*#.*\n){3,}', re.M)
 _MARK = re.compile(rb'^[ \t]*#+ ?', re.M)
 _NOT_ASCII = bytes(range(128, 256))
 _LEAST_BLOCK, _LEAST_DOCUMENT = 150, 500  # characters
-_LEAST_BLANKS = 0.1  # share of them in prose: tables and ASCII art have fewer
+_LEAST_BLANKS = 0.1  # minimal fraction of blanks in prose; tables and ASCII art have fewer
 
 
 def open_domains(config: Config) -> dict[str, Corpus]:
-    """Returns both corpora.
+    """Returns the corpora of both domains, by name.
 
     Raises:
-      ValueError: what `corpora.text_files` raises; or too little of a domain is there.
+      ValueError: as `corpora.text_files` does, or if there is too little text of a domain.
     """
     found = {}
     for name, pattern, take in zip(DOMAINS, (config.prose, config.code), (prose, code)):
@@ -39,13 +39,13 @@ def open_domains(config: Config) -> dict[str, Corpus]:
         if least <= config.train.length or not found[name].train:
             raise ValueError(
                 f'{source.name}: the longest held-out document of {name} has {least} characters; '
-                f'more than {config.train.length} are wanted'
+                f'expected more than {config.train.length}'
             )
     return found
 
 
 def prose(document: bytes) -> bytes:
-    """Returns the long strings and comments of Python source, a blank line between them."""
+    """Returns the long strings and comments of Python source, separated by blank lines."""
     strings = [match.group(2) for match in _STRING.finditer(document)]
     comments = [_MARK.sub(b'', found) for found in _COMMENT.findall(_STRING.sub(b'', document))]
     blocks = [inspect.cleandoc(block.decode('latin-1')) for block in strings + comments]
@@ -66,10 +66,10 @@ def _each(documents: Sequence[bytes], take) -> list[bytes]:
 
 
 def chunks(documents: Documents, length: int, count: int) -> np.ndarray:
-    """Returns pieces of documents, int32 `[at most count, length]`, spread evenly over them.
+    """Returns pieces, int32 `[at most count, length]`, spread evenly over the documents.
 
     Raises:
-      ValueError: no document is that long.
+      ValueError: no document has `length` ids.
     """
     starts = [
         (i, start)
@@ -78,7 +78,7 @@ def chunks(documents: Documents, length: int, count: int) -> np.ndarray:
     ]
     if not starts:
         raise ValueError(
-            f'no document has {length} tokens: give longer ones or less --train.length'
+            f'no document has {length} tokens: give longer documents or a smaller --train.length'
         )
     chosen = np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(int)
     pieces = [documents[i][start : start + length] for i, start in (starts[j] for j in chosen)]

@@ -1,4 +1,4 @@
-"""A cipher as it becomes legible: the cipher text, and below it what the model reads."""
+"""Draws a cipher and, below it, the model's reading of each character."""
 
 import matplotlib.backends.backend_agg
 import matplotlib.figure
@@ -13,7 +13,7 @@ _RIGHT, _WRONG, _CIPHER = plots.COLORS[0], plots.COLORS[1], '#999999'
 
 
 def draw(path: epath.PathLike, readings: dict[str, Reading], row: int) -> None:
-    """Saves a picture of one text: its cipher, and each model's reading of every position."""
+    """Saves a picture of one text: the ciphertext, and each model's reading at every position."""
     length = next(iter(readings.values())).plain_NL.shape[1]
     lines = -(-length // _LINE)
     rows = lines * (len(readings) + 2)
@@ -33,7 +33,7 @@ def draw(path: epath.PathLike, readings: dict[str, Reading], row: int) -> None:
             _write(axes, top + 1 + i, name, read, reading.plain_NL[row, part])
     figure.suptitle(
         'Reading a substitution cipher, character by character\n'
-        'blue: read rightly from what came before; orange: wrongly',
+        'blue: read correctly from the preceding text; orange: incorrectly',
         x=0.01, ha='left', fontsize=11, fontweight='bold',
     )  # fmt: skip
     plots.save(path, figure)
@@ -48,7 +48,7 @@ def _write(axes, y: float, name: str, ids: np.ndarray, truth: np.ndarray | None)
 
 
 def shown(symbol: int) -> str:
-    """Returns a character that stands for an id below 128, blanks and controls included."""
+    """Returns a printable character for an id below 128, also for blanks and controls."""
     if symbol == ord(' '):
         return '␣'
     if symbol < 32 or symbol == 127:

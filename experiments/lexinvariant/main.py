@@ -1,4 +1,4 @@
-"""Trains the models, and asks them for text, ciphers and look-ups."""
+"""Trains the models and evaluates them on text, ciphers and reasoning tasks."""
 
 import functools
 import time
@@ -28,7 +28,7 @@ from lm.training.metrics import ProgressLine
 
 
 def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
-    """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
+    """Runs the whole comparison, resuming from `out`; returns flat metrics."""
     begin = time.monotonic()
     language_model.check(config.model, config.train, mesh, 'train')
     found = domains.open_domains(config)
@@ -76,7 +76,7 @@ def _curve(fitted: Fitted, text: Text, config: Config, mesh: Mesh) -> dict[str, 
 def _ciphers(
     config: Config, fitted: dict[Name, Fitted], text: Text, out: epath.Path, mesh: Mesh
 ) -> list[dict[str, Any]]:
-    """Returns a row per model and context, the classical attack last; draws one text."""
+    """Returns one row per model and context, the classical attack last; draws one text."""
 
     def read() -> list[dict[str, Any]]:
         with jax.set_mesh(mesh):
@@ -121,7 +121,7 @@ def _classical(config: Config, reading: decipher.Reading, text: Text) -> list[di
 def _regularised(
     config: Config, fitted: Fitted, texts: dict[tuple[str, str], Text], mesh: Mesh
 ) -> dict[str, float]:
-    """Returns bits per byte of both domains, and accuracies of the tasks."""
+    """Returns each mixed model's bits per byte on both domains, and its task accuracies."""
     rested = models.at_rest(fitted)
     found = {}
     for domain in domains.DOMAINS:

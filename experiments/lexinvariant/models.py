@@ -1,4 +1,4 @@
-"""The models that are compared: one loop and one body, and four ways to make the table."""
+"""The compared models: the same body and training loop, with different token tables."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,11 +29,11 @@ from tokenization.vocabularies.alphabet import CharacterTokenizer
 from tokenization.vocabularies.bpe import BPETokenizer
 
 CHARACTERS, BPE = 'characters', 'bpe'
-STANDARD, LEXINVARIANT = 0.0, 1.0  # probabilities of a row to be random
+STANDARD, LEXINVARIANT = 0.0, 1.0  # probability p that a row is random
 
 
 class Name(NamedTuple):
-    """A model: its tokenizer, the domain it read, and the probability that a row is random."""
+    """Identifies a model: its tokenizer, training domain, and the probability of random rows."""
 
     tokenizer: str
     domain: str
@@ -41,18 +41,18 @@ class Name(NamedTuple):
 
     @property
     def folder(self) -> str:
-        """For its files."""
+        """Name of the model's folder."""
         return f'{self.tokenizer}_{self.domain}_{self.probability:g}'
 
 
 class Text(NamedTuple):
-    """A domain as ids of one tokenizer.
+    """The text of one domain, encoded with one tokenizer.
 
     Attributes:
       tokenizer: see `Tokenizer`.
       train: documents.
-      test_NL: pieces of held-out documents, one id longer than what is read of them. They begin
-        anywhere, as most rows of training do, and so without BOS.
+      test_NL: pieces of held-out documents, one id longer than the model's input. They begin
+        anywhere in a document, as most training rows do, and therefore have no BOS.
     """
 
     tokenizer: Tokenizer
@@ -61,7 +61,7 @@ class Text(NamedTuple):
 
 
 def wanted(config: Config) -> list[Name]:
-    """Returns the models to train: pairs for each text, and the regularised ones on prose."""
+    """Returns the models to train: a pair for each text, and the mixed models on prose."""
     pairs = [(CHARACTERS, 'prose'), (CHARACTERS, 'code'), *((BPE, d) for d in config.bpe_domains)]
     both = [Name(*pair, p) for pair in pairs for p in (STANDARD, LEXINVARIANT)]
     return both + [Name(CHARACTERS, 'prose', p) for p in config.probabilities]
@@ -70,7 +70,7 @@ def wanted(config: Config) -> list[Name]:
 def texts(
     config: Config, domains: dict[str, Corpus], names: Sequence[Name], out: epath.Path
 ) -> dict[tuple[str, str], Text]:
-    """Returns each domain in each tokenizer that a model reads it in."""
+    """Returns each (domain, tokenizer) that a model needs, encoded."""
     found = {}
     for tokenizer_name, domain in dict.fromkeys((n.tokenizer, n.domain) for n in names):
         corpus = domains[domain]
@@ -82,7 +82,7 @@ def texts(
             tokenizer, corpus.train, out / 'encoded' / f'{tokenizer_name}_{domain}', 'encoding'
         )
         length = config.train.length + 1
-        domains_lib.chunks(encoded, length, 1)  # or there would be none to train a probe with
+        domains_lib.chunks(encoded, length, 1)  # fails early if no text is long enough for a probe
         ids = tokenizer.encode_batch(corpus.test)
         pieces_NL = domains_lib.chunks(ids, length, max(config.valid_bytes // length, 1))
         found[tokenizer_name, domain] = Text(tokenizer, encoded, pieces_NL)
@@ -90,13 +90,13 @@ def texts(
 
 
 def model_config(config: Config, probability: float) -> ModelConfig:
-    """Returns the shape of a model whose rows are random with this probability."""
-    law = Lexinvariant(config.kind, probability) if probability else None
-    return dataclasses.replace(config.model, lexinvariant=law)
+    """Returns the config of a model whose rows are random with this probability."""
+    drawn = Lexinvariant(config.kind, probability) if probability else None
+    return dataclasses.replace(config.model, lexinvariant=drawn)
 
 
 def fit(config: Config, name: Name, text: Text, out: epath.Path, mesh: Mesh) -> Fitted:
-    """Trains a model, or resumes, or loads it; leaves a bundle."""
+    """Trains a model (resuming if possible) and saves a bundle, or loads the saved one."""
     path, size = out / 'bundles' / name.folder, text.tokenizer.vocab_size
     if (path / 'config.json').exists():
         loaded = bundle.load(path, mesh)
@@ -109,24 +109,24 @@ def fit(config: Config, name: Name, text: Text, out: epath.Path, mesh: Mesh) -> 
 
 
 def at_rest(fitted: Fitted) -> Fitted:
-    """Returns a regularised model as it is used: with its learned rows, as dropout is left out."""
-    law = fitted.config.lexinvariant
-    if law is None or not law.partial:
+    """Returns a mixed model with its learned rows only, as dropout is disabled at evaluation."""
+    drawn = fitted.config.lexinvariant
+    if drawn is None or not drawn.partial:
         return fitted
     return fitted._replace(config=dataclasses.replace(fitted.config, lexinvariant=None))
 
 
 def hidden(params: Params, config: ModelConfig, tokens_BL: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns hidden states `[B, L, D]` of rows of one text each, tables drawn where they are."""
+    """Returns hidden states `[B, L, D]`, one text per row; lexinvariant tables are drawn here."""
     key_B = lexinvariant.sequence_keys(key, len(tokens_BL))
     own = lexinvariant.with_tables(params, lexinvariant.drawn_for(params, config, key_B))
     return transformer.read(own, config, contract.chain(tokens_BL)).h_BTD
 
 
 def nats_by_position(fitted: Fitted, text: Text, batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Returns the mean loss in nats at each position of held-out texts, f64 `[L]`.
+    """Returns the mean loss at each position of held-out texts, in nats, f64 `[L]`.
 
-    At position 0 one id is known, that before it. Each batch has tables of its own.
+    At position 0 the context is one id. New tables are drawn for each batch.
     """
     n, length = text.test_NL.shape[0], text.test_NL.shape[1] - 1
 
@@ -151,14 +151,14 @@ def nats_by_position(fitted: Fitted, text: Text, batch_size: int, mesh: Mesh) ->
             }
             key = jax.random.fold_in(jax.random.key(1), start)
             nats_L = total(fitted.params, train.put(language_model.own_rows(batch), mesh), key)
-            # positions lie as `train.put` laid them
+            # `train.put` put positions in zigzag order
             nats_L = zigzag.undo(processes.whole(nats_L), mesh.shape['sequence'], axis=0)
             sum_L += nats_L.astype(np.float64)
     return sum_L / n
 
 
 def bytes_by_position(text: Text) -> np.ndarray:
-    """Returns the mean number of bytes at each position of held-out texts, f64 `[L]`."""
+    """Returns the mean number of bytes per token at each position of held-out texts, f64 `[L]`."""
     tokenizer = text.tokenizer
     size_V = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
     return size_V[text.test_NL[:, 1:]].mean(0)

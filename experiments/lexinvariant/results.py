@@ -1,4 +1,4 @@
-"""Keys, tables and plots, the paper's figures beside ours."""
+"""Keys, tables and plots, with the paper's figures."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +12,9 @@ from experiments.lexinvariant.models import CHARACTERS, LEXINVARIANT, STANDARD, 
 from experiments.report import Column
 from lm.model import lexinvariant
 
-# Huang et al. 2023: figures of the abstract and of the text.
+# Figures from the abstract and the text of Huang et al. 2023.
 PAPER = {
-    'ratio': 'gap of 9x at first, below 1x after 512 characters',
+    'ratio': 'a gap of 9x at first, below 1x after 512 characters',
     'key': 0.996,
     'tasks': 'about 4 times the standard model',
     'p': 'p = 0.2: +25% on BIG-bench',
@@ -25,7 +25,7 @@ Curves = Mapping[Name, Mapping[str, list[float]]]
 
 
 def spans(length: int) -> list[tuple[int, int]]:
-    """Returns the stretches (N / 2, N] of positions that are averaged, counted from 1."""
+    """Returns the intervals (N / 2, N] of positions that are averaged, counting from 1."""
     ends = [1]
     while ends[-1] < length:
         ends.append(min(2 * ends[-1], length))
@@ -33,9 +33,9 @@ def spans(length: int) -> list[tuple[int, int]]:
 
 
 def positions(config: Config, curves: Curves, distinct: int) -> dict[str, float]:
-    """Prints perplexities by position, standard beside lexinvariant; returns the metrics.
+    """Prints perplexity by position, standard and lexinvariant; returns the metrics.
 
-    `distinct` characters occur in a text of prose, on average.
+    `distinct` is the mean number of distinct characters in a text of prose.
     """
     metrics: dict[str, float] = {}
     rows, findings = [], []
@@ -60,11 +60,11 @@ def positions(config: Config, curves: Curves, distinct: int) -> dict[str, float]
                 'lexinvariant': np.exp(nats[1]), 'ratio': ratio, 'bits': bits[0], 'more': bits[1],
                 'counts': counts,
             })  # fmt: skip
-        # Not from the first symbol on: there the ratio is that of two guesses.
+        # The gap is measured from its maximum: at the first symbol, both models only guess.
         most, last = max(ratios), ratios[-1]
         findings.append(report.claim(
             last - 1 <= (most - 1) / 2, f'{domain}, {tokenizer}: the gap, ratio - 1, falls to half '
-            f'of its highest (from {most - 1:.1f} to {last - 1:.1f})',
+            f'of its maximum (from {most - 1:.1f} to {last - 1:.1f})',
         ))  # fmt: skip
         findings.append(report.claim(
             last <= PAPER_LAST, f'{domain}, {tokenizer}: the ratio ends at {PAPER_LAST:g} or below '
@@ -79,36 +79,36 @@ def positions(config: Config, curves: Curves, distinct: int) -> dict[str, float]
     ]  # fmt: skip
     symbols, length = 128, config.train.length
     cost = lexinvariant.regret_bound(symbols, distinct) / np.log(2) / length
-    report.table(rows, columns, 'perplexity by position, from the last power of two on', [
+    report.table(rows, columns, 'perplexity by position, averaged from the previous power of 2', [
         f'paper (150M parameters): {PAPER["ratio"]}',
-        'counts: of this text alone, orders 0 to 2 after Witten and Bell: what unknown symbols '
-        'give away without knowledge of the language',
-        f'not knowing the symbols can cost an ideal model {cost:.2f} bits per character on '
-        f'{length} characters of which {distinct} are different, as in these',
+        'counts: n-gram counts of the same text, orders 0 to 2 with Witten-Bell smoothing, a '
+        'baseline without knowledge of the language',
+        f'not knowing the symbols costs an ideal model at most {cost:.2f} bits per character for '
+        f'{length} characters of which {distinct} are distinct, as in these texts',
         *findings,
     ])  # fmt: skip
     return metrics
 
 
 def ciphers(config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Prints what is read of ciphers, by model and context; returns the metrics."""
+    """Prints cipher accuracies by model and context; returns the metrics."""
     columns = [
-        Column('model', 'who reads'), Column('context', 'characters', '.0f'),
+        Column('model', 'reader'), Column('context', 'characters', '.0f'),
         Column('accuracy', 'positions read', '.3f'), Column('text', 'text by the key', '.3f'),
         Column('key', 'key recovered', '.3f'), Column('whole', 'whole keys', '.3f'),
     ]  # fmt: skip
     last = {row['model']: row['key'] for row in rows}  # after the longest context
     report.table(rows, columns, f'{config.ciphers} substitution ciphers of 128 symbols', [
         report.claim(
-            last['lexinvariant'] > max(0.5, last['standard']), 'the lexinvariant model\'s states '
-            'tell most of the key, and more than the standard one\'s '
+            last['lexinvariant'] > max(0.5, last['standard']), 'the lexinvariant model\'s hidden '
+            'states reveal most of the key, and more of it than the standard model\'s '
             f'({last["lexinvariant"]:.1%} and {last["standard"]:.1%})',
         ),
         f'paper: {PAPER["key"]:.1%} of the key (150M parameters, 512 characters)',
-        'positions read: in the second half of the context. key recovered: share of the symbols '
-        'that occur; whole keys: share of texts where that is all of them. The classical attack '
-        'climbs on bigrams of the training text, best of '
-        f'{config.climbs} climbs.',
+        'positions read: accuracy in the second half of the context. key recovered: fraction of '
+        'the occurring symbols; whole keys: fraction of texts with all of them recovered. '
+        'classical: hill climbing on bigrams of the training text, best of '
+        f'{config.climbs} restarts.',
     ])  # fmt: skip
     metrics: dict[str, float] = {}
     for row in rows:
@@ -122,9 +122,9 @@ def ciphers(config: Config, rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def tasks(rows: list[dict[str, Any]], chance: Mapping[str, float]) -> dict[str, float]:
-    """Prints accuracies of the reasoning tasks, and what p does to the rest; returns the metrics.
+    """Prints bits per byte and task accuracies by p; returns the metrics.
 
-    `chance` is the accuracy of a guess among the symbols that a task gives.
+    `chance` is the accuracy of a random guess among the symbols in the task.
     """
     columns = [
         Column('p', 'p', 'g'), Column('prose', 'bits/byte: prose', '.3f'),
@@ -136,8 +136,8 @@ def tasks(rows: list[dict[str, Any]], chance: Mapping[str, float]) -> dict[str, 
     for name in ('lookup', 'permutation'):
         ours, standard = known[LEXINVARIANT][name], known[STANDARD][name]
         findings.append(report.claim(
-            ours > max(2 * standard, chance[name]), f'{name}: more than a guess, and than twice '
-            f'the standard model ({ours:.1%} and {standard:.1%})',
+            ours > max(2 * standard, chance[name]), f'{name}: above chance, and above twice the '
+            f'standard model ({ours:.1%} and {standard:.1%})',
         ))  # fmt: skip
     for domain in ('prose', 'code') if PAPER_P in known else ():
         mixed, plain = known[PAPER_P][domain], known[STANDARD][domain]
@@ -147,8 +147,8 @@ def tasks(rows: list[dict[str, Any]], chance: Mapping[str, float]) -> dict[str, 
         ))  # fmt: skip
     report.table(rows, columns, 'rows of the table random with probability p; trained on prose', [
         f'paper: tasks {PAPER["tasks"]}; {PAPER["p"]} (150M parameters)',
-        'models of 0 < p < 1 are evaluated with their learned rows; a guess among the symbols that '
-        + ', '.join(f'a {name} gives has {share:.3f}' for name, share in chance.items()),
+        'models with 0 < p < 1 are evaluated with their learned rows; chance: '
+        + ', '.join(f'{name} {share:.3f}' for name, share in chance.items()),
         *findings,
     ])  # fmt: skip
     metrics: dict[str, float] = {}
@@ -163,7 +163,7 @@ def tasks(rows: list[dict[str, Any]], chance: Mapping[str, float]) -> dict[str, 
 
 
 def plot(out: epath.Path, config: Config, curves: Curves, ciphers: list[dict[str, Any]]) -> None:
-    """Saves perplexity and its ratio by position, and the recovery of keys by context."""
+    """Saves plots of perplexity and its ratio by position, and of key recovery by context."""
     ends = [end for _, end in spans(config.train.length)]
 
     def means(nats):
@@ -194,7 +194,7 @@ def plot(out: epath.Path, config: Config, curves: Curves, ciphers: list[dict[str
         x.append(row['context'])
         y.append(row['key'])
     plots.curves(
-        out / 'key_recovery.png', recovery, title='Keys of ciphers, recovered',
-        x_label='characters of cipher text', y_label='share of its symbols', log_x=True,
+        out / 'key_recovery.png', recovery, title='Recovery of cipher keys',
+        x_label='characters of ciphertext', y_label='fraction of its symbols', log_x=True,
         markers=True,
     )  # fmt: skip

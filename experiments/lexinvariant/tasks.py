@@ -1,9 +1,9 @@
-"""Reasoning in the context alone: symbols drawn afresh, so that nothing learned of them helps.
+"""In-context reasoning tasks over randomly drawn symbols, so that memorised facts do not help.
 
     look-up        k:W,R:a,9:c,R:      ->  a
     permutation    aT4>4aT;Kp2>2Kp;x8L>  ->  Lx8
 
-(Huang et al. 2023, whose models read no such tasks in training either.)
+(Huang et al. 2023. As there, models see no such tasks in training.)
 """
 
 from typing import NamedTuple
@@ -28,9 +28,9 @@ class Task(NamedTuple):
     """Queries and answers.
 
     Attributes:
-      tokens_QL: ids, the answers among them.
-      answers: columns of the answer's symbols; each is predicted from the column before.
-      chance: accuracy of a guess among the symbols that the task gives for an answer.
+      tokens_QL: ids of the queries, including the answers.
+      answers: columns of the answer's symbols; each is predicted from the previous column.
+      chance: accuracy of a random guess among the possible answers in the task.
     """
 
     tokens_QL: np.ndarray
@@ -76,7 +76,7 @@ def _permutation(config: Config, random: np.random.Generator) -> list[int]:
 
 
 def accuracy(fitted: Fitted, task: Task) -> float:
-    """Returns the share of the answers' symbols that the model finds most probable."""
+    """Returns the fraction of answer symbols to which the model gives the highest probability."""
     config = fitted.config
 
     @jax.jit

@@ -1,13 +1,13 @@
-"""Chips and slices: what the planner knows of devices that it does not have.
+"""Chips and slices: hardware figures for the planner.
 
-Peak rates and links are Google's published ones, per chip: cloud.google.com/tpu/docs/v4, v5e, v5p
+Peak rates and links are Google's published figures per chip: cloud.google.com/tpu/docs/v4, v5e, v5p
 and v6e, "System architecture". They give inter-chip bandwidth over all links and both directions
 (v5e 400 GB/s over 4 links, v5p 1,200 GB/s over 6, v6e 800 GB/s over 4); v4 has 6 links of 50 GB/s
-each way (Jouppi et al. 2023, "TPU v4", table 4). The largest grids are the pods of the same pages:
-v4 4,096 chips, v5p 8,960 (of which Google Cloud joins up to 16x16x24 = 6,144 in one slice), v5e and
-v6e 256, whose links are fixed: no side is past 16. Memory is what a program may use: libtpu's
-compiler names that limit, a little under the chip's, when it refuses a program. `cpu` has nominal
-round figures, of no machine.
+each way (Jouppi et al. 2023, "TPU v4", table 4). The largest grids are the pods on the same pages:
+v4 has 4,096 chips, v5p 8,960 (Google Cloud joins up to 16x16x24 = 6,144 in one slice), v5e and v6e
+256. The links of v5e and v6e are fixed: no side exceeds 16. Memory is the limit for programs, a
+little below the chip's memory; libtpu's compiler states it when it rejects a program. The figures
+of `cpu` are nominal.
 """
 
 import math
@@ -21,13 +21,13 @@ class Chip(NamedTuple):
     """One device.
 
     Attributes:
-      name: as in a topology's name.
-      hbm_bytes: memory that programs may use.
+      name: the chip's part of a topology's name.
+      hbm_bytes: memory available to programs.
       flops: peak bf16 FLOP/s.
       hbm_bandwidth: bytes/s.
-      link_bandwidth: bytes/s of one inter-chip link, one way.
-      dimensions: of the torus; two links each.
-      ring: a side of a slice closes to a ring where its length is a multiple of this.
+      link_bandwidth: bytes/s of one inter-chip link in one direction.
+      dimensions: dimensions of the torus, with two links each.
+      ring: a side of a slice closes into a ring if its length is a multiple of this.
       largest: chips along each side of the largest slice.
     """
 
@@ -54,8 +54,8 @@ class Topology(NamedTuple):
     """A slice: chips in a grid.
 
     Attributes:
-      chip: of which it is made.
-      shape: chips along each side.
+      chip: kind of chip.
+      shape: number of chips along each side.
     """
 
     chip: Chip
@@ -63,20 +63,20 @@ class Topology(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """Chips in all; JAX shows each as one device."""
+        """Number of chips; each is one JAX device."""
         return math.prod(self.shape)
 
     @property
     def name(self) -> str:
-        """As in `--topology`."""
+        """Name in the syntax of `--topology`."""
         return f'{self.chip.name}:{"x".join(map(str, self.shape))}'
 
 
 def parse(text: str) -> Topology:
-    """Returns the slice called, say, `v5e:4x4`, `v5p:2x2x4` or `cpu:8`.
+    """Parses the name of a slice, such as `v5e:4x4`, `v5p:2x2x4` or `cpu:8`.
 
     Raises:
-      ValueError: an unknown chip, or a shape that it does not come in, or a larger slice than any.
+      ValueError: the chip is unknown, the shape is invalid for it, or the slice is too large.
     """
     name, _, sides = text.partition(':')
     known = {chip.name: chip for chip in CHIPS}
@@ -91,7 +91,7 @@ def parse(text: str) -> Topology:
     if len(shape) != chip.dimensions or min(shape) < 1:
         raise ValueError(f'--topology {text!r}: {name} slices are written {name}:{form}')
     topology = Topology(chip, tuple(shape))
-    # three-dimensional slices are put together from cubes, so that only their number is limited
+    # three-dimensional slices are assembled from cubes, so only the number of chips is limited
     largest = Topology(chip, chip.largest)
     past = chip.dimensions < 3 and max(shape) > max(chip.largest)
     if past or topology.devices > largest.devices:
@@ -103,11 +103,11 @@ def parse(text: str) -> Topology:
 
 
 def axis_bandwidth(topology: Topology, sizes: dict[str, int]) -> dict[str, float]:
-    """Returns bytes/s that a device can send along each axis of a mesh laid over the slice.
+    """Returns the send bandwidth of a device along each mesh axis, in bytes/s.
 
-    Assumes the best placement: the larger axis takes sides of the slice, longest first, until
-    they hold it; the other takes what is left, or shares. An axis that fills sides which close to
-    rings sends both ways at once; any other moves data as fast as the one link at its end.
+    Assumes the best placement: the larger axis takes sides of the slice, longest first, until it
+    fits; the other takes the remaining sides, or shares one. An axis that fills sides that close
+    into rings sends in both directions at once; any other is limited by the single link at its end.
     """
     sides = sorted(topology.shape, reverse=True)
     result = {}

@@ -1,7 +1,7 @@
-"""Collectives of a compiled program: which, how large, how often.
+"""Collectives of a compiled program: kind, size and number of executions.
 
-XLA writes a loop's body once, so that counting the lines of a model scanned over its layers counts
-one layer. Here each line counts as often as the loops around it run.
+XLA prints a loop's body once, so counting instructions of a model scanned over layers counts one
+layer. Here each instruction is weighted by the trip counts of its enclosing loops.
 """
 
 import collections
@@ -25,12 +25,12 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: one of `KINDS`.
-      size: bytes of the whole array that it makes or takes, on one device: of an all-gather's
-        result, of a reduce-scatter's operand, of the others' operand.
-      devices: that exchange with each other.
-      axis: of the mesh that they lie along: `data`, `sequence`, `model`, or several, `data+model`.
-      times: it runs in one call of the program.
-      source: the operation of the traced program that it serves, innermost names last.
+      size: bytes of the full array on one device: the result of an all-gather, the operand of all
+        others.
+      devices: size of the group that communicates.
+      axis: mesh axis of the group: `data`, `sequence`, `model`, or several, as in `data+model`.
+      times: number of executions in one call of the program.
+      source: the operation of the traced program that it comes from, innermost names last.
     """
 
     kind: str
@@ -42,10 +42,10 @@ class Collective(NamedTuple):
 
     @property
     def network_bytes(self) -> float:
-        """Bytes that a device sends in all runs, by a ring (Thakur et al. 2005, section 3).
+        """Bytes that a device sends in all executions, by rings (Thakur et al. 2005, section 3).
 
-        (g-1)/g of the whole array for g devices, twice that for an all-reduce, which is a
-        reduce-scatter and an all-gather; all of it for a permutation.
+        (g-1)/g of the full array for g devices; twice that for an all-reduce, which is a
+        reduce-scatter and an all-gather; the full array for a permutation.
         """
         share = (self.devices - 1) / self.devices
         factor = {'all-reduce': 2 * share, 'collective-permute': 1.0}.get(self.kind, share)
@@ -53,23 +53,23 @@ class Collective(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What was found: the collectives, and remarks on what could not be read for certain."""
+    """The collectives of a program, and remarks on parts that could not be parsed reliably."""
 
     collectives: tuple[Collective, ...]
     remarks: tuple[str, ...]
 
 
 def read(text: str, data: int = 1, model: int = 1, sequence: int = 1) -> Program:
-    """Returns the collectives of a program compiled for a mesh of such sizes.
+    """Returns the collectives of a program compiled for a mesh of these sizes.
 
     Args:
-      text: of `compiled.as_text()`.
-      data, model, sequence: sizes of the mesh, devices numbered in the order of its axes.
+      text: the result of `compiled.as_text()`.
+      data, model, sequence: sizes of the mesh; devices are numbered in the order of its axes.
     """
     sizes = Sizes(data, sequence, model)
     module = hlo.parse(text)
     remarks: collections.Counter[str] = collections.Counter()
-    # an asynchronous collective stands again in every fusion that it runs beside
+    # an asynchronous collective appears again in every fusion that it overlaps with
     begun = {
         _channel(instruction)
         for body in module.computations.values()
@@ -97,7 +97,7 @@ def read(text: str, data: int = 1, model: int = 1, sequence: int = 1) -> Program
                     total[one] += count * (1 if trips is None else trips)
         return total
 
-    # equal collectives of different places are one entry
+    # equal collectives from different places are merged into one entry
     result = tuple(one._replace(times=count) for one, count in found(module.entry).items())
     return Program(tuple(sorted(result, key=lambda c: -c.network_bytes)), tuple(remarks))
 
@@ -122,7 +122,7 @@ def _collective(instruction: Instruction, mesh: Sizes) -> tuple[Collective, tupl
     if kind == 'collective-permute':
         pairs = re.findall(r'\{(\d+),(\d+)\}', instruction.rest)
         groups = np.asarray(pairs, np.int64).reshape(-1, 2)
-        # a start's type holds operand, result and two flags
+        # the type of a start lists operand, result and two flags
         size = arrays[0]
         moving = groups[groups[:, 0] != groups[:, 1]]
         size *= len(moving) / max(len(groups), 1)
@@ -135,7 +135,7 @@ def _collective(instruction: Instruction, mesh: Sizes) -> tuple[Collective, tupl
     devices = read_groups.shape[1]
     size = sum(arrays)
     if kind == 'all-gather' and instruction.opcode.endswith('-start'):
-        size *= devices / (devices + 1)  # its type holds the operand, too
+        size *= devices / (devices + 1)  # its type also lists the operand
     if kind == 'reduce-scatter':
         size *= devices
     return Collective(kind, size, devices, _axis(read_groups, mesh), 1, source), remarks
@@ -148,10 +148,11 @@ def _axis(groups: np.ndarray, mesh: Sizes) -> str:
 
 
 def replica_groups(text: str, devices: int) -> np.ndarray | None:
-    """Returns the groups of devices that a collective joins, int `[groups, devices of a group]`.
+    """Returns the device groups of a collective, int `[groups, devices per group]`, or None.
 
-    XLA writes them as lists, `{{0,1},{2,3}}`; as a transposed range, `[2,2]<=[2,2]T(1,0)`; or by
-    axes of a mesh, `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}`. None: no such form.
+    XLA prints them as lists, `{{0,1},{2,3}}`; as a transposed range, `[2,2]<=[2,2]T(1,0)`; or by
+    mesh axes, `mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}`. For any other form, returns
+    None.
     """
     if text.startswith('{}'):
         return np.arange(devices)[None]
@@ -176,7 +177,7 @@ def replica_groups(text: str, devices: int) -> np.ndarray | None:
 
 
 def _range(text: str) -> np.ndarray:
-    """Returns 0, 1, 2, ... in the order that `[2,3]T(1,0)` gives."""
+    """Returns 0, 1, 2, ... in the order of a transposed range such as `[2,3]T(1,0)`."""
     shape, _, permutation = text.partition('T')
     sizes = _integers(shape.strip('[]'))
     values = np.arange(math.prod(sizes)).reshape(sizes)

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for devices that this machine does not have."""
+"""Ahead-of-time compilation for devices that are not attached to this machine."""
 
 import importlib.util
 import os
@@ -19,8 +19,8 @@ from experiments.plan.collectives import Program
 from experiments.plan.hlo import Copy
 from experiments.plan.steps import Step
 
-# libtpu looks for the chips of the host that it runs on, and complains where there are none; and
-# only one process may load it for chips, which a compiler does not use.
+# Without these, libtpu looks for chips of this host and warns if there are none, and allows only
+# one process to load it. A compiler uses no chips.
 _COMPILER_ONLY = {
     'TPU_SKIP_MDS_QUERY': '1',
     'TPU_ACCELERATOR_TYPE': 'v5litepod-16',
@@ -31,15 +31,16 @@ _COMPILER_ONLY = {
 
 
 class Compiled(NamedTuple):
-    """A step as the compiler made it; bytes are those of one device.
+    """A compiled step; bytes are per device.
 
     Attributes:
-      arguments: parameters, optimizer or cache, and the batch.
-      temporaries: all else at the peak, with results that take no argument's place.
-      code: the program itself.
+      arguments: parameters, optimizer state or cache, and the batch.
+      temporaries: everything else at the peak, including results that do not reuse an argument's
+        buffer.
+      code: size of the program.
       program: its collectives.
-      copies: what it copies in the devices' memory, largest first.
-      seconds: that compilation took.
+      copies: the arrays that it copies in device memory, largest first.
+      seconds: compilation time.
     """
 
     arguments: float
@@ -51,17 +52,17 @@ class Compiled(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Bytes on one device."""
+        """Peak bytes per device."""
         return self.arguments + self.temporaries + self.code
 
 
 class Refused(NamedTuple):
-    """What the compiler says of a step that does not fit in the devices' memory.
+    """The compiler's error for a step that does not fit in device memory.
 
     Attributes:
-      total: bytes that one device would need, where the compiler says it.
-      reason: one line.
-      seconds: that it took.
+      total: bytes that one device would need, if the compiler reports them.
+      reason: the error, as one line.
+      seconds: time until the error.
     """
 
     total: float | None
@@ -70,31 +71,31 @@ class Refused(NamedTuple):
 
 
 def devices(topology: Topology) -> Sequence[jax.Device]:
-    """Returns the slice's devices, to lower and compile for; fake ones for `cpu`.
+    """Returns the slice's devices as compilation targets; for `cpu`, fake CPU devices.
 
     Raises:
-      ValueError: libtpu is not installed or does not know the slice; or this process already uses
-        fewer CPU devices.
+      ValueError: libtpu is not installed or does not support the slice; or this process already
+        uses fewer CPU devices.
     """
     if topology.chip.name == 'cpu':
         return _cpu_devices(topology.devices)
     if importlib.util.find_spec('libtpu') is None and 'TPU_LIBRARY_PATH' not in os.environ:
         raise ValueError(
             f'--topology {topology.name}: its compiler, libtpu, is not installed: make tpu '
-            '(or count without it: --abstract)'
+            '(or estimate without it: --abstract)'
         )
     for name, value in _COMPILER_ONLY.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {}
     if topology.chip.name == 'v4':
         options['chip_config_name'] = 'megacore'  # a chip's two cores as one device, JAX's default
-    if topology.devices == 1:  # a host has at least four otherwise
+    if topology.devices == 1:  # by default, a host has at least four chips
         options['chips_per_host_bounds'] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(topology.name, 'tpu', **options).devices
     except RuntimeError as error:
         line = str(error).splitlines()[0]
-        raise ValueError(f'--topology {topology.name}: libtpu refuses it: {line}') from error
+        raise ValueError(f'--topology {topology.name}: rejected by libtpu: {line}') from error
     return found
 
 
@@ -102,7 +103,7 @@ def _cpu_devices(count: int) -> Sequence[jax.Device]:
     try:
         found = jax.devices('cpu')
         if len(found) < count and jax.process_count() == 1 and not jax.live_arrays():
-            # the runner has asked for the devices already, but nothing lies on them yet
+            # the runner has initialised the devices already, but no array is on them yet
             jax.extend.backend.clear_backends()
             jax.config.update('jax_num_cpu_devices', count)
             found = jax.devices('cpu')
@@ -117,10 +118,10 @@ def _cpu_devices(count: int) -> Sequence[jax.Device]:
 
 
 def compile_step(step: Step, mesh: Mesh, label: str) -> Compiled | Refused:
-    """Compiles a step for the devices of `mesh`; says on stderr what takes so long.
+    """Compiles a step for the devices of `mesh`; prints progress to stderr.
 
     Raises:
-      ValueError: a kernel's blocks do not fit the memory beside the cores.
+      ValueError: a kernel's blocks do not fit in the cores' on-chip memory (VMEM).
     """
     print(f'compiling {label} ...', end='', file=sys.stderr, flush=True)
     begin = time.monotonic()
@@ -135,9 +136,9 @@ def compile_step(step: Step, mesh: Mesh, label: str) -> Compiled | Refused:
 
 
 def analyse(compiled: jax.stages.Compiled, mesh: Mesh, seconds: float) -> Compiled:
-    """Returns what a compiled step says of itself; `seconds` is how long it took to compile."""
+    """Returns the memory analysis and collectives of a step; `seconds` is its compilation time."""
     analysis, text = compiled.memory_analysis(), compiled.as_text()
-    assert analysis is not None and text is not None  # libtpu and the CPU's compiler say both
+    assert analysis is not None and text is not None  # libtpu and the CPU compiler provide both
     new = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Compiled(
         analysis.argument_size_in_bytes,
@@ -150,11 +151,11 @@ def analyse(compiled: jax.stages.Compiled, mesh: Mesh, seconds: float) -> Compil
 
 
 def refused(error: Exception, seconds: float) -> Refused:
-    """Returns what a compiler's error says of the devices' memory.
+    """Parses a compiler error about device memory.
 
     Raises:
-      ValueError: it is the memory beside the cores that is too small.
-      Exception: `error` itself, where it is about something else.
+      ValueError: the cores' on-chip memory (VMEM) is too small.
+      Exception: `error` itself, if it is about something else.
     """
     text = str(error)
     if 'RESOURCE_EXHAUSTED' not in text:
@@ -168,8 +169,8 @@ def refused(error: Exception, seconds: float) -> Refused:
 
 
 def _what_ran_out(text: str) -> str:
-    """Returns the line that says it, which may stand below a name such as `E1001: ...Oom:`."""
+    """Returns the line with the cause, which may follow a heading such as `E1001: ...Oom:`."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = next((line for line in lines if 'ran out of memory' in line.lower()), None)
-    # the whole instruction that asked for it stands between its name and the figures
+    # drop the text of the instruction, printed between its name and the figures
     return re.sub(r' = .*\}\. ', ': ', said) if said else ' '.join(lines[:2])

@@ -1,4 +1,4 @@
-"""Plans a training or decoding step for a TPU slice that one does not have, on any CPU.
+"""Plans a training or decoding step for a TPU slice, on any CPU.
 
     python -m experiments.run plan --preset llama3_8b --topology v5e:4x4 --step train --batch 16
     python -m experiments.run plan --step decode --mesh data=2,model=8 --topology v6e:4x4
@@ -6,12 +6,13 @@
     python -m experiments.run plan --sweep --preset gemma2_9b --step decode
     python -m experiments.run plan --abstract --mesh data=1,sequence=16 --batch 1 --length 65536
 
-Compiles the project's own step ahead of time for the slice, with the compiler that comes with
-libtpu (`make tpu`), and says whether it fits, what bounds it, what it sends and where each leaf
-lies. On 2 CPU cores: two minutes for the training step of an 8B model, seconds for its decoding
-step; `--abstract` answers at once from the config alone. Expected, by default: llama3_8b trains on
-v5e:4x4 with 16 rows of 2,048 tokens in about 11 of 15.75 GiB per chip, bound by compute.
-JAX_PLATFORMS=cpu keeps libtpu from looking for chips of this machine, and from warning of none.
+Compiles the project's own step ahead of time for the slice, with the compiler in libtpu (`make
+tpu`). Reports whether the step fits, its bottleneck, its communication, and the sharding of each
+leaf. On 2 CPU cores: two minutes for the training step of an 8B model, seconds for its decoding
+step; `--abstract` estimates everything from the config, at once. Expected, by default: llama3_8b
+trains on v5e:4x4 with 16 rows of 2,048 tokens in about 11 of 15.75 GiB per chip, bound by compute.
+JAX_PLATFORMS=cpu keeps libtpu from searching this machine for chips and warning that there are
+none.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ PRESETS = {preset.__name__: preset for preset in presets.PRESETS}
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One question.
+    """Model, slice, step and mesh.
 
     Attributes:
       preset: a model of `lm.model.presets`.
@@ -33,14 +34,14 @@ class Config:
       step: `train` (forward, backward and AdamW) or `decode` (one token per row).
       batch: rows over all devices.
       length: tokens per row, or rows of the cache.
-      mesh: devices, as in `data=4,model=4` or `data=4,sequence=4`; all on the data axis if not
-        given.
-      ring: what attention sends round the devices of `sequence`; see `lm.model.config`.
-      param_dtype: in which parameters are kept; float32 for training, whose small updates bfloat16
-        would round away, and bfloat16 for decoding, if not given. Activations are bfloat16.
-      sweep: try every mesh of the slice, and several batches; compile the best.
-      batches: of the sweep; a quarter of `batch` to eight times, doubling, if not given.
-      abstract: count only; compile nothing.
+      mesh: mesh sizes, as in `data=4,model=4` or `data=4,sequence=4`; default: all devices on
+        `data`.
+      ring: the operands that ring attention sends along `sequence`; see `lm.model.config`.
+      param_dtype: dtype of the parameters; default: bfloat16 for decoding, and float32 for
+        training, since bfloat16 would round small updates away. Activations are bfloat16.
+      sweep: try all meshes of the slice and several batches; compile the best.
+      batches: batch sizes of the sweep; default: `batch` / 4 to `batch` x 8, in powers of two.
+      abstract: estimate only; compile nothing.
     """
 
     preset: str = 'llama3_8b'
@@ -66,11 +67,9 @@ class Config:
             raise ValueError(f'--length {self.length}: expected at least 2')
         positions = PRESETS[self.preset]().max_length
         if self.length > positions:
-            raise ValueError(
-                f'--length {self.length}: {self.preset} is made for {positions} positions'
-            )
+            raise ValueError(f'--length {self.length}: {self.preset} has {positions} positions')
         if self.sweep and self.mesh is not None:
-            raise ValueError(f'--mesh {self.mesh}: --sweep tries every mesh; leave one of them out')
+            raise ValueError(f'--mesh {self.mesh}: --sweep tries every mesh; omit one of the two')
         if not self.sweep:
             self._check_rows(devices)
 
@@ -83,7 +82,7 @@ class Config:
             data, sequence, _ = mesh_lib.parse(self.mesh, devices)
             if sequence > 1 and self.step == 'decode':
                 raise ValueError(
-                    f'--mesh {self.mesh}: decoding cuts no sequences; expected sequence=1'
+                    f'--mesh {self.mesh}: decoding does not shard sequences; expected sequence=1'
                 )
             if sequence > 1:
                 zigzag.check(self.length, sequence)

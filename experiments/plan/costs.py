@@ -1,10 +1,10 @@
-"""What one step costs, counted from the config: memory, FLOPs, traffic.
+"""Estimates the cost of one step from the config: memory, FLOPs, traffic.
 
-The compiler's own figure for FLOPs counts the body of a loop once, so that a model scanned over
-its layers looks like one layer; these counts follow from the shapes and need no compilation.
-They say what the step must do, not what a compiler makes of it: element-wise work is fused into the
-matrix products beside it, attention keeps no logits in memory, and communication is as in
-fully sharded data parallelism over `data` and `sequence` (Rajbhandari et al. 2020, ZeRO-3), tensor
+The compiler's own FLOP count includes the body of a loop once, so a model scanned over its layers
+looks like one layer. These estimates follow from the shapes and need no compilation. They are the
+step's necessary cost, not that of a compiled program: element-wise operations are assumed to be
+fused into adjacent matmuls, attention logits are not stored, and communication is that of fully
+sharded data parallelism over `data` and `sequence` (Rajbhandari et al. 2020, ZeRO-3), tensor
 parallelism over `model` (Shoeybi et al. 2019, Megatron-LM), and ring attention over `sequence`
 (`experiments.plan.ring`).
 """
@@ -28,7 +28,7 @@ _F32 = 4
 
 
 class Memory(NamedTuple):
-    """Bytes on one device: what stays between steps, exact, and what a step adds, an estimate."""
+    """Bytes per device: exact for what is kept between steps, approximate for what a step adds."""
 
     params: float
     optimizer: float
@@ -38,26 +38,25 @@ class Memory(NamedTuple):
 
     @property
     def kept(self) -> float:
-        """Between steps."""
+        """Bytes kept between steps."""
         return self.params + self.optimizer + self.cache
 
     @property
     def total(self) -> float:
-        """At the peak of a step."""
+        """Peak bytes during a step."""
         return sum(self)
 
 
 class Costs(NamedTuple):
-    """One step.
+    """Cost of one step.
 
     Attributes:
-      model_flops: of the whole step, all devices: what the model needs, forward three times for
-        training. Model FLOP/s utilisation is counted in these.
-      device_flops: of one device, with what is computed again in the backward pass and what
-        devices compute alike.
-      hbm_bytes: that one device reads and writes.
-      network_bytes: that one device sends, by axis of the mesh, but for what `ring` has.
-      ring: passes of attention over sequences that are cut, all of the step.
+      model_flops: FLOPs that the model needs on all devices; for training, three times the forward
+        pass. Model FLOP/s utilisation (MFU) is defined by these.
+      device_flops: FLOPs of one device, including recomputation and work replicated over devices.
+      hbm_bytes: bytes that one device reads and writes.
+      network_bytes: bytes that one device sends, by mesh axis, except those in `ring`.
+      ring: all ring-attention passes of the step.
     """
 
     model_flops: float
@@ -68,11 +67,11 @@ class Costs(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """What the counts share: sizes on one device.
+    """Sizes per device, shared by the estimates.
 
-    `weights` counts entries of matrices that a device multiplies with: cut over `model`, gathered
-    over `data` and `sequence`; `sent` those of them that are gathered over each. `widths` sums what
-    goes into and comes out of them, per token.
+    `weights` counts matrix entries that a device multiplies with: sharded over `model`, gathered
+    over `data` and `sequence`; `sent` counts those that are gathered over each. `widths` is the sum
+    of their input and output widths, per token.
     """
 
     model: ModelConfig
@@ -92,7 +91,7 @@ class _Case(NamedTuple):
 
 
 def bytes_per_device(tree: Any) -> float:
-    """Returns bytes that one device holds of a pytree of shapes with shardings."""
+    """Returns the bytes per device of a pytree of shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -102,7 +101,7 @@ def bytes_per_device(tree: Any) -> float:
 def _case(model: ModelConfig, batch: int, length: int, train: bool, mesh: AbstractMesh) -> _Case:
     data, sequence, ways = (mesh.shape[axis] for axis in mesh_lib.AXES)
 
-    def part(axes, shape, name):  # 1/n of it lies on a device
+    def part(axes, shape, name):  # n, if a device holds 1/n of the leaf
         spec = mesh_lib.sharding(mesh, axes, shape).spec
         on = any(name == of or (isinstance(of, tuple) and name in of) for of in spec)
         return mesh.shape[name] if on else 1
@@ -131,10 +130,10 @@ def _case(model: ModelConfig, batch: int, length: int, train: bool, mesh: Abstra
 
 
 def count(model: ModelConfig, batch: int, length: int, step: str, mesh: AbstractMesh) -> Costs:
-    """Returns the `Costs` of a training step, or of decoding one token per row.
+    """Returns the `Costs` of a training step, or of decoding one token in each row.
 
     Args:
-      model: its config.
+      model: the model's config.
       batch: rows over all devices.
       length: tokens per row, or rows of the cache, all in use.
       step: `train` or `decode`.
@@ -153,16 +152,16 @@ def _train(case: _Case, batch: int, mesh: Any) -> Costs:
     model, n, d = case.model, case.model.n_layers, case.model.d_model
     passes = 4 if model.remat else 3
     attention = _attention_flops(model, case.length) * case.heads / model.n_heads
-    head = case.vocabulary * d  # the output table, whose products are computed again always
+    head = case.vocabulary * d  # the output table; its matmul is always recomputed
     flops = passes * (2 * case.layer_weights + attention) + 4 * 2 * head
     weights = case.layer_weights + head
     kept = bytes_per_device(params.abstract(model, mesh))
-    # per token and block: a product reads its input and writes its output, twice in the backward
-    # pass; so do the norms and attention
+    # per token and block: a matmul reads its input and writes its output, twice in the backward
+    # pass; the same holds for norms and attention
     per_token = case.widths + 4 * d + 2 * (case.heads + case.kv_heads) * model.head_dim
     hbm = (
         (passes - 1 + 2) * weights * case.itemsize  # read in each pass, gradients written and read
-        + 7 * kept  # AdamW reads parameter, gradient and moments, and writes three of them back
+        + 7 * kept  # AdamW reads parameter, gradient and two moments, and writes three of them
         + passes * n * case.tokens * per_token * case.itemsize
         + 4 * case.tokens * case.vocabulary * _F32
     )
@@ -188,23 +187,23 @@ def _train_network(case: _Case) -> dict[str, float]:
     model, n, d = case.model, case.model.n_layers, case.model.d_model
     share, around = (case.data - 1) / case.data, (case.ways - 1) / case.ways
     head, stream = case.vocabulary * d, case.tokens * d
-    # matrices are gathered forward and backward and their gradients summed and scattered; those
-    # that every device holds whole have their gradients summed everywhere
+    # sharded matrices: all-gather forward and backward, reduce-scatter of the gradients; replicated
+    # matrices: all-reduce of the gradients
     data = (3 * case.layer_sent + 2 * (case.layer_weights - case.layer_sent)) * case.itemsize
     if d % case.data == 0:
-        # the output table with its f32 gradient; the input's vectors, exchanged, and back in f32
+        # output table and its f32 gradient; exchange of input embeddings, and back in f32
         data += head * (2 * case.itemsize + _F32) + stream * (case.itemsize + _F32)
     else:
         data += 2 * head * _F32 * (1 if model.tied else 2)
-    # all-reduces after attention and after the MLP, forward and backward; the recomputation needs
-    # one of them, or both where a norm follows
+    # all-reduces after attention and after the MLP, forward and backward; recomputation repeats one
+    # of them, or both if a norm follows
     sums = 4 + (1 + model.post_norm if model.remat else 0)
     result = {
         'data': share * data,
         'model': 2 * around * stream * (n * sums * case.itemsize + case.itemsize + _F32),
     }
     if case.sequence > 1:
-        # the same of what lies on the devices of one row of the mesh: cut by `data` already
+        # the same over `sequence`, for the part of each matrix that is already sharded over `data`
         here, whole = case.layer_sent_sequence, case.layer_weights - case.layer_sent_sequence
         cut = (3 * here + 2 * whole) * case.itemsize + head * (2 * case.itemsize + _F32)
         exchanged = stream * (case.itemsize + _F32)
@@ -246,9 +245,9 @@ def memory(
 ) -> Memory:
     """Returns bytes per device; `parts` are those of `steps.Step`.
 
-    Of activations are counted: in training the blocks' inputs (or, without recomputation, all
-    that they compute), one block's work, its matrices gathered, the output table gathered with
-    its gradient, and parameters in the activations' dtype; in decoding one block's gathered
+    Activations in training: the inputs of all blocks (without recomputation: all intermediate
+    results), the working memory of one block, its gathered matrices, the gathered output table and
+    its gradient, and parameters in the dtype of activations. In decoding: one block's gathered
     matrices and the logits.
     """
     kept = {name: bytes_per_device(tree) for name, tree in parts.items()}
@@ -259,7 +258,7 @@ def memory(
     one_layer = sent / model.n_layers * case.itemsize
     table = case.vocabulary * model.d_model
     block = case.tokens * (case.widths + 4 * model.d_model) * case.itemsize
-    # a matrix whose gather is under way lies beside the one in use
+    # the next layer's matrices are gathered while the current ones are in use
     working = block + 2 * one_layer
     gradients = 0.0
     if train:

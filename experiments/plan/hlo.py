@@ -1,4 +1,4 @@
-"""The text of a compiled program: its computations, what calls what, and how often loops run."""
+"""Parses the text of a compiled program: computations, call graph, and trip counts of loops."""
 
 import math
 import re
@@ -13,7 +13,7 @@ _BRANCHES = re.compile(r'\bbranch_computations=\{([^}]*)\}')
 
 
 class Instruction(NamedTuple):
-    """One line: `name = type opcode(rest`; the rest holds operands and attributes."""
+    """One line, `name = type opcode(rest`; `rest` holds operands and attributes."""
 
     name: str
     type: str
@@ -29,9 +29,9 @@ class Module(NamedTuple):
     """A program.
 
     Attributes:
-      computations: by name, their instructions in order; the last one is the result.
-      instructions: all of them by name, which XLA keeps unique.
-      entry: name of the computation that runs.
+      computations: name -> instructions in order; the last one is the result.
+      instructions: all instructions by name; XLA's names are unique.
+      entry: name of the entry computation.
     """
 
     computations: dict[str, list[Instruction]]
@@ -40,12 +40,12 @@ class Module(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """An array that a program copies or transposes within the devices' main memory.
+    """An array that a program copies or transposes within device memory (HBM).
 
     Attributes:
-      array: its type and shape, as in `bf16[8,128]`.
-      size: bytes on one device, without padding.
-      source: the operation or argument of the traced program that it serves.
+      array: type and shape, as in `bf16[8,128]`.
+      size: bytes per device, without padding.
+      source: the operation or argument of the traced program that it comes from.
     """
 
     array: str
@@ -54,7 +54,7 @@ class Copy(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Returns the program that `compiled.as_text()` describes."""
+    """Parses the result of `compiled.as_text()`."""
     module = Module({}, {}, '')
     name = ''
     for line in text.splitlines():
@@ -72,8 +72,8 @@ def parse(text: str) -> Module:
 
 
 def callees(instruction: Instruction) -> list[str]:
-    """Returns the computations that an instruction runs; of a conditional, all branches."""
-    if instruction.opcode.endswith(('-done', '-update')):  # ran when they started
+    """Returns the computations that an instruction calls; for a conditional, all branches."""
+    if instruction.opcode.endswith(('-done', '-update')):  # counted at their start
         return []
     names = _CALLEE.findall(instruction.rest)
     if instruction.opcode == 'call':
@@ -84,10 +84,10 @@ def callees(instruction: Instruction) -> list[str]:
 
 
 def trip_count(loop: Instruction, module: Module) -> int | None:
-    """Returns how often a `while` runs its body, or None where its text does not say.
+    """Returns the trip count of a `while` loop, or None if it cannot be determined.
 
-    Reads XLA's note, or else a condition `i < limit` whose limit and step are constants. A first
-    value that is not a constant beside the loop, but of a loop around it, is taken as zero.
+    Uses XLA's annotation, or else a condition `i < limit` with constant limit and step. An initial
+    value that is not a constant, because it comes from an enclosing loop, is taken as zero.
     """
     if noted := re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.rest):
         return int(noted[1])
@@ -117,7 +117,7 @@ def trip_count(loop: Instruction, module: Module) -> int | None:
 
 
 def array_bytes(text: str) -> list[float]:
-    """Returns bytes of each array of an instruction's type."""
+    """Returns the bytes of each array in an instruction's type."""
     return [
         (int(array[2]) if array[2] else 8) / 8 * math.prod(int(d) for d in array[3].split(',') if d)
         for array in _ARRAY.finditer(text)
@@ -125,10 +125,10 @@ def array_bytes(text: str) -> list[float]:
 
 
 def copies(module: Module) -> tuple[Copy, ...]:
-    """Returns what a program copies in the devices' main memory, largest first.
+    """Returns the arrays that a program copies within device memory (HBM), largest first.
 
-    Those that are fused into other work need no memory, nor do those to the memory beside the
-    cores (`S(1)`).
+    Excludes copies that are fused into other operations and copies to the cores' on-chip memory
+    (`S(1)`): neither takes device memory.
     """
     instructions = module.instructions.values()
     fused = {name for i in instructions if i.opcode == 'fusion' for name in callees(i)}
@@ -148,7 +148,7 @@ def copies(module: Module) -> tuple[Copy, ...]:
 
 
 def _element(instruction: Instruction, index: int, module: Module) -> Instruction | None:
-    """Returns what stands at a place of a tuple."""
+    """Returns the instruction that produces element `index` of a tuple."""
     operands = instruction.operands()
     if instruction.opcode != 'tuple' or index >= len(operands):
         return None
@@ -156,7 +156,7 @@ def _element(instruction: Instruction, index: int, module: Module) -> Instructio
 
 
 def _unwrapped(instruction: Instruction, module: Module) -> Instruction:
-    """Returns the one operation that a fusion consists of, on the fusion's operands."""
+    """Returns the only operation of a one-operation fusion, applied to the fusion's operands."""
     if instruction.opcode != 'fusion':
         return instruction
     inside = module.computations.get(callees(instruction)[0], [])
@@ -171,7 +171,7 @@ def _unwrapped(instruction: Instruction, module: Module) -> Instruction:
 
 
 def _constant(name: str, module: Module) -> int | None:
-    """Returns an integer constant, found through copies."""
+    """Returns the value of an integer constant, following copies."""
     instruction = module.instructions.get(name)
     while instruction is not None and instruction.opcode in ('copy', 'bitcast', 'convert'):
         instruction = module.instructions.get((instruction.operands() or [''])[0])

@@ -1,4 +1,4 @@
-"""Counts a step, compiles it for the slice, and prints both side by side."""
+"""Estimates a step's cost, compiles it for the slice, and prints both side by side."""
 
 import math
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from experiments.plan.config import Config
 from experiments.plan.sweep import Choice
 from lm.devices import mesh as mesh_lib
 
-CHECKED = 3  # choices of a sweep that are compiled at most
+CHECKED = 3  # maximal number of compiled choices in a sweep
 TOLERANCE = 1.05
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
-    """Prints the tables; returns the metrics. A step that does not fit is an answer, no error."""
+    """Prints the tables; returns the metrics. A step that does not fit is not an error."""
     if not config.sweep:
         return plan(config)
     found = sweep.choices(config)
@@ -27,10 +27,10 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
 
 
 def best(fitting: Sequence[Choice]) -> dict[str, float]:
-    """Names the fastest of these choices; returns its metrics.
+    """Prints the fastest of these choices; returns its metrics.
 
-    Counted times bound what a compiler can reach from below, so that choices are compiled in
-    their order until the fastest compiled one is as fast as the next is by count, within 5%.
+    Estimated times are lower bounds of compiled ones. Choices are compiled in the order of their
+    estimates until the fastest compiled one is within 5% of the next estimate.
     """
     compiled: list[tuple[float, Choice, dict[str, float]]] = []
     for tried, choice in enumerate(fitting):
@@ -43,11 +43,11 @@ def best(fitting: Sequence[Choice]) -> dict[str, float]:
         if choice.config.abstract:
             break
     if not compiled:
-        print(f'does not fit: {len(fitting)} do by count, none of the fastest {CHECKED} compiled')
+        print(f'does not fit: {len(fitting)} fit as estimated, none of {CHECKED} as compiled')
         return {}
     seconds, choice, metrics = min(compiled, key=lambda x: x[0])
     several = f'the fastest of {len(compiled)} compiled' if len(compiled) > 1 else 'compiled'
-    by = 'counted' if choice.config.abstract else several
+    by = 'estimated' if choice.config.abstract else several
     print(
         f'best: --mesh {choice.config.mesh} --batch {choice.config.batch}: '
         f'{seconds * 1e6:.4g} us per token ({by})'
@@ -57,13 +57,13 @@ def best(fitting: Sequence[Choice]) -> dict[str, float]:
 
 
 def seconds_per_token(choice: Choice, metrics: dict[str, float]) -> float:
-    """Returns the roofline of a choice with what its compiled program sends, where there is one."""
+    """Returns a choice's roofline, with the network time of its compiled program if it has one."""
     network = metrics.get(report.key('roofline_s', 'compiled_network'), 0.0)
     return max(choice.seconds_per_token, network / choice.tokens)
 
 
 def plan(config: Config) -> dict[str, float]:
-    """Answers for one mesh and batch."""
+    """Plans one mesh and batch."""
     topology = chips.parse(config.topology)
     sizes = mesh_lib.parse(config.mesh, topology.devices)
     body = steps.model_config(config)

@@ -1,14 +1,15 @@
-"""What attention sends along `sequence`, and how much of it computing hides.
+"""Timing model of ring attention along `sequence`: communication, and its overlap with compute.
 
-A pass is P steps of equal work on each of P devices, in zigzag order (`lm.attention.zigzag`), and P
-- 1 hops between them. A step computes while the next block is under way, so that a hop costs time
-only where it takes longer than a step. Devices are taken to lie on a ring, each a link from the
-next:
+A pass has P steps of equal work on each of P devices, in zigzag order (`lm.attention.zigzag`), and
+P - 1 hops between them. A step computes while the next block is in flight, so a hop costs time only
+if it takes longer than a step. Devices are assumed to form a ring, with one link between
+neighbours. The two variants:
 
-keys       blocks of keys and values go one way; backward, their f32 gradients too, a hop more.
-queries    queries go one way, results of the step before come back the other, as far as the
-           queries have gone, by the shorter way round; backward, queries go with the cotangents of
-           their results, and gradients of queries come back.
+keys       Blocks of keys and values travel one way around the ring. In the backward pass, their f32
+           gradients travel with them, and take one hop more.
+queries    Queries travel one way. The results of the previous step return to their origin by the
+           shorter way around the ring. In the backward pass, queries travel with the cotangents of
+           their results, and gradients of queries return.
 """
 
 from typing import NamedTuple
@@ -23,10 +24,10 @@ class Pass(NamedTuple):
 
     Attributes:
       name: `forward` or `backward`.
-      steps: devices along the axis.
-      flops: of one step.
-      one_way: bytes that a link carries the way round, in all steps.
-      other_way: bytes that it carries the other way.
+      steps: number of devices along the axis.
+      flops: FLOPs of one step.
+      one_way: bytes that a link carries in the ring's direction, in all steps.
+      other_way: bytes that it carries in the opposite direction.
     """
 
     name: str
@@ -37,19 +38,19 @@ class Pass(NamedTuple):
 
     @property
     def network_bytes(self) -> float:
-        """Over all links and both ways, as many as a device sends or passes on."""
+        """Bytes that a device sends or forwards, in both directions."""
         return self.one_way + self.other_way
 
     def compute(self, chip: Chip) -> float:
-        """Seconds that the steps take alone."""
+        """Seconds of all steps, without communication."""
         return self.steps * self.flops / chip.flops
 
     def network(self, chip: Chip) -> float:
-        """Seconds that the hops take alone: both ways at once."""
+        """Seconds of all hops, without compute; both directions are used at once."""
         return max(self.one_way, self.other_way) / chip.link_bandwidth
 
     def seconds(self, chip: Chip) -> float:
-        """Seconds of the pass: one step, and then steps or hops, whichever take longer."""
+        """Seconds of the pass: one step, then the longer of remaining steps and hops."""
         step = self.compute(chip) / self.steps
         return step + max(self.compute(chip) - step, self.network(chip))
 
@@ -62,13 +63,13 @@ def passes(
 
     Args:
       ring: `keys` or `queries`.
-      steps: devices along the axis.
-      tokens: of one device.
-      heads, kv_heads: of one device.
-      head_dim: channels of a head.
-      itemsize: bytes of a channel.
-      flops: of the forward pass on one device; the backward pass has 2.5 times as many: five
-        products of matrices and not two.
+      steps: number of devices along the axis.
+      tokens: tokens per device.
+      heads, kv_heads: heads per device.
+      head_dim: channels per head.
+      itemsize: bytes per channel.
+      flops: FLOPs of the forward pass on one device; the backward pass has 2.5 times as many, since
+        it has five matmuls instead of two.
     """
     hops = steps - 1
     if ring == 'keys':
@@ -77,12 +78,12 @@ def passes(
         backward = forward[0] + steps * block * _F32, 0.0
     else:
         queries, lse = heads * head_dim * tokens * itemsize, heads * tokens * _F32
-        # links that results take: back, or on where that is the shorter way home
+        # hops that results take: back the way they came, or onward if that is shorter
         back = sum(step for step in range(1, steps) if 2 * step <= steps)
         on = sum(steps - step for step in range(1, steps) if 2 * step > steps)
         results = queries + lse
         forward = hops * queries + on * results, back * results
-        # queries go with the cotangents of their results, LSE and delta
+        # queries travel with the cotangents of their results, the LSE and delta
         backward = hops * 2 * results + on * queries, back * queries
     return (
         Pass('forward', steps, flops / steps, *forward),

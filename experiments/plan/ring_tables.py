@@ -1,4 +1,4 @@
-"""The planner's tables of sequences that are cut: passes of attention, and growth with devices."""
+"""The planner's tables for sharded sequences: ring-attention passes, and scaling with devices."""
 
 from experiments import report
 from experiments.plan import costs as costs_lib
@@ -14,7 +14,7 @@ from lm.model.config import Config as ModelConfig
 
 
 def passes(counted: Costs, topology: Topology) -> dict[str, float]:
-    """Prints what one layer's passes of ring attention compute and send; returns the metrics."""
+    """Prints compute and communication of one layer's ring attention; returns the metrics."""
     metrics, rows = {}, []
     for one in dict.fromkeys(counted.ring):
         compute, network = one.compute(topology.chip), one.network(topology.chip)
@@ -31,13 +31,13 @@ def passes(counted: Costs, topology: Topology) -> dict[str, float]:
         Column('pass', 'one layer'),
         Column('hops', 'hops', 'd'),
         Column('one', 'MB one way', '.4g'),
-        Column('other', 'MB the other', '.4g'),
-        Column('compute', 'ms computing', '.4g'),
-        Column('network', 'ms sending', '.4g'),
+        Column('other', 'MB other way', '.4g'),
+        Column('compute', 'ms compute', '.4g'),
+        Column('network', 'ms network', '.4g'),
         Column('ms', 'ms', '.4g'),
-        Column('waits', 'of it waiting', '.1%'),
+        Column('waits', 'waiting', '.1%'),
     ]
-    notes = ['steps compute while the next block is sent; devices on a ring, a link apart']
+    notes = ['compute overlaps with sending the next block; devices form a ring of single links']
     report.table(rows, columns, 'Ring attention', notes)
     return metrics
 
@@ -45,7 +45,7 @@ def passes(counted: Costs, topology: Topology) -> dict[str, float]:
 def by_devices(
     config: Config, model: ModelConfig, sizes: Sizes, topology: Topology
 ) -> dict[str, float]:
-    """Prints memory and time by devices along `sequence`; returns the metrics."""
+    """Prints memory and time by the number of devices along `sequence`; returns the metrics."""
     metrics, rows = {}, []
     counts = [n for n in range(1, sizes.sequence + 1) if sizes.sequence % n == 0]
     for here in (sizes._replace(sequence=n) for n in counts):
@@ -65,13 +65,13 @@ def by_devices(
         metrics[report.key('seconds', 'growth', **where)] = times.seconds
     columns = [
         Column('n', 'devices', 'd'),
-        Column('kept', 'GiB kept', '.4g'),
+        Column('kept', 'GiB between steps', '.4g'),
         Column('rest', 'activations', '.4g'),
-        Column('total', 'in all', '.4g'),
-        Column('compute', 'ms computing', '.4g'),
-        Column('network', 'ms sending', '.4g'),
+        Column('total', 'total', '.4g'),
+        Column('compute', 'ms compute', '.4g'),
+        Column('network', 'ms network', '.4g'),
         Column('attention', 'ring attention', '.4g'),
     ]
-    notes = ['of one device, counted; data and model stay as they are']
+    notes = ['per device, estimated; the sizes of data and model are fixed']
     report.table(rows, columns, 'By devices along sequence', notes)
     return metrics

@@ -1,4 +1,4 @@
-"""The least time that a step can take, by what it computes, moves and sends."""
+"""Roofline of a step: the minimal time for its compute, memory traffic and communication."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from experiments.plan.costs import Costs
 
 
 class Roofline(NamedTuple):
-    """Seconds that compute, memory traffic and communication take alone (Williams et al. 2009)."""
+    """Seconds of compute, memory traffic and communication, each alone (Williams et al. 2009)."""
 
     compute: float
     memory: float
@@ -17,19 +17,20 @@ class Roofline(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of one step, if the three overlap fully: no step is faster."""
+        """Lower bound of the step time: the three overlap fully."""
         return max(self)
 
     @property
     def bound(self) -> str:
-        """Which of the three it is."""
+        """Name of the bottleneck, the largest of the three."""
         return self._fields[int(np.argmax(self))]
 
 
 def roofline(costs: Costs, topology: Topology, sizes: dict[str, int]) -> Roofline:
-    """Returns the seconds of a step on a mesh of such sizes; its axes communicate in turn.
+    """Returns the roofline of a step on a mesh of these sizes.
 
-    So does ring attention, from device to device over one link each way.
+    The axes communicate one after another, and so does ring attention, over one link in each
+    direction.
     """
     bandwidth = axis_bandwidth(topology, sizes)
     chip = topology.chip

@@ -1,4 +1,4 @@
-"""The project's own training and decoding steps, ready to lower with shapes alone."""
+"""The project's own training and decoding steps, to be lowered with abstract arguments."""
 
 import dataclasses
 import functools
@@ -18,19 +18,19 @@ from lm.model.config import Config as ModelConfig
 from lm.training import optimizer as optimizer_lib
 from lm.training import train
 
-SCHEDULE = 1000  # steps of the learning rate's schedule; no size depends on it
+SCHEDULE = 1000  # steps of the learning-rate schedule; no array size depends on it
 _CACHE_AXES = ('layers', 'batch', 'kv_heads', 'length', 'head')
 
 
 class Step(NamedTuple):
-    """One jitted step and what it is given.
+    """A jitted step with its abstract arguments.
 
     Attributes:
-      function: jitted; its first argument, or its cache, is donated.
+      function: the jitted step; its first argument, or its cache, is donated.
       arguments: pytrees of `jax.ShapeDtypeStruct` with shardings.
-      parts: what of the arguments stays on the devices between steps, by name: `params`,
-        `optimizer`, `cache`.
-      batch: what of them is new in each step, by name.
+      parts: the arguments that stay on the devices between steps, by name: `params`, `optimizer`,
+        `cache`.
+      batch: the arguments that are new in each step, by name.
     """
 
     function: jax.stages.Wrapped
@@ -42,8 +42,8 @@ class Step(NamedTuple):
 def model_config(config: Config) -> ModelConfig:
     """Returns the preset's model as it is trained or served: bf16 activations.
 
-    Parameters are f32 for training, whose small updates bf16 would round away, and bf16 for
-    decoding, unless the config names their dtype.
+    Unless the config gives their dtype, parameters are bf16 for decoding, and f32 for training,
+    since bf16 would round small updates away.
     """
     model = PRESETS[config.preset]()
     default = 'float32' if config.step == 'train' else 'bfloat16'
@@ -53,7 +53,7 @@ def model_config(config: Config) -> ModelConfig:
 
 
 def make(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> Step:
-    """Returns the step of this config, laid out on `mesh` as `lm.training.train.run` lays it out.
+    """Returns the config's step, sharded over `mesh` as in `lm.training.train.run`.
 
     Raises:
       ValueError: the rows do not divide over `data`.
@@ -108,7 +108,7 @@ def _decode(model: ModelConfig, batch: int, length: int, mesh: Any) -> Step:
 
 
 def cache_arrays(model: ModelConfig, batch: int, rows: int, mesh: Mesh | AbstractMesh) -> Cache:
-    """Returns the shapes of a cache, split by batch and by KV heads where they divide."""
+    """Returns an abstract cache, sharded over batch and KV heads where they divide."""
     shapes = jax.eval_shape(lambda: cache_lib.init(model, batch, rows))
 
     def place(leaf):

@@ -1,4 +1,4 @@
-"""Every mesh of a slice by several batches: which gives a token soonest among those that fit."""
+"""Sweeps all meshes of a slice and several batches for the lowest time per token that fits."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ SHOWN = 24
 
 
 class Choice(NamedTuple):
-    """One mesh and batch, with what is counted for it.
+    """One mesh and batch, with its estimated cost.
 
     Attributes:
-      config: of this choice alone.
-      mesh: its sizes.
+      config: the config with this mesh and batch.
+      mesh: sizes of the mesh.
       memory: see `costs.Memory`.
       roofline: see `roofline.Roofline`.
-      fits: whether the counted memory is there.
+      fits: whether the estimated memory fits on a device.
     """
 
     config: Config
@@ -38,22 +38,22 @@ class Choice(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of one step."""
+        """Number of tokens per step."""
         return tokens(self.config)
 
     @property
     def seconds_per_token(self) -> float:
-        """Of the whole slice."""
+        """Roofline seconds per token of the whole slice."""
         return self.roofline.seconds / self.tokens
 
 
 def tokens(config: Config) -> int:
-    """Returns how many tokens a step trains on or makes."""
+    """Returns the number of tokens that a step trains on or generates."""
     return config.batch * (config.length if config.step == 'train' else 1)
 
 
 def evaluate(config: Config, sizes: Sizes) -> Choice:
-    """Returns one choice; nothing is compiled.
+    """Returns one choice with its estimated cost; compiles nothing.
 
     Raises:
       ValueError: the rows do not divide over `data`.
@@ -69,12 +69,12 @@ def evaluate(config: Config, sizes: Sizes) -> Choice:
 
 
 def choices(config: Config) -> list[Choice]:
-    """Returns every mesh and batch whose rows divide, those that fit first, fastest first.
+    """Returns all meshes and batches whose rows divide: those that fit first, fastest first.
 
-    Training steps are also tried with sequences cut over devices, where their length allows it.
+    For training steps, sequences are also sharded over devices where their length allows it.
 
-    Of choices whose times per token are equal within a percent, the one whose compute, traffic
-    and communication together take least comes first: it depends least on their overlap.
+    Among choices whose times per token agree within a percent, the one with the lowest sum of
+    compute, memory and network time comes first: it depends least on their overlap.
     """
     topology = chips.parse(config.topology)
     batches = config.batches or tuple(config.batch * 2**k // 4 for k in range(6))
@@ -98,7 +98,7 @@ def choices(config: Config) -> list[Choice]:
 
 
 def meshes(devices: int, config: Config) -> list[Sizes]:
-    """Returns the sizes of all meshes of so many devices that the step can run on."""
+    """Returns the sizes of all meshes of `devices` devices that support the step."""
     divisors = [m for m in range(1, devices + 1) if devices % m == 0]
     cuts = [1] if config.step == 'decode' else divisors
     return [
@@ -111,14 +111,14 @@ def meshes(devices: int, config: Config) -> list[Sizes]:
 
 
 def flag(sizes: Sizes) -> str:
-    """Returns sizes as `--mesh` has them."""
+    """Returns mesh sizes in the syntax of `--mesh`."""
     return ','.join(
         f'{axis}={size}' for axis, size in sizes._asdict().items() if size > 1 or axis != 'sequence'
     )
 
 
 def show(config: Config, found: Sequence[Choice], out: epath.Path) -> None:
-    """Prints the table and saves `sweep.png`."""
+    """Prints the table of choices and saves `sweep.png`."""
     rows = [
         {
             'mesh': ' x '.join(map(str, choice.mesh)),
@@ -141,7 +141,7 @@ def show(config: Config, found: Sequence[Choice], out: epath.Path) -> None:
         Column('bound', 'bound'),
     ]
     topology = chips.parse(config.topology)
-    notes = ['counted, not compiled; time is the roofline of the slice, fastest first']
+    notes = ['estimated, not compiled; times are rooflines of the slice, fastest first']
     if len(found) > SHOWN:
         notes.append(f'{len(found) - SHOWN} more in result.json')
     title = f'{config.preset}, {config.step}, length {config.length}, {topology.name}'
@@ -156,7 +156,7 @@ def _plot(found: Sequence[Choice], topology: Topology, title: str, path: epath.P
         x, y = lines.setdefault(flag(choice.mesh), ([], []))
         x.append(choice.config.batch)
         y.append(choice.seconds_per_token * 1e6)
-    note = 'those that fit' if fitting else 'none fits'
+    note = 'choices that fit' if fitting else 'no choice fits'
     plots.curves(
         path, lines, title=f'{title}: {note}', x_label='batch, rows over all devices',
         y_label='roofline, us per token of the slice', log_x=True, log_y=True, markers=True,
@@ -164,7 +164,7 @@ def _plot(found: Sequence[Choice], topology: Topology, title: str, path: epath.P
 
 
 def metrics(found: Sequence[Choice]) -> dict[str, float]:
-    """Returns the numbers of all choices, for `result.json`."""
+    """Returns the metrics of all choices, for `result.json`."""
     result = {}
     for choice in found:
         where = {**choice.mesh._asdict(), 'batch': choice.config.batch}

@@ -15,15 +15,18 @@ from experiments.plan.costs import Costs, Memory
 from experiments.plan.steps import Step
 from experiments.report import Column
 
-LARGEST = 6  # collectives that are shown one by one
-_EXCESS, _EXCESS_BYTES = 1.25, 2**28  # of compiled over counted memory, past which a note says so
-_COPIES = 3  # that such a note names
+LARGEST = 6  # number of collectives listed individually
+_EXCESS, _EXCESS_BYTES = (
+    1.25,
+    2**28,
+)  # compiled over estimated memory beyond which a note is printed
+_COPIES = 3  # number of copies that such a note lists
 
 
 def memory(
     counted: Memory, result: Compiled | Refused | None, topology: Topology
 ) -> tuple[str, dict[str, float]]:
-    """Prints bytes per device; returns the line that says whether they fit, and the metrics."""
+    """Prints memory per device; returns the line that states whether it fits, and the metrics."""
     metrics = {
         report.key('bytes_per_device', name): size for name, size in counted._asdict().items()
     }
@@ -46,7 +49,7 @@ def memory(
     ]
     columns = [
         Column('part', 'GiB per device'),
-        Column('counted', 'counted', '.4g'),
+        Column('counted', 'estimated', '.4g'),
         Column('compiled', 'compiled', '.4g'),
     ]
     columns = columns if result else columns[:-1]
@@ -57,21 +60,21 @@ def memory(
     fits = not isinstance(result, Refused) and (total or 0) <= limit
     needs = '' if total is None else f'{total / GIB:.4g} of '
     line = f'{"fits" if fits else "does not fit"}: {needs}{limit / GIB:.2f} GiB per device '
-    line += '(counted)' if result is None else '(compiled)'
+    line += '(estimated)' if result is None else '(compiled)'
     if isinstance(result, Refused):
-        line += f'; the compiler says: {result.reason}'
+        line += f'; compiler: {result.reason}'
     return line, metrics | {report.key('fits', 'step'): float(fits)}
 
 
 def _excess(counted: float, result: Compiled | Refused | None) -> list[str]:
-    """Returns a line where a program needs much more than is counted, with its largest copies."""
+    """Returns a note if a program needs much more than estimated, with its largest copies."""
     total = result.total if result else None
     if total is None or total <= max(_EXCESS * counted, counted + _EXCESS_BYTES):
         return []
     excess = total - counted
-    line = f'compiled, it needs {excess / GIB:.4g} GiB more than counted, '
+    line = f'the compiled program needs {excess / GIB:.4g} GiB more than estimated, '
     line += f'{total / counted:.3g} times as much: something is off'
-    # the rest is not among the causes
+    # smaller copies cannot explain the excess
     copies = [c for c in getattr(result, 'copies', ())[:_COPIES] if c.size > excess / 10]
     if copies:
         named = [f'{copy.array}, {copy.size / GIB:.3g} GiB ({copy.source})' for copy in copies]
@@ -90,9 +93,9 @@ def roofline(
     topology: Topology,
     sizes: dict[str, int],
 ) -> dict[str, float]:
-    """Prints amounts, rates and times of a step of so many tokens; returns the metrics.
+    """Prints amounts, rates and times of a step of `tokens` tokens; returns the metrics.
 
-    `sizes` are those of the mesh's axes.
+    `sizes` are the sizes of the mesh axes.
     """
     chip = topology.chip
     times = roofline_lib.roofline(counted, topology, sizes)
@@ -118,8 +121,8 @@ def roofline(
     notes = [
         f'bound by {times.bound}: no step is faster than {times.seconds * 1e3:.4g} ms, '
         f'{tokens / times.seconds:.4g} tokens/s; model FLOP/s utilisation at most {share:.1%}',
-        f'the model itself needs {counted.model_flops / 1e12:.4g} TFLOP, all devices together',
-        'counted from the config: the compiler\'s own "flops" counts a scanned layer once',
+        f'the model needs {counted.model_flops / 1e12:.4g} TFLOP over all devices',
+        'estimated from the config: the compiler\'s own "flops" counts scanned layers once',
     ]
     if isinstance(result, Compiled):
         sent_by: defaultdict[str, float] = defaultdict(float)
@@ -128,8 +131,8 @@ def roofline(
         slowest = min(bandwidth.values())
         network = sum(size / bandwidth.get(axis, slowest) for axis, size in sent_by.items())
         metrics[report.key('roofline_s', 'compiled_network')] = network
-        note = f'what the compiled program sends takes {network * 1e3:.4g} ms'
-        beside = f', {network / times.network:.3g} times what is counted' if times.network else ''
+        note = f'communication of the compiled program takes {network * 1e3:.4g} ms'
+        beside = f', {network / times.network:.3g} times the estimate' if times.network else ''
         notes.append(note + beside)
     columns = [
         Column('what', 'per device'),
@@ -164,11 +167,14 @@ def collectives(result: Compiled) -> dict[str, float]:
     columns = [
         Column('kind', 'collective'),
         Column('axis', 'axis'),
-        Column('times', 'times', '.0f'),
-        Column('size', 'GB in all', '.4g'),
+        Column('times', 'count', '.0f'),
+        Column('size', 'total GB', '.4g'),
         Column('sent', 'GB sent', '.4g'),
     ]
-    notes = ['per device and step, loops included; sent: by a ring', *result.program.remarks]
+    notes = [
+        'per device and step, over all loop iterations; GB sent: with ring collectives',
+        *result.program.remarks,
+    ]
     report.table(rows, columns, 'Collectives of the compiled program', notes)
     _largest(result)
     metrics = {report.key('compile_s', 'step'): result.seconds}
@@ -179,7 +185,7 @@ def collectives(result: Compiled) -> dict[str, float]:
 
 
 def _largest(result: Compiled) -> None:
-    """Prints the collectives that send most, with what they serve."""
+    """Prints the collectives that send most, with their source operations."""
     rows = [
         {
             'kind': one.kind,
@@ -194,25 +200,25 @@ def _largest(result: Compiled) -> None:
     columns = [
         Column('kind', 'collective'),
         Column('axis', 'axis'),
-        Column('times', 'times', 'd'),
+        Column('times', 'count', 'd'),
         Column('size', 'MB each', '.4g'),
         Column('sent', 'GB sent', '.4g'),
-        Column('source', 'serves'),
+        Column('source', 'source'),
     ]
-    report.table(rows, columns, 'The largest of them')
+    report.table(rows, columns, 'Largest collectives')
 
 
 def shardings(step: Step) -> None:
-    """Prints how each leaf of the arguments is cut; the optimizer's moments in one row each."""
+    """Prints the sharding of each leaf of the arguments; each AdamW moment is one row."""
     trees = (*step.parts.items(), ('batch', step.batch))
     rows = [row for part, tree in trees for row in _sharding_rows(part, tree)]
     columns = [
         Column('name', 'leaf'),
         Column('shape', 'shape'),
         Column('dtype', 'dtype'),
-        Column('cut', 'cut over'),
-        Column('shard', 'shape on a device'),
-        Column('mib', 'MiB on a device', '.4g'),
+        Column('cut', 'sharded over'),
+        Column('shard', 'shape per device'),
+        Column('mib', 'MiB per device', '.4g'),
     ]
     report.table(rows, columns, 'Sharding of each leaf')
 
@@ -227,7 +233,7 @@ def _sharding_rows(part: str, tree: Any) -> list[dict[str, Any]]:
             moments[moment.pop()].append(leaf)
         else:
             rows.append(_sharding_row('.'.join([part, *names]), leaf))
-    like = 'as params'  # so steps.make places them
+    like = 'as params'  # moments are sharded like parameters, see steps.make
     for name, leaves in moments.items():
         rows.append({
             'name': f'{part}.{name}', 'shape': like, 'dtype': leaves[0].dtype.name, 'cut': like,

@@ -24,18 +24,18 @@ def _small() -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run.
+    """Corpus, tokenizer, model and training.
 
     Attributes:
-      data: glob of text files, or a folder of shards that `tokenize` wrote; the interpreter's
-        standard library if not given.
+      data: glob of text files, or a folder of shards that `tokenize` wrote; default: the
+        interpreter's standard library.
       tfds: name of a TFDS dataset with a text feature, instead of `data`.
       tokenizer: `bytes`, `bpe` (trained on the corpus), or the folder of a saved tokenizer or
-        bundle; if not given, that of the shards, or bytes.
-      vocab_size: of a BPE that is trained here.
-      valid_bytes: of held-out text to evaluate on.
-      model: its shape; the vocabulary follows from the tokenizer.
-      train: how it is trained.
+        bundle; default: that of the shards, or bytes.
+      vocab_size: vocabulary size of a BPE that is trained here.
+      valid_bytes: bytes of held-out text to evaluate on.
+      model: the model's config; its vocabulary size follows from the tokenizer.
+      train: the training config.
     """
 
     data: str | None = None

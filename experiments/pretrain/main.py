@@ -19,7 +19,7 @@ from tokenization.vocabularies.byte import ByteTokenizer
 
 
 def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
-    """Trains, evaluates and saves; resumes what `out` holds."""
+    """Trains, evaluates and saves the model; resumes from the checkpoints in `out`."""
     language_model.check(config.model, config.train, mesh, 'train')
     corpus = corpora.open_corpus(config.data, config.tfds)
     resume.claim_corpus(out, corpus)
@@ -53,7 +53,7 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
 
 
 def open_tokenizer(config: Config, train: Sequence[bytes], out: epath.Path) -> Tokenizer:
-    """Returns the tokenizer that the config asks for."""
+    """Returns the tokenizer that the config selects."""
     if config.tokenizer is None and isinstance(train, ShardText):
         return train.tokenizer
     if config.tokenizer in (None, 'bytes'):

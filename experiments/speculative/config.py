@@ -1,16 +1,17 @@
-"""Block efficiency and speed of every drafter, on a target and draft models trained here.
+"""Block efficiency and speed of all drafters, with target and draft models trained here.
 
-Chains, SpecTr's sequences, RSD's and DySpec's trees, lookup, Token Recycling and early exits, at
-fixed draft lengths and at fixed budgets of nodes for the target, after Jeon et al. 2024 (arXiv
-2402.14160), section 5. Each drafted run is paired with a plain one.
+Compares chains, the i.i.d. sequences of SpecTr, the trees of recursive speculative decoding (RSD)
+and of DySpec, lookup, Token Recycling and early exits, at fixed draft lengths and at fixed budgets
+of nodes per target pass, after Jeon et al. 2024 (arXiv 2402.14160), section 5. Each drafted run is
+paired with a run of plain decoding.
 
     python -m experiments.run speculative                   # 2 cores: about 19 minutes, resumable
     python -m experiments.run speculative --scale cpu       # 2 cores: hours, the whole grid
     python -m experiments.run speculative --scale gpu
     python -m experiments.run speculative --spec_bench question.jsonl \\
-        --target_bundle DIR --draft_bundles DIR DIR         # Spec-Bench, with one's own models
+        --target_bundle DIR --draft_bundles DIR DIR         # Spec-Bench, with your own models
 
-Expected at `demo` on the standard library: see the table in the README.
+Expected at `demo` on the standard library: the tables in README.md.
 """
 
 import dataclasses
@@ -37,39 +38,39 @@ def _large(width: int, layers: int, heads: int, channels: int, hidden: int) -> M
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One comparison.
+    """Corpus, models, drafters and grid.
 
     Attributes:
-      data: glob of text files; the interpreter's standard library if not given.
+      data: glob of text files; default: the interpreter's standard library.
       tfds: name of a TFDS dataset with a text feature, instead of `data`.
       tokenizer: `bytes`, `bpe` (trained on the corpus), or the folder of a saved tokenizer.
-      vocab_size: of a BPE that is trained here.
-      target_bundle: the model that verifies; trained here if not given.
-      draft_bundles: models that draft, with the same tokenizer; needed with `target_bundle`.
-      target, target_train: the model that is trained, and how.
-      draft_4, draft_10, draft_50: models with about that much fewer parameters than the target.
-      ratios: which of these are trained.
-      draft_train: how they are trained.
-      exit_layers: of the target, that an early exit drafts with.
-      adapter_train: how the early exit's adapter is trained.
-      spec_bench: Spec-Bench's `question.jsonl`; held-out text is continued if not given.
-      prompts: how many; of Spec-Bench, of each task.
-      prompt_tokens: of each prompt; of Spec-Bench, at most, the last ones: give about 2000 for
-        its long tasks.
-      new_tokens: drawn after each prompt.
+      vocab_size: vocabulary size of a BPE that is trained here.
+      target_bundle: bundle of the target; trained here by default.
+      draft_bundles: draft models with the same tokenizer; required with `target_bundle`.
+      target, target_train: config and training of a target trained here.
+      draft_4, draft_10, draft_50: models with about 4, 10 and 50 times fewer parameters.
+      ratios: the draft models to train, by these numbers.
+      draft_train: training of the draft models.
+      exit_layers: number of the target's layers that an early exit drafts with.
+      adapter_train: training of the early exit's adapter.
+      spec_bench: Spec-Bench's `question.jsonl`; default: prompts are held-out text.
+      prompts: number of prompts; with Spec-Bench, per task.
+      prompt_tokens: tokens per prompt. With Spec-Bench, only the last tokens of longer prompts are
+        kept: give about 2000 for its long tasks.
+      new_tokens: tokens generated after each prompt.
       drafters: rows of the grid.
-      ratio: the grid drafts with the model nearest to this many times smaller than the target.
-      budgets: drafted nodes in a tree.
-      lengths: drafted tokens on a path, in trees of `width` nodes per level.
+      ratio: the grid uses the draft model whose size ratio to the target is nearest to this.
+      budgets: numbers of draft nodes per tree.
+      lengths: draft lengths (depths), for trees with `width` nodes per level.
       width: see `lengths`.
-      temperatures: of target and draft.
-      greedy_draft_temperature: of drafted trees where the target's is 0.
-      batches: rows at a time.
-      sweep: drafters that are run with the other draft models, too, at `sweep_budget`.
+      temperatures: temperatures of target and draft.
+      greedy_draft_temperature: temperature of draft trees if the target's is 0.
+      batches: batch sizes.
+      sweep: drafters that are also run with the other draft models, at `sweep_budget`.
       sweep_budget: see `sweep`.
-      longest: n-gram that lookup matches.
+      longest: longest n-gram that lookup matches.
       repeats: pairs of plain and drafted runs; medians are reported.
-      seed: of the draws.
+      seed: random seed of sampling.
     """
 
     data: str | None = None
@@ -117,7 +118,7 @@ class Config:
         ):  # fmt: skip
             require(name, getattr(self, name), getattr(self, name) >= 1, 'at least 1')
         require('prompt_tokens', self.prompt_tokens, self.prompt_tokens >= 2, 'at least 2')
-        require('budgets', self.budgets, bool(self.budgets or self.lengths), 'some, or --lengths')
+        require('budgets', self.budgets, bool(self.budgets or self.lengths), 'one, or --lengths')
         for name in ('temperatures', 'batches', 'drafters'):
             require(name, getattr(self, name), bool(getattr(self, name)), 'at least one')
         require('sweep_budget', self.sweep_budget, self.sweep_budget >= 1, 'at least 1')
@@ -154,7 +155,7 @@ class Config:
         for model in (self.target, *(getattr(self, f'draft_{n}') for n in self.ratios)):
             require(
                 'new_tokens', self.new_tokens, longest <= model.max_length,
-                f'at most {model.max_length} with --prompt_tokens, as a model is made for',
+                f'at most {model.max_length} with --prompt_tokens, the positions of a model',
             )  # fmt: skip
 
 

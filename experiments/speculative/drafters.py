@@ -1,4 +1,4 @@
-"""Every drafter, at a budget of nodes or at a draft length."""
+"""All drafters, at a given budget of nodes or a given draft length."""
 
 import math
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from decoding.drafts.early_exit import Adapter
 from decoding.model import LM
 from decoding.sample import Sampler
 
-# Row names, and what people call them.
+# Row names -> display names.
 NAMES = {
     'chain': 'chain',
     'iid': 'i.i.d. sequences (SpecTr)',
@@ -21,24 +21,24 @@ NAMES = {
     'early_exit': 'early exit',
     'early_exit_adapter': 'early exit, adapter',
 }
-# Those that draw their trees from a draft model.
+# Drafters that sample their trees from a draft model.
 WITH_DRAFT_MODEL = ('chain', 'iid', 'recursive_branching', 'recursive', 'dynamic')
 
-# RSD-C's factors for the budgets of Jeon et al. 2024, section 5: 2 + 4, 2 + 4 + 4, ...
+# RSD-C's branching factors for the budgets of Jeon et al. 2024, section 5: 2 + 4, 2 + 4 + 4, ...
 FACTORS = {6: (2, 2), 10: (2, 2, 1), 14: (2, 2, 2), 21: (3, 2, 2), 30: (2, 2, 2, 2)}
-_DEPTH = 8  # of dynamic trees at most: a draft pass per level
-_RANKS = 8  # successors of a token that recycling keeps
+_DEPTH = 8  # maximal depth of dynamic trees, which take one draft pass per level
+_RANKS = 8  # successors per token that recycling keeps
 
 
 class Parts(NamedTuple):
-    """What drafters are made of.
+    """The models and settings that drafters are built from.
 
     Attributes:
       target: the model that verifies.
-      draft: the model that drafts; None where there is none.
-      exit_layers: of the target, run by an early exit.
-      adapter: of the early exit; None where there is none.
-      longest: n-gram that lookup matches.
+      draft: the draft model, or None.
+      exit_layers: number of the target's layers that an early exit runs.
+      adapter: parameters of the early exit's adapter, or None.
+      longest: longest n-gram that lookup matches.
     """
 
     target: LM
@@ -51,15 +51,15 @@ class Parts(NamedTuple):
 def of_budget(name: str, parts: Parts, budget: int) -> Drafter:
     """Returns a drafter whose trees have `budget` nodes below the root.
 
-    Shapes are those of Jeon et al. 2024 where there are several sequences: K sequences, or a beam
-    of K, of N / K tokens, with K the greatest divisor of N up to its root; a prime N is one chain.
+    Multi-sequence shapes follow Jeon et al. 2024: for a budget of N, K sequences (or a beam of K)
+    of N / K tokens, where K is the largest divisor of N up to sqrt(N). A prime N gives a chain.
 
     Raises:
-      ValueError: `name` is unknown, its part is missing, or it has no tree of that budget.
+      ValueError: `name` is unknown, a part is missing, or there is no tree of that budget.
     """
     if name == 'recursive_branching' and budget not in FACTORS:
         raise ValueError(
-            f'{name}: no factors for a budget of {budget}; there are some for '
+            f'{name}: no factors for a budget of {budget}; available budgets: '
             f'{", ".join(map(str, FACTORS))}'
         )
     width = max(k for k in range(1, math.isqrt(budget) + 1) if budget % k == 0)
@@ -83,10 +83,10 @@ def of_budget(name: str, parts: Parts, budget: int) -> Drafter:
 
 
 def of_length(name: str, parts: Parts, length: int, width: int) -> Drafter:
-    """Returns a drafter of a given depth, with at most `width` nodes per level.
+    """Returns a drafter of depth `length`, with at most `width` nodes per level.
 
     Raises:
-      ValueError: `name` is unknown, or its part is missing.
+      ValueError: `name` is unknown, or a part is missing.
     """
     match name:
         case 'chain':
@@ -107,7 +107,7 @@ def of_length(name: str, parts: Parts, length: int, width: int) -> Drafter:
 
 
 def _sequences(name: str, parts: Parts, width: int, length: int) -> Drafter:
-    """Returns a drafter of `width` nodes per level."""
+    """Returns a drafter with `width` nodes per level."""
     match name:
         case 'iid':
             return iid.iid(_draft(name, parts), width, length)
@@ -117,9 +117,9 @@ def _sequences(name: str, parts: Parts, width: int, length: int) -> Drafter:
 
 
 def with_sampler(drafter: Drafter, sampler: Sampler) -> Drafter:
-    """Returns the drafter with another sampler; the same functions, so nothing recompiles."""
+    """Returns the drafter with another draft distribution; causes no recompilation."""
     weights: Any = drafter.params
-    if not hasattr(weights, 'sampler'):  # drafts without drawing
+    if not hasattr(weights, 'sampler'):  # a deterministic drafter
         return drafter
     return drafter._replace(params=weights._replace(sampler=sampler))
 
@@ -131,7 +131,7 @@ def _draft(name: str, parts: Parts) -> LM:
 
 
 def _lookup(parts: Parts, budget: int, length: int, branches: int = 4) -> Drafter:
-    branches = max(branches, -(-budget // length))  # enough of them to fill the tree
+    branches = max(branches, -(-budget // length))  # enough branches to fill the tree
     return lookup.lookup(nodes=budget + 1, length=length, branches=branches, longest=parts.longest)
 
 
@@ -147,5 +147,5 @@ def _recycling(parts: Parts, shape: template.Template) -> Drafter:
 def _early_exit(name: str, parts: Parts, length: int) -> Drafter:
     adapter = parts.adapter if name == 'early_exit_adapter' else None
     if name == 'early_exit_adapter' and adapter is None:
-        raise ValueError(f'{name} needs a trained adapter: the speculative experiment has one')
+        raise ValueError(f'{name} needs a trained adapter: see the speculative experiment')
     return early_exit.early_exit(parts.target, parts.exit_layers, length, adapter=adapter)

@@ -1,4 +1,4 @@
-"""One round of decoding, looked at: the tree that was drafted, and the path that was taken."""
+"""Draws one decoding round: the draft tree and the accepted path."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,17 +18,17 @@ from decoding.sample import Sampler
 from experiments import plots
 
 _TAKEN, _LEFT = plots.COLORS[0], '#888888'
-_CONTEXT = 24  # bytes of text before the tree in the title
+_CONTEXT = 24  # bytes of preceding text in the title
 
 
 class Round(NamedTuple):
-    """What a tree was, and what became of it.
+    """A draft tree and the result of its verification.
 
     Attributes:
-      token_T, parent_T, depth_T: the nodes that a walk could take, the root first.
-      path: indices of the accepted nodes, the root first.
-      next: the token drawn after the last of them.
-      before: ids of the text, up to the root.
+      token_T, parent_T, depth_T: the reachable nodes, root first.
+      path: indices of the accepted nodes, root first.
+      next: the token sampled from the target after the last accepted node.
+      before: ids of the text up to the root.
     """
 
     token_T: np.ndarray
@@ -43,14 +43,15 @@ def best_round(
     lm: LM, drafter: Drafter, sampler: Sampler, prompt: list[int], key: jax.Array,
     new_tokens: int, count: int,
 ) -> Round:  # fmt: skip
-    """Returns the round of the first `count` after a prompt that accepted most.
+    """Returns the round with the most accepted tokens among the first `count` after a prompt.
 
     Args:
       lm, drafter, sampler: as for `generate`.
       prompt: ids of one row.
-      key: of that row.
-      new_tokens: at most; with those of a call of `generate`, its compiled programs are used.
-      count: rounds.
+      key: random key of that row.
+      new_tokens: maximal number of new tokens; give the same as to `generate` to reuse its compiled
+        programs.
+      count: number of rounds.
     """
     lm, method = for_decoding(lm), drafter.method
     length = len(prompt)
@@ -84,7 +85,7 @@ def best_round(
 
 
 def _of_row(tree, verdict, text: Text) -> Round:
-    """Returns the first row of a batch, without nodes that no walk could take."""
+    """Returns the first row of a batch, without unreachable nodes."""
     kept = [0]
     for node in range(1, tree.token_BT.shape[1]):
         if tree.valid_BT[0, node] and tree.parent_BT[0, node] in kept:
@@ -102,7 +103,7 @@ def _of_row(tree, verdict, text: Text) -> Round:
 
 
 def draw(path: epath.PathLike, one: Round, token_bytes: Sequence[bytes], drafter: str) -> None:
-    """Saves a drawing of a round: depth from left to right, the accepted path in colour."""
+    """Saves a drawing of a round, with depth from left to right and the accepted path in colour."""
     x_T, y_T = one.depth_T, _heights(one)
     figure = matplotlib.figure.Figure(figsize=(8, 5), dpi=150, layout='constrained')
     matplotlib.backends.backend_agg.FigureCanvasAgg(figure)
@@ -127,7 +128,7 @@ def draw(path: epath.PathLike, one: Round, token_bytes: Sequence[bytes], drafter
     depths = range(int(x_T.max()) + 1)
     axes.set_xticks(depths, ['root', *map(str, depths[1:])])
     axes.set_xlabel(
-        'depth   (blue: accepted; orange: drawn from the target after them; grey: rejected)'
+        'depth   (blue: accepted; orange: then sampled from the target; grey: rejected)'
     )
     axes.set_yticks([])
     axes.spines[['top', 'right', 'left']].set_visible(False)
@@ -136,7 +137,7 @@ def draw(path: epath.PathLike, one: Round, token_bytes: Sequence[bytes], drafter
 
 
 def _heights(one: Round) -> np.ndarray:
-    """Returns a height for each node: leaves in the order of a walk, parents amid their children.
+    """Returns a height for each node: leaves in depth-first order, parents centred on children.
 
     The first child is on top.
     """
@@ -167,7 +168,7 @@ def _label(axes, x: float, y: float, text: str, color: str) -> None:
 
 
 def _shown(data: bytes) -> str:
-    """Returns bytes as text in which blanks show, and nothing else is left out."""
+    """Returns bytes as text with visible blanks and control characters."""
     text = data.decode('utf-8', 'backslashreplace')
     text = text.replace(' ', '␣').replace('\n', '↵').replace('\t', '→')
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text) or '∅'

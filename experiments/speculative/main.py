@@ -1,4 +1,4 @@
-"""Trains the models, measures the grid, prints the tables and the claims."""
+"""Trains the models, measures the grid, prints the tables and the findings."""
 
 import functools
 import time
@@ -22,12 +22,12 @@ from experiments.speculative.models import Models
 from lm.attention import ring
 from lm.training.metrics import ProgressLine
 
-_DRAWN = ('lookup', 'dynamic', 'recursive')  # whose trees are worth a drawing, the best last
-_ROUNDS = 8  # of which the one is drawn that accepted most
+_DRAWN = ('lookup', 'dynamic', 'recursive')  # drafters whose trees are drawn; the last available
+_ROUNDS = 8  # the round with the most accepted tokens among these is drawn
 
 
 def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
-    """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
+    """Runs the whole comparison, resuming from `out`; returns flat metrics."""
     begin = time.monotonic()
     with jax.set_mesh(mesh):
         ring.refuse('decoding')  # before anything is trained
@@ -43,7 +43,7 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
         texts = prompts.held_out(corpus.test, known.target, many, length)
     _check_length(config, known, texts)
     grid = measure.cells(config, list(known.drafts), main_ratio)
-    # before any of it is measured: a drafter that cannot be made ends the run
+    # build all drafters before measuring, so that an invalid one fails early
     made = {cell: _drafter(config, known, cell) for cell in grid}
     target, rows = for_decoding(known.target.model), []
     with ProgressLine('measuring', len(grid)) as progress, jax.set_mesh(mesh):
@@ -61,13 +61,13 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
 
 
 def _check_length(config: Config, known: Models, texts: measure.Prompts) -> None:
-    """Raises ValueError if the models are not meant for texts as long as these get."""
+    """Raises ValueError if the texts become longer than a model's number of positions."""
     longest = max(len(text) for rows in texts.values() for text in rows) + config.new_tokens
     for lm in (known.target.model, *known.drafts.values()):
         if longest > lm.model.max_length:
             raise ValueError(
                 f'--prompt_tokens {config.prompt_tokens} --new_tokens {config.new_tokens}: '
-                f'{longest} tokens, and a model is meant for {lm.model.max_length}'
+                f'{longest} tokens, but a model has {lm.model.max_length} positions'
             )
 
 
@@ -82,7 +82,7 @@ def _drafter(config: Config, known: Models, cell: Cell) -> Drafter:
 
 
 def _show(config: Config, known: Models, rows: list[dict[str, Any]], out: epath.Path) -> None:
-    """Prints the tables and what they show, and saves both as Markdown."""
+    """Prints the tables and the findings, and saves both as Markdown."""
     size = known.target.model.model.size
     smaller = ', '.join(f'1:{ratio}' for ratio in known.drafts)
     calls = sum(len(row['walks_by_depth']) > 0 for row in rows)
@@ -107,15 +107,15 @@ def _show(config: Config, known: Models, rows: list[dict[str, Any]], out: epath.
 def _draw(
     config: Config, known: Models, made: dict[Cell, Drafter], prompt: list[int], out: epath.Path
 ) -> None:
-    """Saves a drawing of one round after a prompt, of the last of the trees worth drawing."""
+    """Saves a drawing of one round after a prompt, for the last drafter of `_DRAWN` in the grid."""
     trees = [cell for cell in made if cell.drafter in _DRAWN and cell.kind == 'budget']
     if not trees:
         return
     cell = max(trees, key=lambda cell: (_DRAWN.index(cell.drafter), cell.size))
     sampler = Sampler(temperature=jnp.float32(config.temperatures[-1]))
-    law = decoding_models.draft_sampler(sampler, made[cell], config.greedy_draft_temperature)
+    draft = decoding_models.draft_sampler(sampler, made[cell], config.greedy_draft_temperature)
     one = drawing.best_round(
-        known.target.model, drafters.with_sampler(made[cell], law), sampler, prompt,
+        known.target.model, drafters.with_sampler(made[cell], draft), sampler, prompt,
         jax.random.key(config.seed), config.new_tokens, _ROUNDS,
     )  # fmt: skip
     title = drafters.NAMES[cell.drafter]

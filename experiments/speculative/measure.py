@@ -1,4 +1,4 @@
-"""Plain and drafted runs in pairs, and what they come to."""
+"""Measures pairs of plain and drafted runs, and aggregates them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,14 +19,14 @@ Prompts = Mapping[str, list[list[int]]]
 
 
 class Cell(NamedTuple):
-    """One compiled program, and so one row of the grid, at all temperatures.
+    """One configuration of the grid, at all temperatures; each is one compiled program.
 
     Attributes:
-      drafter: its name.
-      kind: `budget` (nodes below the root) or `length` (of a path).
-      size: how many.
-      ratio: how many times smaller than the target the draft model is.
-      batch: rows at a time.
+      drafter: name of the drafter.
+      kind: `budget` (nodes below the root) or `length` (depth of a path).
+      size: the budget or length.
+      ratio: parameters of the target over those of the draft model.
+      batch: batch size.
     """
 
     drafter: str
@@ -37,24 +37,24 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For a file."""
+        """Name of the cell's file."""
         return f'{self.drafter}_{self.kind}{self.size}_draft{self.ratio}_batch{self.batch}'
 
 
 class Run(NamedTuple):
-    """Several calls, one after another."""
+    """Several consecutive calls of `generate`."""
 
     calls: list[Metrics]
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens of all rows over wall clock, reading the prompts included."""
+        """Tokens of all rows per second of wall-clock time, including prefill."""
         seconds = sum(call.prefill_seconds + call.decode_seconds for call in self.calls)
         return sum(call.tokens for call in self.calls) / seconds
 
 
 def cells(config: Config, ratios: Sequence[int], main: int) -> list[Cell]:
-    """Returns the grid; then, at one budget, the other draft models."""
+    """Returns the grid, followed by the sweep over the other draft models at one budget."""
     sizes = [('budget', n) for n in config.budgets] + [('length', n) for n in config.lengths]
     grid = [
         Cell(name, kind, size, main, batch)
@@ -74,9 +74,10 @@ def cells(config: Config, ratios: Sequence[int], main: int) -> list[Cell]:
 def measure(
     config: Config, cell: Cell, target: LM, drafter: Drafter, prompts: Prompts
 ) -> list[dict[str, Any]]:
-    """Returns the rows of one cell: one per temperature, and one per task where there are several.
+    """Returns the rows of one cell: one per temperature, and per task if there are several.
 
-    Each repeat continues every prompt with keys of its own, plainly and with the drafter, in turn.
+    Each repeat has its own random keys and continues every prompt both plainly and with the
+    drafter, interleaved.
     """
     rows = []
     for temperature in config.temperatures:
@@ -102,7 +103,7 @@ def run(
     target: LM, drafter: Drafter, texts: list[list[int]], keys: jax.Array, batch: int,
     new_tokens: int, sampler: Sampler,
 ) -> Run:  # fmt: skip
-    """Continues texts, `batch` at a time; a call that compiled is made again."""
+    """Continues texts, `batch` at a time; a call that compiled is repeated."""
     calls = []
     for start in range(0, len(texts), batch):
         rows = slice(start, start + batch)
@@ -119,9 +120,9 @@ def run(
 
 
 def summary(tasks: Sequence[Sequence[tuple[Run, Run]]]) -> dict[str, Any]:
-    """Returns the metrics of pairs `[task][repeat]` of a plain and a drafted run.
+    """Aggregates pairs of plain and drafted runs, `[task][repeat]`, into metrics.
 
-    Block efficiency and acceptance are of all calls together; speeds are medians over repeats.
+    Block efficiency and acceptance are pooled over all calls; speeds are medians over repeats.
     """
     repeats = [
         tuple(Run([call for pair in pairs for call in pair[side].calls]) for side in (0, 1))
@@ -130,9 +131,9 @@ def summary(tasks: Sequence[Sequence[tuple[Run, Run]]]) -> dict[str, Any]:
     calls = [call for _, drafted in repeats for call in drafted.calls]
     tokens, rounds = (np.array([getattr(call, n) for call in calls]) for n in ('tokens', 'rounds'))
     efficiency = tokens.sum() / rounds.sum()
-    # of a ratio of sums; what varies are prompts, since repeats of one may have the same text
+    # standard error of a ratio of sums, over prompts: repeats of a prompt may give the same text
     residuals = (tokens - efficiency * rounds).reshape(len(repeats), -1).sum(axis=0)
-    # the residuals of one call add up to 0 whatever it did
+    # a single residual is always 0
     error = np.sqrt(np.sum(residuals**2)) / rounds.sum() if len(residuals) > 1 else None
     cost = calls[0].block_efficiency / calls[0].memory_bound_speedup
     rates, offered = acceptance(calls)
@@ -152,9 +153,9 @@ def summary(tasks: Sequence[Sequence[tuple[Run, Run]]]) -> dict[str, Any]:
 
 
 def acceptance(calls: Sequence[Metrics]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rate at each depth over several calls, and about how many walks got there.
+    """Returns the acceptance rate at each depth over all calls, and about how many walks count.
 
-    A call's rate weighs as much as it had walks that came as far as the depth above.
+    Each call's rate is weighted by the number of its walks that reached the previous depth.
     """
     rates = np.array([call.acceptance_by_depth for call in calls])
     came = np.cumprod(np.pad(rates[:, :-1], ((0, 0), (1, 0)), constant_values=1), axis=1)

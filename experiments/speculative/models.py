@@ -1,4 +1,4 @@
-"""The target, the draft models and the adapter: trained here, or found in bundles."""
+"""The target, the draft models and the adapter: trained here, or loaded from bundles."""
 
 import functools
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ _VALID_BYTES = 50_000
 
 
 class Models(NamedTuple):
-    """What the grid is run with.
+    """The models of the grid.
 
     Attributes:
       target: the model that verifies.
-      drafts: draft models, ready to draft, by how many times more parameters the target has.
-      adapter: of the early exit; None where no row asks for it.
+      drafts: draft models, ready for decoding, by the target's size ratio to them.
+      adapter: parameters of the early exit's adapter; None if no row needs it.
     """
 
     target: Loaded
@@ -42,10 +42,10 @@ class Models(NamedTuple):
 
 
 def prepare(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Models:
-    """Trains what is not there yet in `out`, and loads it, or loads the config's bundles.
+    """Loads the config's bundles, or trains (where `out` lacks them) and loads the models.
 
     Raises:
-      ValueError: what `language_model.check` raises; a draft bundle of another tokenizer; no
+      ValueError: as `language_model.check` does; or a draft bundle has another tokenizer, or no
         adapter can be trained for the target.
     """
     if config.target_bundle is not None:
@@ -62,8 +62,8 @@ def prepare(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Mode
         ratio = round(size / draft.model.model.size)
         if ratio < 1 or ratio in by_ratio:
             raise ValueError(
-                f'{path}: {max(ratio, 0)} times smaller than the target, as is another draft model '
-                'or none that drafts; give models of different sizes, smaller than the target'
+                f'{path}: {ratio} times smaller than the target; expected draft models of '
+                'different sizes, all smaller than the target'
             )
         by_ratio[ratio] = for_decoding(draft.model)
     adapter = None
@@ -73,7 +73,7 @@ def prepare(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Mode
 
 
 def nearest(models: Models, ratio: int) -> int:
-    """Returns the ratio of the draft model that comes nearest to `ratio`."""
+    """Returns the size ratio of the draft model that is nearest to `ratio`."""
     return min(models.drafts, key=lambda known: abs(known - ratio))
 
 
@@ -112,12 +112,12 @@ def _trained(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> lis
 def _adapter(
     config: Config, target: Loaded, documents: Sequence[bytes], out: epath.Path, mesh: Mesh
 ) -> Adapter:
-    """Trains the adapter of the target's early exit, on the text that models are trained on."""
+    """Trains the adapter of the target's early exit on the training text."""
     lm, model, vocab_size = target.model, target.config, target.tokenizer.vocab_size
     if lm.bos != vocab_size:
         raise ValueError(
-            f'--drafters: no adapter can be trained for this target, whose BOS is {lm.bos} and '
-            f'not {vocab_size}: leave early_exit_adapter out'
+            f'--drafters: no adapter can be trained for this target, whose BOS is {lm.bos} '
+            f'instead of {vocab_size}: omit early_exit_adapter'
         )
     run = config.adapter_train
     language_model.check(model, run, mesh, 'adapter_train')

@@ -1,4 +1,4 @@
-"""What is continued: the beginnings of held-out documents, or the questions of Spec-Bench."""
+"""Prompts: the beginnings of held-out documents, or the questions of Spec-Bench."""
 
 from collections.abc import Mapping, Sequence
 
@@ -20,10 +20,10 @@ HELD_OUT = 'held_out'
 def held_out(
     documents: Sequence[bytes], model: Loaded, count: int, tokens: int
 ) -> dict[str, list[list[int]]]:
-    """Returns the first `tokens` tokens of `count` documents, BOS among them, as one task.
+    """Returns the first `tokens` tokens, including BOS, of `count` documents, as one task.
 
     Raises:
-      ValueError: too few documents are long enough.
+      ValueError: fewer than `count` documents are long enough.
     """
     prompts: list[list[int]] = []
     for i in np.random.default_rng(0).permutation(len(documents)):
@@ -33,7 +33,7 @@ def held_out(
         if len(prompts) == count:
             return {HELD_OUT: prompts}
     raise ValueError(
-        f'held-out text: {len(prompts)} documents have {tokens} tokens, and {count} are wanted; '
+        f'held-out text: only {len(prompts)} documents have {tokens} tokens, expected {count}; '
         'lower --prompts or --prompt_tokens, or give more text'
     )
 
@@ -42,11 +42,11 @@ def read_questions(file: epath.PathLike) -> dict[str, list[bytes]]:
     """Returns the first turns of Spec-Bench's questions, by task.
 
     Args:
-      file: `question.jsonl`, a question per line with `category` and `turns`.
+      file: `question.jsonl`, one question per line, with `category` and `turns`.
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: a line is no question of the benchmark; names it.
+      ValueError: a line is not a question of the benchmark; the message names it.
     """
     questions: dict[str, list[bytes]] = {task: [] for task in TASKS}
     for number, line in enumerate(epath.Path(file).read_bytes().splitlines(), 1):
@@ -61,16 +61,16 @@ def read_questions(file: epath.PathLike) -> dict[str, list[bytes]]:
 def encode_questions(
     questions: Mapping[str, Sequence[bytes]], model: Loaded, count: int, tokens: int
 ) -> dict[str, list[list[int]]]:
-    """Returns questions as ids, once and for all, as they stand: no chat template.
+    """Encodes questions once, unchanged: without a chat template.
 
-    What is measured then counts the tokens that were drawn; the benchmark's own script encodes the
-    baseline's text again, which gives another number of tokens.
+    Metrics then count the sampled tokens; the benchmark's own script re-encodes the baseline's
+    text, which gives another number of tokens.
 
     Args:
-      questions: by task.
-      model: whose tokenizer and BOS are used.
-      count: questions of each task, spread evenly over it; or all, where there are fewer.
-      tokens: of a prompt at most; of longer ones the last are kept, behind BOS.
+      questions: questions by task.
+      model: the model whose tokenizer and BOS are used.
+      count: number of questions per task, spread evenly over it; all, if there are fewer.
+      tokens: maximal tokens per prompt; of longer ones, BOS and the last tokens are kept.
     """
     bos = [] if model.model.bos is None else [model.model.bos]
     result = {}
@@ -93,8 +93,8 @@ def _question(place: str, line: bytes) -> tuple[str, bytes]:
             f'{place}: category {category!r}; expected one of {", ".join(TASKS[1:] + MT_BENCH)}'
         )
     if not isinstance(text, str) or not text:
-        raise ValueError(f'{place}: the first of "turns" is empty, or no text')
+        raise ValueError(f'{place}: the first of "turns" is empty or not text')
     try:
         return task, text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f'{place}: the first of "turns" has half a character') from None
+        raise ValueError(f'{place}: the first of "turns" has a lone surrogate') from None

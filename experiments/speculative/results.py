@@ -1,4 +1,4 @@
-"""The keys, the tables, the claims and the plots of the comparison."""
+"""Keys, tables, findings and plots of the comparison."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,21 +22,21 @@ _CELLS = {
     'speedup': ('speed-up', '.2f'),
 }
 FOOTNOTES = (
-    'tokens/pass: block efficiency, tokens per pass of the target. bound: the speed-up where '
-    'reading weights is all that takes time, tokens/pass over 1 + draft passes x their share of '
+    'tokens/pass: block efficiency, tokens per pass of the target. bound: the speed-up if '
+    'decoding is bound by reading weights, tokens/pass over 1 + draft passes x their fraction of '
     "the target's parameters.",
-    'tokens/s: of all rows, prompts read within the time. speed-up: over plain decoding of the '
-    'same prompts in the same run; medians.',
+    'tokens/s: over all rows, including prefill. speed-up: over plain decoding of the same prompts '
+    'in the same run; medians.',
 )
-_WALKS = 20  # fewer at a depth say little of its rate
+_WALKS = 20  # minimal number of walks at a depth for its rate to be plotted
 Rows = Sequence[Mapping[str, Any]]
 
 
 def flat(rows: Rows, main: int) -> dict[str, float]:
     """Returns `metric/drafter/budget=N/temperature=T/batch=B` -> number.
 
-    `length=L` stands for `budget=N` at fixed lengths; `draft=R` follows where the draft model is
-    not the grid's, and `task=NAME` where the row is of one task.
+    At fixed lengths, `length=L` replaces `budget=N`. `draft=R` is added if the draft model is not
+    the grid's, and `task=NAME` if the row is of one task.
     """
     return {
         report.key(metric, row['drafter'], **_conditions(row, main)): row[metric]
@@ -58,7 +58,7 @@ def _conditions(row: Mapping[str, Any], main: int) -> dict[str, Any]:
 
 
 def tables(rows: Rows, width: int) -> list[tuple[str, list[dict[str, Any]], list[Column]]]:
-    """Returns title, rows and columns of a table per size, batch, draft model and task."""
+    """Returns title, rows and columns of one table per size, batch, draft model and task."""
     groups: dict[tuple, list[Mapping[str, Any]]] = {}
     for row in rows:
         group = tuple(row.get(name) for name in ('kind', 'size', 'batch', 'ratio', 'task'))
@@ -85,9 +85,9 @@ def tables(rows: Rows, width: int) -> list[tuple[str, list[dict[str, Any]], list
 
 
 def claims(rows: Rows) -> list[str]:
-    """Says of each budget and temperature whether RSD is above SpecTr, and that above a chain.
+    """Returns a line per budget and temperature: is RSD above SpecTr, and SpecTr above a chain?
 
-    A difference smaller than its standard error is said to be one.
+    The line states if a difference is smaller than its standard error.
     """
     first = [
         row for row in rows
@@ -147,10 +147,10 @@ def plot(out: epath.Path, config: Config, rows: Rows) -> None:
     plots.curves(
         out / 'acceptance_by_depth.png', depths, markers=True,
         title=f'Acceptance by depth, {config.budgets[-1]} nodes, {where}', x_label='depth',
-        y_label='share of walks here that took a child',
+        y_label='acceptance rate: fraction of walks that take a child',
     )  # fmt: skip
     plots.curves(
         out / 'block_efficiency.png', budgets, markers=True,
-        title=f'Block efficiency, {where}', x_label='drafted nodes per pass of the target',
+        title=f'Block efficiency, {where}', x_label='draft nodes per pass of the target',
         y_label='tokens per pass',
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""The shards of a corpus as an Apache Beam pipeline, for Dataflow, Flink, Spark or one machine.
+"""Writes shards with an Apache Beam pipeline, on Dataflow, Flink, Spark or one machine.
 
-Each task is an element; what the pipeline calls is what the local engine calls, so that the files
-are the same. The workers must reach the text and the folder, and have this project installed.
+Each task is one element. The pipeline calls the same functions as the local engine, and so writes
+the same files. Workers need access to the text and the output folder, and this project installed.
 """
 
 from collections.abc import Sequence
@@ -11,25 +11,25 @@ from experiments.tokenize.plan import Task
 
 
 def check() -> None:
-    """Raises ValueError where Apache Beam is not installed."""
+    """Raises ValueError if Apache Beam is not installed."""
     try:
-        import apache_beam  # noqa: F401 (seconds to import; nobody else needs it)
+        import apache_beam  # noqa: F401 (takes seconds to import; only needed here)
     except ImportError:
         raise ValueError(
-            '--beam: Apache Beam is not installed; it needs an environment of its own: make beam'
+            '--beam: Apache Beam is not installed; create its separate environment: make beam'
         ) from None
 
 
 def run(tasks: Sequence[Task], options: str) -> None:
-    """Writes shards by a Beam pipeline, and waits for it.
+    """Writes shards with a Beam pipeline and waits for it.
 
     Args:
-      tasks: the shards.
-      options: of the pipeline and its runner, as `runner=FlinkRunner,parallelism=8`.
+      tasks: the shards to write.
+      options: options of the pipeline and its runner, as in `runner=FlinkRunner,parallelism=8`.
 
     Raises:
-      ValueError: no runner of this name.
-      RuntimeError: what a shard's task raised, as the runner reports it.
+      ValueError: the runner is unknown.
+      RuntimeError: a task failed; the message is the runner's.
     """
     import apache_beam
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -39,6 +39,6 @@ def run(tasks: Sequence[Task], options: str) -> None:
     flags = [f'--{option}' for option in options.split(',') if option]
     with apache_beam.Pipeline(options=PipelineOptions(flags)) as pipeline:
         shards = pipeline | 'Shards' >> apache_beam.Create(list(tasks))
-        # else a runner may fuse all shards into one worker's work
+        # otherwise a runner may fuse all shards into one worker
         spread = shards | 'Spread' >> apache_beam.Reshuffle()
         _ = spread | 'Write' >> apache_beam.Map(plan.write)

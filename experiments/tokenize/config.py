@@ -1,4 +1,4 @@
-"""Encodes a corpus into ArrayRecord shards, which every experiment takes as --data.
+"""Encodes a corpus into ArrayRecord shards, which all experiments accept as --data.
 
     python -m experiments.run tokenize --data 'my/*.txt' --tokenizer out/bpe --out SHARDS
     python -m experiments.run tokenize --data 'my/*.txt' --tokenizer bytes --workers 8 --out SHARDS
@@ -6,33 +6,33 @@
     python -m experiments.run tokenize ... --out SHARDS --beam runner=DirectRunner
     python -m experiments.run pretrain --data SHARDS
 
-A shard depends on the text and the tokenizer alone: not on workers, hosts or engine. Each appears
-whole or not at all; the same command goes on where it was killed, and does nothing when all is
-done. Any CPU; `bench_tokenize` measures time and memory, which does not grow with the text.
+Shards depend only on the text and the tokenizer, not on workers, hosts or engine. They are written
+atomically: the same command resumes a killed run, and does nothing when all shards exist. Any CPU
+will do; `bench_tokenize` measures time and memory, which does not grow with the text.
 """
 
 import dataclasses
 
 import tyro
 
-# A shard of less text could be smaller than one document.
+# Minimal bytes of text per shard; a smaller shard could be smaller than one document.
 _LEAST = 1 << 17
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One corpus.
+    """Corpus, tokenizer, and division of the work.
 
     Attributes:
       tokenizer: `bytes`, or the folder of a saved tokenizer or bundle.
-      data: glob of text files, or a folder of other shards; the interpreter's standard library if
-        not given.
+      data: glob of text files, or a folder of other shards; default: the interpreter's standard
+        library.
       tfds: name of a TFDS dataset with a text feature, instead of `data`.
-      shard_bytes: of text in a shard, about.
-      workers: processes on this host; 1 encodes in the program itself.
-      hosts: how many hosts run this command on one shared folder; JAX's own count if not given.
-      host: which of them this is, from 0.
-      beam: options of an Apache Beam pipeline to run instead, as in
+      shard_bytes: approximate bytes of text per shard.
+      workers: processes on this host; with 1, the main process encodes.
+      hosts: number of hosts that run this command on a shared folder; default: JAX's host count.
+      host: index of this host, from 0.
+      beam: options of an Apache Beam pipeline, to use it instead, as in
         `runner=DataflowRunner,project=P,region=R,temp_location=gs://B/tmp`.
     """
 
@@ -55,7 +55,7 @@ class Config:
         if self.hosts is not None and self.host is not None and not 0 <= self.host < self.hosts:
             raise ValueError(f'--host {self.host}: expected 0 to {self.hosts - 1} (--hosts)')
         if self.beam is not None and (self.hosts is not None or self.workers > 1):
-            raise ValueError('--beam: its runner divides the work; leave out --workers and --hosts')
+            raise ValueError('--beam: its runner divides the work; omit --workers and --hosts')
 
 
 MAKES_OUT = True

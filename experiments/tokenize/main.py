@@ -1,4 +1,4 @@
-"""Writes the shards that are missing: in this process, in several, or as a Beam pipeline."""
+"""Writes the missing shards: in this process, in workers, or as a Beam pipeline."""
 
 import concurrent.futures
 import multiprocessing
@@ -28,7 +28,7 @@ from tokenization.vocabularies.byte import ByteTokenizer
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
-    """Writes what is missing of this host's shards; with the last of all hosts', the index."""
+    """Writes this host's missing shards, and the index once the shards of all hosts exist."""
     begin = time.monotonic()
     if config.beam is not None:
         beam.check()
@@ -58,7 +58,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
 
 
 def open_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer of `--tokenizer`: bytes, or a folder that holds one."""
+    """Returns the tokenizer that `--tokenizer` names: `bytes`, or a folder."""
     if name == 'bytes':
         return ByteTokenizer()
     folder = epath.Path(name)
@@ -66,10 +66,10 @@ def open_tokenizer(name: str) -> Tokenizer:
 
 
 def peak_megabytes() -> float:
-    """Returns the most memory that this process has held so far."""
+    """Returns the peak memory of this process so far, in MB."""
     status = pathlib.Path('/proc/self/status')
     for line in status.read_text().splitlines() if status.exists() else []:
-        if line.startswith('VmHWM:'):  # the figure below counts what it was forked from, too
+        if line.startswith('VmHWM:'):  # the fallback below also counts the process it forked from
             return int(line.split()[1]) * 1024 / 1e6
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
@@ -80,12 +80,12 @@ def _measured(task: Task) -> tuple[Shard, float]:
 
 
 def _write(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Shard, float]]:
-    """Yields what each shard holds, as they are finished, and the peak memory of its process."""
+    """Yields each finished shard's description, and the peak memory of its process in MB."""
     workers = min(workers, len(tasks))
     if workers <= 1:
         yield from map(_measured, tasks)
         return
-    # Spawned: JAX has threads, which a fork would not take along.
+    # Spawned, since JAX's threads do not survive a fork.
     context = multiprocessing.get_context('spawn')
     with concurrent.futures.ProcessPoolExecutor(workers, context, _follow_parent) as pool:
         waiting = [pool.submit(_measured, task) for task in tasks]
@@ -94,16 +94,16 @@ def _write(tasks: Sequence[Task], workers: int) -> Iterator[tuple[Shard, float]]
                 yield future.result()
         except BrokenProcessPool:
             raise ChildProcessError(
-                'a worker was killed, perhaps for want of memory: give fewer --workers; the same '
-                'command goes on with the shards that are missing'
+                'a worker was killed, perhaps because memory ran out: give fewer --workers; the '
+                'same command continues with the missing shards'
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _follow_parent() -> None:
-    """Ends a worker with the program that started it, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # at ^C, without a traceback from each
+    """Ends a worker when its parent process ends, however that happens."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from each worker on ^C
     parent = multiprocessing.parent_process()
 
     def follow():

@@ -1,9 +1,9 @@
-"""What is to be written: the shards of a corpus, each a task that any process can do by itself.
+"""Plans the shards of a corpus; each is a task that any process can do independently.
 
-OUT/plan.json     what the shards are made from; another text or tokenizer is refused
+OUT/plan.json     digests of text and tokenizer; others are refused in this folder
 OUT/tokenizer/    a copy of the tokenizer
-OUT/parts/*.json  what a finished shard holds, written after the shard
-OUT/index.json    all of them, written when none is missing (`lm.data.shard_index`)
+OUT/parts/*.json  description of a finished shard, written after the shard
+OUT/index.json    all descriptions, written when no shard is missing (`lm.data.shard_index`)
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from lm.data.shard_index import Index, Shard
 from lm.files import json_fields
 from tokenization.tokenizer import Tokenizer
 
-_SAMPLE = 64  # documents of a split that are looked at before the work
-_AT_ONCE, _BYTES_AT_ONCE = 128, 1 << 22  # documents encoded together, and bytes of their text
+_SAMPLE = 64  # documents per split that are checked before the work starts
+_AT_ONCE, _BYTES_AT_ONCE = 128, 1 << 22  # documents encoded together, and their bytes of text
 
 
 class Text(Protocol):
-    """Documents of a split, which can be divided without being read."""
+    """Documents of a split that can be divided into shards without being read."""
 
     size: int
 
@@ -41,22 +41,22 @@ class Text(Protocol):
     def __getitem__(self, index: Any, /) -> Any: ...
 
     def starts(self, parts: int) -> list[int]:
-        """Returns where each of `parts` stretches of about equal size starts, and the end."""
+        """Returns the first document of each of `parts` parts of about equal size, and the end."""
         ...
 
     def identity(self) -> bytes:
-        """Returns what tells these documents from others without reading them."""
+        """Returns a cheap fingerprint of the documents, without reading them."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One shard: it can be pickled, and says all that is needed to write it.
+    """One shard: can be pickled, and holds everything needed to write it.
 
     Attributes:
-      out: the folder of all shards, which holds the tokenizer.
-      split, index, count: it is number `index` of the `count` shards of a split.
-      documents: its text.
+      out: folder of all shards and of the tokenizer.
+      split, index, count: this is shard `index` of the split's `count` shards.
+      documents: the shard's text.
     """
 
     out: str
@@ -67,12 +67,12 @@ class Task:
 
     @property
     def path(self) -> epath.Path:
-        """The shard."""
+        """Path of the shard."""
         return epath.Path(self.out) / shard_index.file_name(self.split, self.index, self.count)
 
     @property
     def part(self) -> epath.Path:
-        """What it holds, as JSON."""
+        """Path of the shard's description, in JSON."""
         return epath.Path(self.out) / 'parts' / f'{self.path.stem}.json'
 
 
@@ -80,11 +80,11 @@ class Plan(NamedTuple):
     """All shards of a corpus.
 
     Attributes:
-      out: their folder.
-      vocab_size: of the tokenizer.
+      out: folder of the shards.
+      vocab_size: vocabulary size of the tokenizer.
       origin: digests of the text and of the tokenizer.
       tasks: the shards, split by split.
-      id_bytes: what all of them will take on the disk, by the rate of a sample.
+      id_bytes: estimated bytes of all shards on disk, extrapolated from a sample.
     """
 
     out: epath.Path
@@ -95,10 +95,10 @@ class Plan(NamedTuple):
 
 
 def make(corpus: Corpus, tokenizer: Tokenizer, shard_bytes: int, out: epath.Path) -> Plan:
-    """Returns the shards of a corpus, and looks at a sample of it; writes nothing.
+    """Plans the shards of a corpus and checks the tokenizer on a sample; writes nothing.
 
     Raises:
-      ValueError: the tokenizer does not give back a document of the sample.
+      ValueError: the tokenizer is not lossless on a document of the sample.
     """
     seen, tasks, ids, size, total = hashlib.sha256(), [], 0, 0, 0
     for name in shard_text.SPLITS:
@@ -109,14 +109,14 @@ def make(corpus: Corpus, tokenizer: Tokenizer, shard_bytes: int, out: epath.Path
             found = tokenizer.encode(document)
             if tokenizer.decode(found) != document:
                 raise ValueError(
-                    f'--tokenizer: {name} document {i} does not come back from its ids; shards '
-                    'would not be the text: give a lossless tokenizer'
+                    f'--tokenizer: {name} document {i} is not restored from its ids, so the shards '
+                    'would lose text: give a lossless tokenizer'
                 )
             seen.update(hashlib.sha256(document).digest())
             ids, size = ids + len(found), size + len(document)
         total += text.size
         count = max(math.ceil(text.size / shard_bytes), 1)
-        edges = sorted(set(text.starts(count)))  # few long documents may leave a part empty
+        edges = sorted(set(text.starts(count)))  # with few long documents, a part may be empty
         count = len(edges) - 1
         tasks += [
             Task(os.fspath(out), name, i, count, text[start:stop])
@@ -128,11 +128,11 @@ def make(corpus: Corpus, tokenizer: Tokenizer, shard_bytes: int, out: epath.Path
 
 
 def begin(plan: Plan, tokenizer: Tokenizer, shard_bytes: int) -> None:
-    """Makes the folder that of this plan; every host may do so at the same time.
+    """Reserves the folder for this plan; all hosts may do so concurrently.
 
     Raises:
-      FileExistsError: the folder holds something else.
-      ValueError: it holds shards of another text, tokenizer or size, or is damaged.
+      FileExistsError: the folder holds other files.
+      ValueError: it holds shards of another text, tokenizer or size, or its plan is damaged.
     """
     file = plan.out / shard_text.PLAN
     described = {'format': shard_index.FORMAT, 'shard_bytes': shard_bytes, **plan.origin}
@@ -144,7 +144,7 @@ def begin(plan: Plan, tokenizer: Tokenizer, shard_bytes: int) -> None:
         other = sorted(name for name in described if before.get(name) != described[name])
         if other:
             raise ValueError(
-                f'{plan.out}: holds shards of another {", ".join(other)}; give another --out, or '
+                f'{plan.out}: holds shards of another {", ".join(other)}; give another --out or '
                 'remove the folder'
             )
     elif plan.out.exists() and not (_only_begun(plan.out) or file.exists()):
@@ -156,7 +156,7 @@ def begin(plan: Plan, tokenizer: Tokenizer, shard_bytes: int) -> None:
 
 
 def _only_begun(out: epath.Path) -> bool:
-    """Whether a kill, or another host, left the folder before its plan was written."""
+    """Returns whether the folder was created but its plan is not written yet (kill, other host)."""
     if not out.is_dir():
         return False
     names = {path.name for path in out.iterdir() if not path.name.startswith('.')}
@@ -164,7 +164,7 @@ def _only_begun(out: epath.Path) -> bool:
 
 
 def _save_once(tokenizer: Tokenizer, folder: epath.Path) -> None:
-    # Under a name of its own first: another host may save the same tokenizer now.
+    # Saved under a unique name first, since another host may save the same tokenizer concurrently.
     if folder.exists():
         return
     partial = folder.parent / f'.{folder.name}.{os.urandom(6).hex()}.tmp'
@@ -178,7 +178,7 @@ def _save_once(tokenizer: Tokenizer, folder: epath.Path) -> None:
 
 
 def part_of(task: Task) -> Shard | None:
-    """Returns what a shard holds, or None if it is still to be written."""
+    """Returns a shard's description, or None if the shard is not written yet."""
     try:
         shard = shard_index.shard_from(json_fields.read(task.part))
         return shard if task.path.stat().length == shard.file_bytes else None
@@ -187,7 +187,7 @@ def part_of(task: Task) -> Shard | None:
 
 
 def write(task: Task) -> Shard:
-    """Writes one shard; the tokenizer comes from the folder, so that any process can do it.
+    """Writes one shard, loading the tokenizer from the folder, so that any process can do it.
 
     Raises:
       OSError, ValueError: as the documents, the tokenizer and `lm.data.shards.write_shard` do.
@@ -199,7 +199,7 @@ def write(task: Task) -> Shard:
 
 
 def _encoded(tokenizer: Tokenizer, task: Task) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields ids and bytes of each document; holds a few megabytes of text at a time."""
+    """Yields each document's ids and number of bytes; holds a few MB of text at a time."""
     held: list[bytes] = []
     for i in range(len(task.documents)):
         held.append(task.documents[i])
@@ -210,7 +210,7 @@ def _encoded(tokenizer: Tokenizer, task: Task) -> Iterator[tuple[np.ndarray, int
 
 
 def check_space(plan: Plan, missing: Sequence[Task]) -> None:
-    """Raises OSError if the disk has no room for the missing shards, by the rate of the sample."""
+    """Raises OSError if the disk lacks space for the missing shards, as the sample predicts."""
     if '://' in os.fspath(plan.out):
         return
     needed = plan.id_bytes * len(missing) / len(plan.tasks)
@@ -218,12 +218,12 @@ def check_space(plan: Plan, missing: Sequence[Task]) -> None:
     if needed > free:
         raise OSError(
             f'{plan.out}: {len(missing)} shards need about {needed / 1e9:.1f} GB, {free / 1e9:.1f} '
-            'are free; free some space there, or write elsewhere'
+            'are free; free some space or give another --out'
         )
 
 
 def finish(plan: Plan) -> tuple[Index, list[Task]]:
-    """Writes the index if no shard is missing; returns what there is, and the missing shards."""
+    """Writes the index if no shard is missing; returns the index so far, and missing shards."""
     found = [part_of(task) for task in plan.tasks]
     missing = [task for task, part in zip(plan.tasks, found) if part is None]
     splits: dict[str, tuple[Shard, ...]] = dict.fromkeys(shard_text.SPLITS, ())
@@ -234,5 +234,7 @@ def finish(plan: Plan) -> tuple[Index, list[Task]]:
     if not missing:
         shard_index.write_index(plan.out, index)
         for partial in [*plan.out.glob('.*.tmp'), *plan.out.glob('parts/.*.tmp')]:
-            partial.rmtree() if partial.is_dir() else partial.unlink(missing_ok=True)  # of a kill
+            partial.rmtree() if partial.is_dir() else partial.unlink(
+                missing_ok=True
+            )  # after a kill
     return index, missing

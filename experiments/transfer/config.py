@@ -1,15 +1,16 @@
 """Zero-shot tokenizer transfer, after Minixhofer et al. 2024 (arXiv 2405.07883).
 
-A language model over BPE gets another tokenizer: its token tables are predicted by a hypernetwork,
-or made by a heuristic, and the body stays as it is. Then it is trained on for a few steps.
+A language model over BPE gets another tokenizer: its token tables are predicted by a hypernetwork
+or made by a heuristic, and its body is unchanged. It is evaluated zero-shot, and after a few steps
+of continued training.
 
     python -m experiments.run transfer                       # 2 cores: about 25 minutes, resumable
     python -m experiments.run transfer --bundle out/pretrain/bundle --data 'my/*.txt'
     python -m experiments.run transfer --ranks 'tokenizers/*.tiktoken'
     python -m experiments.run transfer --scale gpu
 
-`--bundle` takes what `pretrain` or `import_hf` made. Expected at `demo` on the standard library:
-the README has the tables. `paper` holds the paper's sizes; it is type-checked only.
+`--bundle` takes a bundle of `pretrain` or `import_hf`. Expected at `demo` on the standard library:
+the tables in README.md. `paper` has the paper's sizes; it is only type-checked.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ def _model() -> ModelConfig:
 
 
 def _identity(steps: int, rows: int) -> TrainConfig:
-    """The paper's first stage: 10,000 steps of 16,384 rows, up to 3e-4."""
+    """First stage; in the paper, 10,000 steps of 16,384 rows with a peak learning rate of 3e-4."""
     return TrainConfig(steps, rows, 2, _adam(3e-4, schedule='constant'), checkpoint_every=steps)
 
 
@@ -45,32 +46,32 @@ def _adam(learning_rate: float, **more) -> OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One comparison.
+    """Corpus, models, targets and training.
 
     Attributes:
-      data: glob of text files; the interpreter's standard library if not given.
-      bundle: a model to start from, instead of one that is trained here.
-      ranks: glob that finds `r50k_base.tiktoken` (GPT-2) and `cl100k_base.tiktoken`; of one that
-        it does not find, the first 5,000 tokens stand for it.
-      targets: tokenizers that the model is moved to.
-      oracle: those of them that a model is trained from scratch with, for comparison.
-      vocab_size: of the model's own BPE, if it is trained here.
-      model, train: the model that is trained here, and how.
-      hypernetwork: its shape; widths follow from the model.
-      sampled_size: rows of the tables of each tokenizer drawn for training.
-      workers: processes that draw them ahead; 0 for a thread.
-      identity: the stage that learns the source's own rows; `batch_size` counts rows.
-      transfer: the stage on drawn tokenizers.
-      auxiliary: weight of the rows' distance in both trainings after a transfer.
-      shots: steps of training on after the transfer, 0 is zero-shot.
-      continued: how; its `steps` are the largest of `shots`.
-      reductions: dynamic tokenization merges until texts are so much shorter, as shares of what
-        whole words would save.
-      variants: those of `targets` that a model fine-tuned on prose is moved to, by task
-        arithmetic.
-      variant_steps: of fine-tuning it, as in `continued`.
-      task_weights: of what training after the transfer changed in the base.
-      valid_bytes: of held-out text to evaluate on.
+      data: glob of text files; default: the interpreter's standard library.
+      bundle: the source model; default: it is trained here.
+      ranks: glob that matches `r50k_base.tiktoken` (GPT-2) and `cl100k_base.tiktoken`; if a file is
+        missing, the first 5,000 tokens are used.
+      targets: tokenizers that the model is transferred to.
+      oracle: targets with which a model is trained from scratch, for comparison.
+      vocab_size: vocabulary size of the model's own BPE, if it is trained here.
+      model, train: config and training of a source model trained here.
+      hypernetwork: the hypernetwork's config; its widths follow from the model.
+      sampled_size: table rows of each tokenizer sampled in training.
+      workers: processes that sample tokenizers ahead of time; 0 for a thread.
+      identity: first stage, which learns the source's own rows; `batch_size` counts rows.
+      transfer: second stage, over sampled tokenizers.
+      auxiliary: weight of the distance between rows in the loss, in the second stage and in
+        continued training.
+      shots: numbers of steps of continued training after the transfer; 0 is zero-shot.
+      continued: continued training; its `steps` are the largest of `shots`.
+      reductions: reductions of sequence length in dynamic tokenization, as fractions of the
+        reduction that whole words would give.
+      variants: targets to which a model fine-tuned on prose is transferred by task arithmetic.
+      variant_steps: steps of that fine-tuning, otherwise as in `continued`.
+      task_weights: weights of the base's change in continued training.
+      valid_bytes: bytes of held-out text for evaluation.
     """
 
     data: str | None = None

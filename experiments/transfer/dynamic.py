@@ -1,9 +1,8 @@
-"""Dynamic tokenization: bits per byte against how much shorter texts become.
+"""Dynamic tokenization: bits per byte against the reduction of sequence length.
 
-Each batch has units of its own (`tokenization.transfer.dynamic`), whose rows the hypernetwork
-predicts; they stand behind the source's own rows, in both tables. What it takes to name a batch's
-units is counted
-apart: a merge names two of the units before it.
+The tokens of each batch are merged into its own units (`tokenization.transfer.dynamic`). The
+hypernetwork predicts their rows, which are appended to both token tables of the source. The cost of
+naming a batch's units is reported separately: each merge names two earlier units.
 """
 
 import functools
@@ -30,7 +29,7 @@ from tokenization.transfer.dynamic import Merged
 from tokenization.transfer.transfer import Source
 from tokenization.vocabularies import boundaries
 
-# Batches from which the number of merges for a share of the greatest reduction is found.
+# Batches that determine the number of merges for a fraction of the maximal reduction.
 _SAMPLES = 4
 
 
@@ -38,11 +37,11 @@ def measure(
     config: Config, source: Source, network: Trained, documents: Sequence[np.ndarray],
     samples: Sequence[np.ndarray], mesh: Mesh,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Returns a row for each of `config.reductions`, 0 first.
+    """Returns a row for each of `config.reductions`, preceded by 0.
 
     Args:
-      documents: held-out ones, in ids of the source.
-      samples: others, from which the numbers of merges are found.
+      documents: held-out documents, in ids of the source.
+      samples: other documents, which determine the numbers of merges.
     """
     size, length = config.continued.batch_size, config.continued.length
     tokens = transfer.token_table(source.tokenizer)
@@ -78,14 +77,14 @@ def _batches(documents: Sequence[np.ndarray], size: int, length: int) -> list[li
 
 
 def _name_bits(merged: Merged, vocab_size: int) -> float:
-    """Returns the bits of a list of merges, each two of the units that there are by then."""
+    """Returns the bits to encode a list of merges, each of two units that exist by then."""
     return sum(2 * math.log2(vocab_size + i) for i in range(len(merged.lengths) - 1))
 
 
 class _Reader:
-    """The model over its own rows and, behind them, the units of a batch, rows of which are kept.
+    """The model over its own rows, followed by those of a batch's units, which are cached.
 
-    Params are arguments of what is compiled: constants of a large model would not fit into it.
+    Params are arguments of the compiled functions, since they are too large for constants.
     """
 
     def __init__(self, source: Source, network: Trained, capacity: int, mesh: Mesh):
@@ -100,7 +99,7 @@ class _Reader:
         self._loss = jax.jit(functools.partial(_sum, source.config))
 
     def nats(self, merged: Merged, size: int, length: int) -> float:
-        """Returns the summed loss of a batch; a unit of one source id is that id."""
+        """Returns the summed loss of a batch; units of a single source id keep that id."""
         v = self._source.config.vocab_size
         units = [unit for unit in merged.units if len(unit) > 1]
         self._cache, slots = row_cache.fetch(
@@ -117,7 +116,7 @@ class _Reader:
 
 
 def _sum(config: ModelConfig, weights: Params, tables: Params, slot_U, count, batch) -> jax.Array:
-    """Returns nats of a batch over the model's own rows and `count` units, in rows `slot_U`."""
+    """Returns a batch's loss over the model's own rows and `count` units, cached at `slot_U`."""
     used_V = jnp.arange(config.vocab_size + len(slot_U)) < config.vocab_size + count
     joined = {
         name: jnp.concatenate([own_VD.astype(jnp.float32), tables[name][slot_U]])
@@ -133,7 +132,7 @@ def _sum(config: ModelConfig, weights: Params, tables: Params, slot_U, count, ba
         log_p = jax.nn.log_softmax(jnp.where(used_V, logits, -jnp.inf))
         return -(jnp.take_along_axis(log_p, target_L[:, None], 1)[:, 0] * weight_L).sum()
 
-    # a row at a time: the logits of a batch would be large
+    # one row at a time, since the logits of a whole batch would be large
     return jax.lax.map(row_nats, (h_BLD, batch['targets'], batch['weights'])).sum()
 
 

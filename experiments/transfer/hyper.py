@@ -1,4 +1,4 @@
-"""Training of the hypernetwork, and of models after a transfer."""
+"""Training of the hypernetwork."""
 
 import functools
 import time
@@ -22,7 +22,7 @@ from tokenization.transfer.hypernetwork import HypernetworkConfig
 from tokenization.transfer.sampled_batches import Settings, sampled_batches
 from tokenization.transfer.transfer import Source
 
-# of the texts that rows are cut from; few rows stay short of their length
+# Bytes of text per token of a row; few rows are left shorter than their length.
 _BYTES_PER_TOKEN = 6
 
 
@@ -35,7 +35,7 @@ class Trained(NamedTuple):
 
 
 def fit(config: Config, source: Source, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Trained:
-    """Trains a hypernetwork in two stages, or resumes what `out` holds."""
+    """Trains a hypernetwork in two stages, resuming from the checkpoints in `out`."""
     begin = time.monotonic()
     shape = hypernetwork.for_model(config.hypernetwork, source.config, source.tokenizer.vocab_size)
     placed = params.placed(hypernetwork.leaves(shape), mesh)
@@ -62,7 +62,7 @@ def fit(config: Config, source: Source, corpus: Corpus, out: epath.Path, mesh: M
 
 
 def _rows(config: TrainConfig, vocab_size: int) -> grain.IterDataset:
-    """Returns batches of random source ids, the same for a step wherever a run was resumed."""
+    """Returns batches of random source ids, a function of the step, so that runs can resume."""
     own = config.batch_size // jax.process_count()
     first = own * jax.process_index()
 
@@ -77,11 +77,11 @@ def _rows(config: TrainConfig, vocab_size: int) -> grain.IterDataset:
 def sampled(
     config: Config, source: Source, corpus: Corpus, shape: HypernetworkConfig
 ) -> grain.IterDataset:
-    """Returns batches of which each has a tokenizer of its own."""
+    """Returns batches, each with its own sampled tokenizer."""
     run = config.transfer
     settings = Settings(
         run.batch_size // jax.process_count(), run.length, _BYTES_PER_TOKEN * run.length,
-        # one row more is BOS's
+        # the remaining row is that of BOS
         config.sampled_size - 1, shape.pieces, run.steps, run.seed,
         jax.process_index(), jax.process_count(),
     )  # fmt: skip

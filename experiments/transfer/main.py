@@ -1,4 +1,4 @@
-"""Trains a model and a hypernetwork, moves the model to every target, and measures."""
+"""Trains a model and a hypernetwork, transfers the model to all targets, and evaluates it."""
 
 import functools
 from typing import Any, NamedTuple
@@ -22,12 +22,12 @@ from tokenization.tokenizer import Tokenizer
 from tokenization.transfer import transfer
 from tokenization.transfer.transfer import Method, Source
 
-# trained on after the transfer, too: ours, and what the hypernetwork starts from
+# methods also evaluated after continued training: the hypernetwork, and its initialisation
 TRAINED_ON = (HYPERNETWORK, 'mean_of_pieces')
 
 
 def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
-    """Runs the whole comparison, or what is left of it in `out`; returns flat metrics."""
+    """Runs the whole comparison, resuming from `out`; returns flat metrics."""
     if config.bundle is None:
         _check(config, config.model, mesh)  # before anything is trained
     corpus = corpora.open_corpus(config.data)
@@ -36,7 +36,7 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
     _check(config, source.config, mesh)
     found = targets.build(config, corpus, out)
     network = hyper.fit(config, source, corpus, out / 'hypernetwork', mesh)
-    # of the process that trained it, not of one that found it trained
+    # seconds of the process that trained it, even if this one only loaded it
     seconds = resume.part_once(out / 'parts' / 'hypernetwork.json', lambda: network.seconds)
     texts = corpora.first_bytes(corpus.test, config.valid_bytes)
     rows = _rows(_Setting(config, source, corpus, texts, out, mesh), found, network)
@@ -63,15 +63,15 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
 
 
 def _check(config: Config, model: ModelConfig, mesh: Mesh) -> None:
-    """Raises ValueError unless every training fits the model and the devices."""
-    language_model.check_rows(config.identity, mesh, 'identity')  # of ids, that are no text
+    """Raises ValueError unless all training runs fit the model and the devices."""
+    language_model.check_rows(config.identity, mesh, 'identity')  # single ids, without a length
     for name in ('train', 'transfer', 'continued'):
         if name != 'train' or config.bundle is None or config.oracle:
             language_model.check(model, getattr(config, name), mesh, name)
 
 
 class _Setting(NamedTuple):
-    """What every row is measured with."""
+    """Arguments shared by all measurements."""
 
     config: Config
     source: Source
@@ -84,7 +84,7 @@ class _Setting(NamedTuple):
 def _rows(
     setting: _Setting, found: dict[Target, Tokenizer], network: Trained
 ) -> list[dict[str, Any]]:
-    """Returns the row of the source, and one per target, method and number of shots."""
+    """Returns the row of the source, and one per target, method and number of steps."""
     config, source, train = setting.config, setting.source, setting.corpus.train
     parts = {'source': lambda: _row(setting, 'source', 'own', 0, measure.unmoved(source))}
     for target, tokenizer in found.items():
@@ -104,7 +104,7 @@ def _rows(
 
 
 def _from_scratch(setting: _Setting, target: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns the row of a model of the source's shape that was trained with the target."""
+    """Returns the row of a model of the source's shape, trained from scratch with the target."""
     folder = setting.out / ORACLE / target
     documents = resume.encoded_once(tokenizer, setting.corpus.train, folder / 'encoded', 'encoding')
     v = tokenizer.vocab_size
@@ -118,7 +118,7 @@ def _from_scratch(setting: _Setting, target: str, tokenizer: Tokenizer) -> dict[
 def _measured(
     setting: _Setting, name: str, method: Method, target: str, tokenizer: Tokenizer, shots: int
 ) -> dict[str, Any]:
-    """Returns the row of one target, method and number of shots; saves the hypernetwork's model."""
+    """Returns the row of one target, method and number of steps; saves hypernetwork models."""
     config, out, mesh = setting.config, setting.out, setting.mesh
     moved = measure.move(setting.source, tokenizer, method, mesh)
     if shots:

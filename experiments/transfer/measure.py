@@ -1,4 +1,4 @@
-"""Bits per byte of a moved model: zero-shot, and after a few steps of training on."""
+"""Bits per byte of a transferred model: zero-shot, and after a few steps of continued training."""
 
 import dataclasses
 import functools
@@ -24,13 +24,12 @@ from tokenization.tokenizer import Tokenizer
 from tokenization.transfer import heuristics, transfer
 from tokenization.transfer.transfer import Method, Source
 
-# Of text that the neighbours' auxiliary vectors are counted on, and that models are trained on
-# after a transfer.
+# Bytes of text for the auxiliary vectors of `neighbours`, and for continued training.
 CONTEXT_BYTES, SHOT_BYTES = 2_000_000, 4_000_000
 
 
 class Moved(NamedTuple):
-    """A model with a target's tables; `seconds` to make them, and the id that starts documents."""
+    """A model with a target's tables, the `seconds` to make them, and its BOS id."""
 
     fitted: Fitted
     tokenizer: Tokenizer
@@ -39,7 +38,7 @@ class Moved(NamedTuple):
 
 
 def methods(tokenizer: Tokenizer, documents: Sequence[bytes]) -> dict[str, Method]:
-    """Returns the heuristics, for a target."""
+    """Returns the heuristics for a target, by name."""
 
     def neighbours(*arguments) -> Params:
         vectors = heuristics.context_vectors(tokenizer, documents)
@@ -55,12 +54,12 @@ def methods(tokenizer: Tokenizer, documents: Sequence[bytes]) -> dict[str, Metho
 
 
 def unmoved(source: Source) -> Moved:
-    """Returns the source as it is, every row of its tables included."""
+    """Returns the source unchanged, with all rows of its tables."""
     return Moved(Fitted(source.config, source.params, 0.0), source.tokenizer, source.bos, 0.0)
 
 
 def move(source: Source, tokenizer: Tokenizer, method: Method, mesh: Mesh) -> Moved:
-    """Returns the model with tables for a target."""
+    """Returns the model with tables for a target, made by `method`."""
     vocabulary = transfer.vocabulary(source, tokenizer)
     begin = time.monotonic()
     tables = jax.block_until_ready(method(source, vocabulary, jax.random.key(0)))
@@ -71,7 +70,7 @@ def move(source: Source, tokenizer: Tokenizer, method: Method, mesh: Mesh) -> Mo
 
 
 def bits_per_byte(moved: Moved, config: Config, texts: Sequence[bytes], mesh: Mesh) -> float:
-    """Returns the loss on texts in bits per byte of them."""
+    """Returns the loss on texts, in bits per byte."""
     v = moved.tokenizer.vocab_size
     batches = language_model.evaluation(
         moved.tokenizer.encode_batch(texts), v, config.continued.batch_size,
@@ -82,7 +81,7 @@ def bits_per_byte(moved: Moved, config: Config, texts: Sequence[bytes], mesh: Me
 
 
 def _with_bos(before: int, bos: int, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """An imported model's BOS is one of its tokenizer's ids; the pipeline starts with another."""
+    """Replaces the pipeline's BOS by the model's, which in an imported model is a tokenizer id."""
     tokens_BL = batch['tokens']
     return {**batch, 'tokens': np.where(tokens_BL == before, bos, tokens_BL)}
 
@@ -91,7 +90,7 @@ def train_on(
     moved: Moved, config: Config, steps: int, documents: Documents, folder: epath.Path,
     mesh: Mesh, label: str,
 ) -> Moved:  # fmt: skip
-    """Trains a whole model on; rows are held near where they are."""
+    """Continues the training of all parameters, regularising token rows towards their start."""
     run = dataclasses.replace(config.continued, steps=steps, checkpoint_every=steps)
     model, start = moved.fitted.config, moved.fitted.params
     v = moved.tokenizer.vocab_size
@@ -112,7 +111,7 @@ def train_on(
 
 
 def distance_of_rows(tables: Params, start: Params) -> jax.Array:
-    """Mean squared distance of rows to their start, over their mean norm, averaged over tables."""
+    """Returns the mean squared distance of rows from `start` over their mean norm, per table."""
     total = jnp.zeros(())
     for name, rows_VD in tables.items():
         aim_VD = start[name].astype(jnp.float32)

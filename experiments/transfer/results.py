@@ -8,12 +8,12 @@ from experiments import plots, report
 from experiments.report import Column
 
 HYPERNETWORK, ORACLE = 'hypernetwork', 'oracle'
-# Minixhofer et al. 2024, tables 3 and 4 and section 5, as figures to stand beside ours.
+# Figures of Minixhofer et al. 2024, tables 3 and 4 and section 5, for comparison.
 PAPER = (
-    'paper (Mistral 7B moved to GPT-2): average of tasks 76.9 before, 73.0 zero-shot, 74.9 after '
+    'paper (Mistral 7B to GPT-2): average of tasks 76.9 before, 73.0 zero-shot, 74.9 after '
     '800M tokens; to StarCoder, HumanEvalPack: 28.1 before, 23.2 zero-shot (FOCUS 13.3), 27.6 after'
 )
-# Feher et al. 2024, whose abstracts differ between versions.
+# Feher et al. 2024; the versions of the abstract differ.
 DYNAMIC_PAPER = (
     'paper (Mistral 7B, decoder): up to 40% shorter in version 1 of the abstract, 17% in a later '
     'one, 6% (English) in another; XLM-R: above 20% shorter for less than 2% of accuracy'
@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def table(rows: list[Row]) -> dict[str, float]:
-    """Prints a table per number of shots, and the claims; returns the metrics."""
+    """Prints a table per number of steps, and the findings; returns the metrics."""
     own = next(row for row in rows if row['target'] == 'own')
     moved = [row for row in rows if row is not own]
     metrics: dict[str, float] = {}
@@ -39,7 +39,7 @@ def table(rows: list[Row]) -> dict[str, float]:
 
 
 def _print(own: Row, rows: list[Row], shots: int) -> dict[str, float]:
-    """Prints one table, a row per target and a column per method."""
+    """Prints one table, with a row per target and a column per method."""
     methods = list(dict.fromkeys(row['method'] for row in rows))
     lines, claims, metrics = [], [], {}
     for target in dict.fromkeys(row['target'] for row in rows):
@@ -70,10 +70,10 @@ def _print(own: Row, rows: list[Row], shots: int) -> dict[str, float]:
     ]  # fmt: skip
     title = 'zero-shot' if not shots else f'after {shots} more steps'
     report.table(lines, columns, f'bits per byte, {title}', [
-        f'with its own tokenizer: {own["bits_per_byte"]:.3f} at '
+        f'with the original tokenizer: {own["bits_per_byte"]:.3f} at '
         f'{own["bytes_per_token"]:.2f} bytes per token',
-        'gap closed: of what the best heuristic loses against the model\'s own tokenizer; seconds: '
-        'to predict the whole vocabulary, compilation included',
+        'gap closed: (best heuristic - hypernetwork) / (best heuristic - original tokenizer); '
+        'seconds: to predict the whole vocabulary, including compilation',
         *(['oracle: trained from scratch with the target'] if ORACLE in methods else []),
         *claims, *([] if shots else [PAPER]),
     ])  # fmt: skip
@@ -81,14 +81,14 @@ def _print(own: Row, rows: list[Row], shots: int) -> dict[str, float]:
 
 
 def variants(rows: list[Row]) -> dict[str, float]:
-    """Prints bits per byte of a variant moved by task arithmetic; returns the metrics."""
+    """Prints bits per byte of a variant transferred by task arithmetic; returns the metrics."""
     columns = [
         Column('target', 'target'), Column('model', 'model'), Column('weight', 'weight', 'g'),
         Column('bits_per_byte', 'bits/byte'),
     ]  # fmt: skip
     report.table(rows, columns, 'bits per byte of prose', [
-        'variant: the source, fine-tuned on prose; base: not',
-        'weight: of what training after the transfer changed in the base, added to the variant',
+        'base: the source; variant: the source, fine-tuned on prose',
+        'weight: of the base\'s change in continued training, which is added to the variant',
         'paper: weights up to 0.7',
     ])  # fmt: skip
     metrics = {}
@@ -100,15 +100,15 @@ def variants(rows: list[Row]) -> dict[str, float]:
 
 
 def dynamic(rows: list[Row]) -> dict[str, float]:
-    """Prints bits per byte against the reduction of sequences; returns the metrics."""
+    """Prints bits per byte against the reduction of sequence length; returns the metrics."""
     columns = [
-        Column('share', 'of the greatest reduction', '.0%'), Column('merges', 'merges', '.0f'),
+        Column('share', 'of maximal reduction', '.0%'), Column('merges', 'merges', '.0f'),
         Column('reduction', 'shorter by', '.1%'), Column('bits_per_byte', 'bits/byte'),
-        Column('names', 'to name the units', '.3f'), Column('found', 'rows found in cache', '.0%'),
+        Column('names', 'bits/byte to name units', '.3f'), Column('found', 'cache hits', '.0%'),
     ]  # fmt: skip
     report.table(rows, columns, 'dynamic tokenization, boundary: word', [
-        'units are made from the batch that is read; what naming them would take, at two units per '
-        'merge, is no part of the bits per byte beside it',
+        'units are made from the batch itself; the cost of naming them, two units per merge, is '
+        'not included in bits/byte',
         DYNAMIC_PAPER,
     ])  # fmt: skip
     metrics = {}
@@ -120,7 +120,7 @@ def dynamic(rows: list[Row]) -> dict[str, float]:
 
 
 def plot(out: epath.Path, rows: list[Row], shorter: list[Row]) -> None:
-    """Draws zero-shot bits per byte, a group of bars per target; and the dynamic ones."""
+    """Plots zero-shot bits per byte as bars per target, and those of dynamic tokenization."""
     groups: dict[str, dict[str, float]] = {}
     for row in rows:
         if not row['shots'] and row['target'] != 'own':
@@ -130,5 +130,5 @@ def plot(out: epath.Path, rows: list[Row], shorter: list[Row]) -> None:
     line = [row['reduction'] for row in shorter], [row['bits_per_byte'] for row in shorter]
     plots.curves(
         out / 'dynamic.png', {'units of the batch': line}, title='dynamic tokenization',
-        x_label='share by which texts are shorter', y_label='bits per byte', markers=True,
+        x_label='reduction of sequence length', y_label='bits per byte', markers=True,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The model that is moved: trained here over BPE, or given as a bundle."""
+"""The source model of a transfer: trained here over BPE, or given as a bundle."""
 
 from typing import cast
 
@@ -17,11 +17,11 @@ from tokenization.vocabularies.bpe import BPETokenizer
 
 
 def open_source(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Source:
-    """Returns the source, trained, or what an earlier run trained.
+    """Returns the source: the config's bundle, or a model trained here, now or by an earlier run.
 
     Raises:
-      ValueError: the bundle has no id that starts documents, or a tokenizer that cannot take
-        another's tokens apart.
+      ValueError: the bundle has no id that can serve as BOS, or its tokenizer cannot decompose the
+        tokens of another.
     """
     if config.bundle is None:
         _train(config, corpus, out, mesh)
@@ -29,12 +29,12 @@ def open_source(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> 
     tokenizer = tokenization.load(loaded.tokenizer_path)
     bos = loaded.bos
     if bos is None and isinstance(tokenizer, HuggingFaceTokenizer):
-        bos = tokenizer.special.get('eos')  # Qwen's documents begin where another one ends
+        bos = tokenizer.special.get('eos')  # Qwen has no BOS; EOS separates documents
     if bos is None:
         raise ValueError(f'--bundle {config.bundle}: no id that starts documents: a transferred '
                          'model would not know where a text begins')  # fmt: skip
     if not hasattr(tokenizer, 'encode_piece'):
-        raise ValueError(f'--bundle {config.bundle}: its tokenizer cannot take tokens apart; '
+        raise ValueError(f'--bundle {config.bundle}: its tokenizer cannot decompose tokens; '
                          'expected BPE, bytes or an imported one')  # fmt: skip
     return Source(loaded.config, loaded.params, cast(decompose.Source, tokenizer), bos)
 

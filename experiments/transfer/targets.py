@@ -1,4 +1,4 @@
-"""The tokenizers that the model is moved to."""
+"""The target tokenizers of the transfer."""
 
 import dataclasses
 import glob
@@ -28,7 +28,7 @@ _WINDOW_BYTES, _NGRAM_ORDER = 256, 3
 
 
 def build(config: Config, corpus: Corpus, out: epath.Path) -> dict[Target, Tokenizer]:
-    """Returns the targets, from `out` where an earlier run saved them."""
+    """Returns the targets, loading those that an earlier run saved in `out`."""
     makers: dict[Target, Callable[[], Tokenizer]] = {
         'bpe_same': lambda: BPETokenizer.train(
             _half(corpus.train), config.vocab_size, bpe.CL100K_PATTERN
@@ -58,7 +58,7 @@ def _code(corpus: Corpus) -> list[bytes]:
 
 
 def _released(config: Config, target: str, pattern: str) -> BPETokenizer:
-    """Returns a released vocabulary: from `--ranks`, or its first 5,000 tokens."""
+    """Returns a released vocabulary: that of `--ranks`, or its first 5,000 tokens."""
     files = sorted(epath.Path(path) for path in glob.glob(config.ranks or ''))
     named = [file for file in files if file.stem in _FILES[target]]
     return BPETokenizer.from_tiktoken_file(
@@ -72,9 +72,9 @@ def _equal_info(documents: Sequence[bytes]) -> EqualInfoTokenizer:
 
 
 def distinct(codec: EqualInfoTokenizer) -> EqualInfoTokenizer:
-    """Returns the codec without the codes that it never writes: each string has one id.
+    """Returns the codec without the codes that it never writes, so that each string has one id.
 
-    A model moved to it gives no probability to two names of one string.
+    A model transferred to it thus splits no probability between two ids of one string.
     """
     strings = Strings.of([codec.strings[i] for i in np.flatnonzero(codec.written).tolist()])
     return dataclasses.replace(codec, strings=strings, written=codec.written[codec.written])

@@ -1,8 +1,8 @@
-"""A fine-tuned variant of the model, moved by what was learned of its base: task arithmetic.
+"""Transfers a fine-tuned variant of the model with the results for its base: task arithmetic.
 
-The source is trained on briefly on prose. That variant then gets the tables that its base has for
-another tokenizer, and a share of what training on changed in the base's body (`add_task`, in
-`tokenization.transfer.transfer`): nothing is trained for the variant itself.
+The source is fine-tuned briefly on prose. This variant then takes the base's tables for another
+tokenizer, and a weighted part of the change in the base's body during continued training
+(`add_task` in `tokenization.transfer.transfer`). The variant itself is not trained further.
 """
 
 from typing import Any
@@ -25,11 +25,11 @@ from tokenization.transfer.transfer import Source
 def rows(
     config: Config, source: Source, found: dict[Target, Tokenizer], out: epath.Path, mesh: Mesh
 ) -> list[dict[str, Any]]:
-    """Returns bits per byte of held-out prose: of base and variant, before and after a transfer.
+    """Returns bits per byte of held-out prose of base and variant, before and after a transfer.
 
     Args:
-      found: the targets; those in `config.variants` are moved to.
-      out: holds bundles of the base, moved by the hypernetwork and trained on.
+      found: the targets, of which `config.variants` are used.
+      out: folder with bundles of the base, transferred by the hypernetwork and trained further.
     """
     library = corpora.standard_library()
     prose, held_out = (

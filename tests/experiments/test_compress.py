@@ -1,4 +1,4 @@
-"""The compressor as its user meets it: exact, and clear about every file that it refuses."""
+"""The compressor's command line: lossless, and with a clear message for every refused file."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Corpora lose no byte of their files, and split the same way on every machine."""
+"""Corpora keep every byte of their files, and are split identically on every machine."""
 
 import itertools
 import os
@@ -22,7 +22,7 @@ def write(folder, files: dict[str, bytes]) -> str:
 
 
 def contents(corpus: corpora.Corpus) -> list[bytes]:
-    """All documents in the order of the splits."""
+    """Returns all documents, in the order of the splits."""
     return [document for split in corpus[1:] for document in split]
 
 
@@ -38,7 +38,7 @@ def test_standard_library_is_split_by_relative_path():
     assert not any('site-packages' in p or 'sysconfigdata' in p for p in everything)
     assert all(path.endswith('.py') for path in everything)
     assert corpora.standard_library() == corpus
-    # Fixed for ever: a changed hash would mix the test text of old bundles into training.
+    # Must never change: another hash would move test text of old bundles into training.
     assert any(path.endswith('/chunk.py') for path in paths[2]) or sys.version_info >= (3, 13)
 
 
@@ -55,7 +55,7 @@ def test_many_files_are_split_by_name_alone(tmp_path):
     assert 150 < len(one.train) < 195
     other = corpora.text_files(write(tmp_path / 'other', files) + '/**/*.txt')
     assert contents(one) == contents(other)
-    # A new file moves no other.
+    # Adding a file does not move any other.
     write(tmp_path / 'other', {'new.txt': b'new'})
     more = corpora.text_files(str(tmp_path / 'other') + '/**/*.txt')
     assert [d for d in contents(more) if d != b'new'] == contents(one)
@@ -101,7 +101,7 @@ def test_documents_join_to_their_file_wherever_lines_end(tmp_path, monkeypatch, 
         assert b''.join(documents) == text
         assert all(0 < len(document) <= 12 for document in documents)
         for before, after in itertools.pairwise(documents):
-            # at a line break, or where there is none within reach
+            # cut at a line break, unless there is none within reach
             assert before.endswith(b'\n') or b'\n' not in before[-4:], (before, after)
 
 
@@ -118,7 +118,7 @@ def test_parts_of_a_corpus_have_about_as_many_bytes(tmp_path):
     parts = [documents[a:b] for a, b in itertools.pairwise(starts)]
     assert [d for part in parts for d in part] == list(documents)
     assert all(abs(sum(map(len, p)) - sum(sizes) / 5) <= 1 << 16 for p in parts)
-    assert len(parts[0].spans) < len(spans)  # a part says only what it needs
+    assert len(parts[0].spans) < len(spans)  # a part keeps only the spans it needs
     assert documents.starts(1) == [0, len(documents)]
 
 
@@ -165,7 +165,7 @@ TFDS = """
 
     from experiments import corpora
     from experiments.tokenize import plan
-    from tokenization.byte import ByteTokenizer
+    from tokenization.vocabularies.byte import ByteTokenizer
 
     class TinyText(tfds.core.GeneratorBasedBuilder):
         VERSION = tfds.core.Version('1.0.0')
@@ -228,7 +228,7 @@ TFDS = """
 
 
 def test_tfds_by_name_without_tensorflow(tmp_path):
-    # In a process of its own: importing TFDS elsewhere must not hide a missing import here.
+    # In a new process, so that TFDS imports elsewhere do not hide a missing import here.
     script = tmp_path / 'script.py'
     script.write_text(textwrap.dedent(TFDS))
     root = os.path.dirname(os.path.dirname(corpora.__file__))
@@ -239,5 +239,7 @@ def test_tfds_by_name_without_tensorflow(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert "'tiny_number': no TFDS dataset of this name; near names: tiny_number" in result.stdout
+    assert (
+        "'tiny_number': no TFDS dataset has this name; similar names: tiny_number" in result.stdout
+    )
     assert 'tiny_numbers: expected a text feature called "text"' in result.stdout

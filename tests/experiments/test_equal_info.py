@@ -1,4 +1,4 @@
-"""The parts of the comparison that could be quietly wrong."""
+"""The parts of the comparison that could be wrong without failing."""
 
 import dataclasses
 
@@ -71,7 +71,7 @@ def test_padded_batches_hold_each_piece_once_after_bos():
 
 
 def test_unigram_bits_per_byte_by_hand():
-    # counts plus one: 3, 2, 1, 1 of 7; the held-out ids 0 and 2 cost log2(7/3) + log2(7)
+    # add-one counts: 3, 2, 1, 1 of 7; the held-out ids 0 and 2 cost log2(7/3) + log2(7)
     train, held_out = [np.array([0, 0, 1])], [np.array([0, 2])]
     expected = (np.log2(7 / 3) + np.log2(7)) / 10
     assert measure.unigram_bits_per_byte(train, held_out, 4, 10) == pytest.approx(expected)

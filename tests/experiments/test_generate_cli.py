@@ -1,4 +1,4 @@
-"""The command that continues a prompt: what it prints, and what it refuses before it compiles."""
+"""The `generate` command: its output, and the inputs that it refuses before compiling."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ TEXT = 'if x is not None and x is not None: '
 
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
-    """Two byte models, and one over another tokenizer of the same size; none of them trained."""
+    """Two untrained byte models, and one with another tokenizer of the same size."""
     folder = tmp_path_factory.mktemp('models')
     config = dataclasses.replace(presets.tiny(), n_layers=2, d_model=16, d_ff=16, max_length=64)
     for name, tokenizer, seed in (
@@ -46,7 +46,7 @@ def call(models, *arguments, prompt=TEXT):
 
 
 def text_of(printed: str) -> str:
-    """What stands before the last line, the one about speed."""
+    """Returns the output before the last line, which reports the speed."""
     return printed.removesuffix('\n').rpartition('\n')[0]
 
 
@@ -104,7 +104,7 @@ def test_bad_input_is_one_line_before_anything_compiles(models, named, capsys, m
     status = call(models, '--max_tokens', 20, *flags, **settings)
     captured = capsys.readouterr()
     assert not captured.out
-    if status == 2:  # refused with the command line, in a box where tyro is older than 0.9
+    if status == 2:  # refused by the parser, which prints a box if tyro is older than 0.9
         shown = ' '.join(captured.err.replace('│', ' ').split())
         assert named in shown and len(captured.err.splitlines()) <= 5, captured.err
     else:

@@ -1,4 +1,4 @@
-"""Growth: the same losses on every mesh, the planner's figures unchanged, rows made once."""
+"""Growth: equal losses on all meshes, the planner's figures unchanged, rows computed once."""
 
 import dataclasses
 

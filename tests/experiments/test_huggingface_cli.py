@@ -1,4 +1,4 @@
-"""import_hf and export_hf as their user meets them."""
+"""The commands import_hf and export_hf."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ CONFIG = Config(
 
 
 def write_tokenizer(folder):
-    """A byte-level vocabulary with BOS and EOS, as transformers writes it."""
+    """Writes a byte-level vocabulary with BOS and EOS, in the format of transformers."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = tokenizers.Tokenizer(
         models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[])
@@ -103,7 +103,7 @@ def test_what_is_wrong_is_one_line_and_destroys_nothing(checkpoint, tmp_path, ca
     nothing = tmp_path / 'nothing'
     assert str(nothing) in refused(capsys, 'import_hf', nothing, '--out', tmp_path / 'b')
     assert str(nothing) in refused(capsys, 'export_hf', nothing, '--out', tmp_path / 'b')
-    # the checkpoint itself, as the place for the bundle
+    # the checkpoint itself as the output folder
     before = weights(checkpoint)
     assert 'is not a bundle' in refused(capsys, 'import_hf', checkpoint, '--out', checkpoint)
     assert weights(checkpoint) == before
@@ -125,7 +125,7 @@ def test_a_tokenizer_with_more_ids_than_rows_is_refused(checkpoint, tmp_path, ca
 
 
 def test_special_tokens_without_a_row_are_left_out(checkpoint, tmp_path, capsys):
-    folder = tmp_path / 'gemma'  # whose tokenizer has a token for images, behind the table
+    folder = tmp_path / 'gemma'  # its tokenizer has an image token beyond the last row
     shutil.copytree(checkpoint, folder)
     made = tokenizers.Tokenizer.from_file(str(folder / 'tokenizer.json'))
     made.add_special_tokens([f'<unused{i}>' for i in range(14)] + ['<image>'])

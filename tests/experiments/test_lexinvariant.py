@@ -1,4 +1,4 @@
-"""The parts of the comparison that could be quietly wrong; little here is compiled."""
+"""The parts of the comparison that could be wrong without failing; little here is compiled."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def test_pieces_are_spread_over_documents_and_never_cross_them():
 
 def test_counting_knows_nothing_but_the_text():
     piece = np.array([[0, 0, 1, 0, 1]])
-    # after a: (1 + 1/4) / 2; then b at order 1, which knows [a a]: order 0 gives (0 + 1/2) / 3
+    # after a: (1 + 1/4) / 2; then b at order 1, which has seen [a a]: order 0 gives (0 + 1/2) / 3
     order_0 = [(1 + 0.25) / 2, (0 + 1 * 0.25) / 3]
     order_1 = [order_0[0], (0 + 1 * order_0[1]) / 2]
     np.testing.assert_allclose(counting.nats(piece, 4, order=1)[:2], -np.log(order_1))
@@ -117,7 +117,7 @@ def test_tasks_can_be_answered_from_their_text_alone():
 
 
 def test_an_answer_is_predicted_from_the_column_before_it(monkeypatch):
-    """A model that repeats what it read last is right where a symbol stands twice."""
+    """A model that repeats its last input is right where a symbol occurs twice in a row."""
     made = tasks.make(SETTINGS)[tasks.LOOKUP]
     shape = dataclasses.replace(SETTINGS.model, vocab_size=129, d_model=129, scale_embeddings=False)
     fitted = Fitted(shape, {'tables': {'input_VD': jax.numpy.eye(129)}}, 0.0)

@@ -1,4 +1,4 @@
-"""What is computed on eight devices equals what one computes, and tables are not sent around."""
+"""Eight devices compute the same as one, and token tables are not communicated."""
 
 import dataclasses
 import functools
@@ -36,7 +36,7 @@ def grid(text):
 
 
 def batches(vocab_size):
-    """A packed batch per step: two texts in each row, and padding behind them."""
+    """Returns a packed batch per step: two texts per row, followed by padding."""
     random = np.random.default_rng(0)
     segments = np.where(np.arange(L) < 7, 1, np.where(np.arange(L) < L - 2, 2, 0))
     segments = np.broadcast_to(segments, SHAPE).astype(np.int32)
@@ -50,9 +50,9 @@ def batches(vocab_size):
 
 
 def trained(text, init, placed, loss, data, frozen=()):
-    """The losses and the parameters of 20 steps on a mesh, and the compiled step."""
+    """Returns losses and parameters of 20 steps on a mesh, and the compiled step."""
     here = grid(text)
-    # SGD: Adam's division by a gradient's size makes much of the last bits of a small one
+    # SGD: Adam divides by the size of gradients, which amplifies rounding errors of small ones
     sgd = optax.sgd(0.1, momentum=0.9)
     weights = jax.jit(init, out_shardings=placed(here))(jax.random.key(0))
     state = train.init_state(weights, sgd, here)
@@ -100,7 +100,7 @@ def test_training(kind):
         for text in (ONE, MANY)
     )  # fmt: skip
     assert_equal(one, many)
-    # rows of the tables stay with their devices: the steps of the loss add sums up, no more
+    # table rows stay on their devices: the loss's loop communicates only sums
     in_loops = [line for line in many[2].splitlines() if 'while/body/' in line]
     assert any('all-reduce' in line for line in in_loops)
     for line in in_loops:

@@ -1,4 +1,4 @@
-"""The planner: costs counted by hand, sweeps, what compilers say, and what users read."""
+"""The planner: hand-computed costs, sweeps, compiler errors, and output."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ def grid():
 
 
 def test_matrices_on_one_device_cost_what_the_model_costs():
-    """On a single device nothing is computed twice but what recomputation asks for."""
+    """On a single device, only recomputation repeats work."""
     model = presets.llama3_8b()
     mesh = mesh_lib.abstract(1, 1)
     counted = costs.count(model, 4, 2048, 'train', mesh)
@@ -40,7 +40,7 @@ def test_matrices_on_one_device_cost_what_the_model_costs():
 @pytest.mark.parametrize('step', ['train', 'decode'])
 @pytest.mark.parametrize('shape', [(8, 1), (4, 2), (1, 8)])
 def test_devices_share_the_work(step, shape):
-    """Llama 3's 8 KV heads, 32 heads and 14,336 channels divide by 8: nothing is repeated."""
+    """Llama 3's 8 KV heads, 32 heads and 14,336 channels divide by 8: no work is replicated."""
     model = presets.llama3_8b()
     one = costs.count(model, 16, 2048, step, mesh_lib.abstract(1, 1))
     cut = costs.count(model, 16, 2048, step, mesh_lib.abstract(*shape))
@@ -52,13 +52,13 @@ def test_devices_share_the_work(step, shape):
 
 
 def test_sequences_share_the_work_and_the_matrices():
-    """As `data` does, but for what attention sends: one row is enough for eight devices."""
+    """As with `data`, apart from ring attention; one row is enough for eight devices."""
     model = presets.llama3_8b()
     one = costs.count(model, 1, 8192, 'train', mesh_lib.abstract(1))
     cut = costs.count(model, 1, 8192, 'train', mesh_lib.abstract(1, sequence=8))
     assert cut.device_flops == pytest.approx(one.device_flops / 8, rel=1e-9)
     by_rows = costs.count(model, 8, 8192, 'train', mesh_lib.abstract(8))
-    # gathers are the same; the vectors of the input table are those of 1/8 as many tokens
+    # gathers are the same; input embeddings are those of 1/8 as many tokens
     tokens = 8192 * model.d_model * 7 / 8 * 6
     matrices = by_rows.network_bytes['data'] - tokens
     assert cut.network_bytes['sequence'] == pytest.approx(matrices + tokens / 8, rel=1e-9)
@@ -68,18 +68,18 @@ def test_sequences_share_the_work_and_the_matrices():
 
 
 def test_what_rings_send():
-    """2 heads of 4 channels in bf16, 10 tokens a device: 160 bytes of queries, 320 of f32."""
+    """2 heads of 4 channels in bf16, 10 tokens per device: 160 bytes of queries, 320 in f32."""
     sizes = {'tokens': 10.0, 'heads': 2, 'head_dim': 4, 'itemsize': 2, 'flops': 1.0}
     forward, backward = ring.passes('keys', 4, kv_heads=1, **sizes)
     assert forward[3:] == (3 * 160, 0) and backward[3:] == (3 * 160 + 4 * 320, 0)
     forward, backward = ring.passes('queries', 4, kv_heads=1, **sizes)
-    # results of 160 and an LSE of 80 come from 1 and 2 places on; those from 3 on go 1 further
+    # results (160 bytes) and LSE (80) return over 1 and 2 hops; those 3 hops away go on by 1 hop
     assert forward[3:] == (3 * 160 + 240, 3 * 240)
     assert backward[3:] == (3 * 2 * 240 + 160, 3 * 160)
 
 
 def test_whole_copies_have_their_gradients_summed():
-    """Gemma 3's width does not divide by 512: each device holds all 27 billion parameters."""
+    """Gemma 3's width is not divisible by 512: each device holds all 27 billion parameters."""
     model = presets.gemma3_27b()
     sent = costs.count(model, 512, 1024, 'train', mesh_lib.abstract(512, 1)).network_bytes
     bf16_all_reduce = 2 * 2 * params.count_body(model)
@@ -87,7 +87,7 @@ def test_whole_copies_have_their_gradients_summed():
 
 
 def test_decoding_reads_every_weight_and_the_whole_cache_once():
-    """A long cache and a wide batch leave little else: 8 bytes of position beside 512 of k, v."""
+    """With a long cache and a wide batch these dominate: 4 bytes of position per 512 of K and V."""
     model = presets.llama3_8b()
     config = Config(step='decode', batch=256, length=32_768, mesh='data=1')
     mesh = mesh_lib.abstract(1, 1)
@@ -98,7 +98,7 @@ def test_decoding_reads_every_weight_and_the_whole_cache_once():
     assert held == pytest.approx(
         2 * params.count(model) + 256 * 32 * 8 * 32_768 * (2 * 128 * 2 + 4) + 256 * 4
     )
-    # the input table is looked up, not read through
+    # only the looked-up rows of the input table are read
     table = 2 * model.vocab_size * model.d_model
     assert read == pytest.approx(held - table, rel=0.01)
 
@@ -107,7 +107,7 @@ def test_moments_are_kept_like_parameters():
     config = Config('tiny', 'cpu:8', batch=8, length=32)
     step = steps.make(config, steps.model_config(config), mesh_lib.abstract(4, 2))
     kept = {name: costs.bytes_per_device(part) for name, part in step.parts.items()}
-    counters = 3 * 4  # of optax's schedule, AdamW and the chain at most
+    counters = 3 * 4  # at most: those of optax's schedule, AdamW and the chain
     assert 0 <= kept['optimizer'] - 2 * kept['params'] <= counters
     assert kept['params'] < 4 * params.count(presets.tiny()) / 4
 
@@ -145,7 +145,7 @@ def test_rows_that_do_not_divide_are_left_out():
 
 
 def test_bandwidth_of_an_axis():
-    """Both sides of 4x4 carry an axis of 16; 16 x 16 closes to rings, which send both ways."""
+    """Both sides of 4x4 carry an axis of 16; 16 x 16 closes into rings, which send both ways."""
     link = chips.parse('v5e:4x4').chip.link_bandwidth
     assert chips.axis_bandwidth(chips.parse('v5e:4x4'), {'data': 16, 'model': 1}) == {
         'data': 2 * link, 'model': link,
@@ -159,7 +159,7 @@ def test_the_largest_slices_are_known():
     for chip in chips.CHIPS:
         largest = chips.Topology(chip, chip.largest)
         assert len(chip.largest) == chip.dimensions and chips.parse(largest.name) == largest
-    assert chips.parse('v4:4x4x256').devices == 4096  # cubes go together in any shape
+    assert chips.parse('v4:4x4x256').devices == 4096  # cubes can be joined in any shape
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_the_largest_slices_are_known():
         (['--mesh', 'data=3,model=2'], 2, 'data=3 x model=2, but 8 devices'),
         (['--mesh', 'sequence=2', '--step', 'decode'], 2, 'expected sequence=1'),
         (['--mesh', 'sequence=8', '--length', '40'], 2, '40 tokens over sequence=8 devices'),
-        (['--length', '4096'], 2, '--length 4096: tiny is made for 128 positions'),
+        (['--length', '4096'], 2, '--length 4096: tiny has 128 positions'),
         (['--sweep', '--mesh', 'data=8'], 2, '--sweep tries every mesh'),
         (['--topology', 'v5e:32x32'], 2, 'the largest v5e slice is v5e:16x16, 256 devices'),
         (['--topology', 'v6e:8x32'], 2, 'the largest v6e slice is v6e:16x16, 256 devices'),
@@ -227,7 +227,7 @@ def test_a_refusal_for_memory_says_how_much():
         compile.refused(blocks, 1.0)
 
 
-# the text of libtpu 0.0.42 for a kernel whose blocks are too large, its long middle cut
+# error of libtpu 0.0.42 for a kernel whose blocks are too large; its long middle is removed
 VMEM = (
     'RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\n'
     'Ran out of memory in memory space vmem while allocating on stack for %tree.1 = '
@@ -257,7 +257,7 @@ def test_memory_far_above_the_counted_is_said_with_its_copies(times, said, capsy
     result = compile.Compiled(2**30, (times - 1) * 2**30, 0, Program((), ()), copies, 1.0)
     tables.memory(counted, result, chips.parse('v5e:2x2'))
     printed = ' '.join(capsys.readouterr().out.split())
-    line = '2 GiB more than counted, 3 times as much: something is off; its largest copies: '
+    line = '2 GiB more than estimated, 3 times as much: something is off; its largest copies: '
     assert (line + 'bf16[1024,2048,128], 0.5 GiB (cache.k)' in printed) == said
     assert 'f32[8]' not in printed and ('something is off' in printed) == said
 

@@ -1,4 +1,4 @@
-"""Collectives read from a compiled program count as often as their loops run."""
+"""Collectives of a compiled program are weighted by the trip counts of their loops."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from lm.devices import mesh as mesh_lib
 
 
 def compiled_text(function, *shapes):
-    """The program of a function of f32 arrays, given as (shape, spec)."""
+    """Compiles a function of f32 arrays, given as (shape, spec); returns the program's text."""
     mesh = mesh_lib.make('data=4,model=2', jax.devices('cpu')[:8])
     arguments = [
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
@@ -24,7 +24,7 @@ def compiled_text(function, *shapes):
 
 @pytest.fixture(scope='module')
 def scanned():
-    """Seven layers of x @ a @ b, a cut by columns and b by rows over `model`: one sum a layer."""
+    """Seven layers of x @ a @ b; a is sharded by columns, b by rows: one all-reduce per layer."""
 
     def forward(x, a, b):
         def layer(x, weights):
@@ -41,7 +41,7 @@ def scanned():
 
 
 def check_scanned(program):
-    """2 of 8 rows a device, 16 columns of f32: 128 bytes, summed over 2 devices, in 7 layers."""
+    """2 of 8 rows per device, 16 columns of f32: 128 bytes, summed over 2 devices, in 7 layers."""
     (one,) = program.collectives
     assert one[:-1] == ('all-reduce', 2 * 16 * 4, 2, 'model', 7)
     assert 'while' in one.source
@@ -150,7 +150,7 @@ def test_groups_of_another_form_are_not_guessed():
 
 
 def test_sends_by_kind():
-    """Of eight devices, each sends 7/8 of the whole array, twice for an all-reduce."""
+    """Each of eight devices sends 7/8 of the full array, and twice that for an all-reduce."""
     sent = {
         k: collectives.Collective(k, 800, 8, 'data', 3).network_bytes for k in collectives.KINDS
     }
@@ -191,7 +191,7 @@ ENTRY %main (a: f32[4,8]) -> f32[] {
 
 
 def test_copies_in_main_memory():
-    """Neither those fused into other work nor those to the memory beside the cores."""
+    """Excludes copies fused into other operations and copies to on-chip memory."""
     assert hlo.copies(hlo.parse(COPIES)) == (
         hlo.Copy('bf16[64,8]', 1024, 'cache.k'),
         hlo.Copy('f32[4,8]', 128, 'start'),

@@ -1,4 +1,4 @@
-"""Numbers, tables and plots as others read them."""
+"""Metrics, tables and plots as they are saved and printed."""
 
 import dataclasses
 import io
@@ -110,7 +110,7 @@ def test_both_tables_show_every_cell():
 def test_scatter_is_a_png_whose_labels_do_not_overlap(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plots, 'save', lambda path, figure: figures.append(figure))
-    # Six points in one heap: to the right of each alone, the labels would cover one another.
+    # Six points close together: if all labels were to their right, they would overlap.
     points = [plots.Point(f'tokenizer {i}', 100 + i, 1 + 0.01 * i, 'g') for i in range(6)]
     points.append(plots.Point('far', 1000, 2, 'h'))
     plots.scatter(tmp_path / 'p.png', points, title='t', x_label='x', y_label='y', log_x=True)

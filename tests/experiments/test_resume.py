@@ -1,7 +1,6 @@
-"""A folder belongs to one config: what was run with another one is not mixed with it.
+"""A folder belongs to one config; runs with different configs are not mixed.
 
-That a killed run ends as if nothing had happened is tested in
-`tests/lm/devices/test_preemption.py`.
+`tests/lm/devices/test_preemption.py` tests that a killed run ends like an undisturbed one.
 """
 
 import dataclasses

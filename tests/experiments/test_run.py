@@ -1,4 +1,4 @@
-"""The runner: what it writes, and what a user reads when something is wrong."""
+"""The runner: the files that it writes, and its error messages."""
 
 import importlib.metadata
 import json
@@ -58,7 +58,7 @@ def main(config, out):
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Writes a throw-away experiment; returns its name."""
+    """Returns a function that writes a temporary experiment and returns its name."""
     folder = tmp_path / 'found'
     monkeypatch.setattr(experiments, '__path__', [*experiments.__path__, str(folder)])
     monkeypatch.chdir(tmp_path)
@@ -181,7 +181,7 @@ def test_traceback_on_request(make, monkeypatch):
 def test_a_value_that_the_config_refuses(make, capsys):
     try:
         code = run.main([make(), 'f', '--steps', '-1'])
-    except SystemExit as caught:  # tyro before 0.9 reports it itself
+    except SystemExit as caught:  # tyro before 0.9 reports the error itself
         code = caught.code
     assert code == 2
     assert '--steps -1: want at least 0' in capsys.readouterr().err
@@ -196,7 +196,7 @@ def test_a_metric_that_is_not_finite_is_named_and_the_others_are_kept(make, tmp_
 
 @pytest.mark.parametrize('arguments', [[], ['--help'], ['no_such_experiment']])
 def test_what_needs_no_jax_does_not_import_it(arguments):
-    """The list and the errors appear at once; JAX takes a second to import."""
+    """The list and error messages appear at once, since importing JAX would take a second."""
     program = (
         'import sys; from experiments import run; run.main(sys.argv[1:]); '
         "sys.exit('jax' in sys.modules)"

@@ -1,4 +1,4 @@
-"""The parts of the comparison that could be quietly wrong; nothing here is compiled."""
+"""The parts of the comparison that could be wrong without failing; nothing here is compiled."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def metrics(tokens, rounds, rates, seconds=1.0):
 
 
 def test_calls_are_pooled_by_what_they_counted():
-    # 10 walks of which 5, then 5 came on; and 30 of which none: its second rate is of no walk
+    # of 10 walks, 5 reach depth 1 and 5 depth 2; of 30, none: no walk counts for its second rate
     calls = [metrics(20, 10, (0.5, 1.0)), metrics(30, 30, (0.0, 0.0))]
     rates, walks = measure.acceptance(calls)
     np.testing.assert_allclose(rates, [5 / 40, 1])

@@ -1,4 +1,4 @@
-"""Every experiment runs at its tiny scale, as a user runs it: one device, a process of its own."""
+"""Every experiment runs at its tiny scale as a user runs it: in a new process, on one device."""
 
 import importlib
 import json
@@ -13,7 +13,7 @@ from lm.files import provenance
 
 
 def tiny(name: str) -> bool:
-    """Tools that need the user's files (`compress FILE`) have tests of their own instead."""
+    """Returns whether `name` has a tiny scale; tools with required files have their own tests."""
     return 'tiny' in importlib.import_module(f'experiments.{name}.config').SCALES
 
 

@@ -1,4 +1,4 @@
-"""Shards follow from text and tokenizer alone, however and in how many pieces they are written."""
+"""Shards depend only on text and tokenizer, no matter how and by how many workers."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ SHARD = 1 << 17
 
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
-    """Some files, one of them long and one not text, and a tokenizer with two bytes per id."""
+    """Some files, one long and one not text, and a tokenizer whose ids take two bytes."""
     folder = tmp_path_factory.mktemp('source')
     (folder / 'text').mkdir()
     long = b''.join(b'the %d cats sat on %d mats.\n' % (i, i * i) for i in range(16_000))
@@ -51,7 +51,7 @@ def call(source, out, *flags, tokenizer='bpe', text='text/*.txt'):
 
 
 def content(folder):
-    """All files of a folder, hidden ones too."""
+    """Returns all files of a folder, including hidden ones."""
     folder = pathlib.Path(folder)
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
@@ -231,7 +231,7 @@ def test_a_tokenizer_that_loses_text_is_refused(source, tmp_path):
             return super().decode(ids).lower()
 
     corpus = corpora.open_corpus(f'{source}/text/*.txt')
-    with pytest.raises(ValueError, match='does not come back from its ids'):
+    with pytest.raises(ValueError, match='is not restored from its ids'):
         plan.make(corpus, Lossy(), SHARD, tmp_path)
 
 
@@ -245,7 +245,7 @@ def test_a_lost_worker_is_explained(source, tmp_path, monkeypatch):
 
 
 def lost(task):
-    """What a worker does that the system ends for want of memory."""
+    """Ends a worker as the operating system does when memory runs out."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -260,7 +260,7 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 def test_pretraining_over_shards_is_pretraining_over_their_text(source, tmp_path):
     few = 'text/[0-9]*.txt'
     assert call(source, tmp_path / 'ids', text=few) == 0
-    # On one device, and in one process, which compiles what both need once.
+    # On one device, and in one process, so that shared programs are compiled once.
     runs = [
         ['pretrain', '--scale', 'tiny', '--out', f'{tmp_path}/{name}', '--data', data, *flags]
         for name, data, flags in (
@@ -283,4 +283,4 @@ def test_pretraining_over_shards_is_pretraining_over_their_text(source, tmp_path
     assert 1 < text['bits_per_byte/model'] < 16
     assert {**text, 'train_seconds/model': 0} == {**shards, 'train_seconds/model': 0}
     assert (tmp_path / 'text' / 'encoded').exists()
-    assert not (tmp_path / 'shards' / 'encoded').exists()  # the shards are used as they are
+    assert not (tmp_path / 'shards' / 'encoded').exists()  # the shards are used directly

@@ -1,4 +1,4 @@
-"""The parts of the comparison that could be quietly wrong."""
+"""The parts of the comparison that could be wrong without failing."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def network(source):
 
 
 def _bits_by_hand(source, rows) -> float:
-    """Bits per byte of rows of ids, each after BOS, from the whole logits."""
+    """Returns bits per byte of rows of ids, each after BOS, from the full logits."""
     bits, n_bytes = 0.0, 0
     for ids in rows:
         tokens = np.array([[source.bos, *ids[:-1]]])
@@ -81,7 +81,7 @@ class TestDynamic:
         none, half = found
         assert (none['share'], none['merges'], none['reduction'], none['names']) == (0, 0, 0, 0)
         rows = [ids[i : i + 32] for i in range(0, len(ids), 32)]
-        # to the last digits: rows that are kept and not used take no probability
+        # nearly exact: cached rows that are not used get no probability
         assert none['bits_per_byte'] == pytest.approx(_bits_by_hand(source, rows), rel=1e-5)
         assert half['merges'] > 0 and 0.02 < half['reduction'] < 1
         names = sum(2 * math.log2(source.tokenizer.vocab_size + i) for i in range(half['merges']))
@@ -96,7 +96,7 @@ class TestDynamic:
 
 
 def _imported(source):
-    """The same kind of model with BOS among the tokenizer's ids, as Hugging Face's have it."""
+    """Returns the model with BOS among the tokenizer's ids, as in Hugging Face models."""
     model = dataclasses.replace(source.config, vocab_size=source.bos + 30)
     return Source(model, params.init(model, jax.random.key(0)), source.tokenizer, 5)
 
@@ -111,7 +111,7 @@ def test_before_it_is_moved_a_model_is_what_it_was(source, network, mesh, kind):
     expected = _bits_by_hand(source, [ids])
     bits = measure.bits_per_byte(measure.unmoved(source), SETTINGS, [text], mesh)
     assert bits == pytest.approx(expected, rel=1e-5)
-    # units of the batch take no probability before there are any
+    # without any merges, units get no probability
     none = dynamic.measure(SETTINGS, source, network, [ids], [ids], mesh)[0]
     assert none['bits_per_byte'] == pytest.approx(expected, rel=1e-5)
 
@@ -123,7 +123,7 @@ def test_moved_to_its_own_tokenizer_a_model_is_what_it_was(source, mesh):
 
 
 def test_documents_of_a_model_without_bos_begin_behind_eos(mesh, tmp_path):
-    """As Qwen's do, whose texts have nothing before them but the end of another."""
+    """As in Qwen, where only the EOS of the previous document precedes a text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     described = {
         'model': {'type': 'BPE', 'vocab': {x: i for i, x in enumerate(letters)}, 'merges': []},
@@ -183,7 +183,7 @@ def test_a_finding_is_shown_or_not(capsys):
     assert metrics['gap_closed/hypernetwork/target=bytes/shots=0'] == 0.75
     assert metrics['bits_per_byte/hypernetwork/target=bytes/shots=0'] == 2.5
     assert metrics['transfer_seconds/bytes'] == 1.0
-    # what was trained from scratch is no heuristic to beat
+    # the oracle, trained from scratch, is not a heuristic to beat
     assert results.table([*rows, row('oracle', 2.2)]) == {
         **metrics, 'bits_per_byte/oracle/target=bytes/shots=0': 2.2,
     }  # fmt: skip

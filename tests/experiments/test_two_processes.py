@@ -1,6 +1,6 @@
-"""Two real processes train together: to the end, with one killed in the middle, and started again.
+"""Two real processes train together: undisturbed, and with one killed and both restarted.
 
-python -m experiments.run pretrain --scale tiny ...     in each, which the environment tells apart
+Each runs `python -m experiments.run pretrain --scale tiny ...`, told apart by the environment.
 """
 
 import json
@@ -27,7 +27,7 @@ MINUTE = 60
 
 
 def start(folder, out, port, *more):
-    """Starts two processes of one run; their errors go to files."""
+    """Starts the two processes of a run; their stderr goes to files."""
     command = [
         sys.executable, '-m', 'experiments.run', 'pretrain', '--scale', 'tiny',
         '--data', str(folder / 'text' / '*.txt'), '--out', str(out), '--train.steps', str(STEPS),
@@ -73,13 +73,13 @@ def finish(started):
 
 
 def results(out):
-    """What must not depend on kills: the parameters, to the bit, and how good they are."""
+    """Returns what kills must not change: the exact parameters and the metrics."""
     described = json.loads((out / 'bundle' / 'config.json').read_text())
     return described['digest'], json.loads((out / 'result.json').read_text())['bits_per_byte/model']
 
 
 def lose(started, lost, out, steps):
-    """Kills one of two processes after so many steps; the other has to end, and say so."""
+    """Kills one of two processes after `steps` steps; the other must stop with an error."""
     deadline = time.monotonic() + 5 * MINUTE
     while len(metrics.read_jsonl(out / 'metrics.jsonl')) < steps:
         assert time.monotonic() < deadline and [one.poll() for one in started] == [None, None]
@@ -87,7 +87,7 @@ def lose(started, lost, out, steps):
     started[lost].kill()
     began, other = time.monotonic(), 1 - lost
     assert started[other].wait(timeout=2 * MINUTE) not in (0, None)
-    while not error_of(out, other).startswith('error: process'):  # said by what outlives it
+    while not error_of(out, other).startswith('error: process'):  # printed by the survivor
         assert time.monotonic() - began < MINUTE, error_of(out, other)
         time.sleep(0.1)
     assert time.monotonic() - began < MINUTE
@@ -103,7 +103,7 @@ def test_a_killed_run_of_two_processes_goes_on_as_if_nothing_had_happened(folder
         'ocdbt.process_0', 'ocdbt.process_1',
     ]  # fmt: skip
 
-    # the first process is the one that all others keep in touch with
+    # process 0 is the coordinator of all others
     for lost, steps in ((1, 13), (0, 16)):
         lose(start(folder, killed, port), lost, killed, steps)
         assert not (killed / 'result.json').exists()
@@ -111,7 +111,7 @@ def test_a_killed_run_of_two_processes_goes_on_as_if_nothing_had_happened(folder
     assert finish(start(folder, killed, port)) == [0, 0]
     assert results(killed) == results(whole)
 
-    # and one process reads what two have written
+    # one process can load the bundle that two have written
     loaded = bundle.load(whole / 'bundle', mesh.make(devices=jax.devices()[:1]))
     text = corpora.first_bytes(corpora.open_corpus(str(folder / 'text' / '*.txt')).valid, 2_000)
     ids = tokenization.load(loaded.tokenizer_path).encode_batch(text)
