@@ -15,7 +15,7 @@ from decoding.sample import Sampler
 from decoding.tree import DraftTree
 from lm.kernels.mask import Mask, pack_bits
 from lm.model import cache as cache_lib
-from lm.model import lexinvariant, tables, transformer
+from lm.model import tables, transformer
 from lm.model.cache import Cache
 from lm.model.config import Config
 from lm.model.params import Params
@@ -90,8 +90,8 @@ def prefill(
     config, drafter = plan.config, plan.drafter
     b, l = prompt_BL.shape
     cache = cache_lib.init(config, b, plan.rows)
-    own = lexinvariant.drawn_for(params, config, text.key_B)
-    params = lexinvariant.with_tables(params, own)
+    own = tables.for_texts(params['tables'], config, text.key_B)
+    params = params if own is None else {**params, 'tables': own}
     positions_BL = jnp.broadcast_to(jnp.arange(l), (b, l))
     x_BLD = tables.embed(params['tables'], config, prompt_BL)
     _, read = transformer.body(params['body'], config, x_BLD, positions_BL, cache=cache)
@@ -128,7 +128,7 @@ def one_round(
 ) -> State:
     """Drafts, verifies and commits once; every live row gains at least one token."""
     drafter, text = plan.drafter, state.text
-    params = lexinvariant.with_tables(params, state.tables)
+    params = params if state.tables is None else {**params, 'tables': state.tables}
     drafted, draft, begun = drafter.propose(draft_params, state.draft, text, params, state.cache)
     logits_BTV, cache = target_pass(plan, params, drafted, begun, text, state.cache)
     logprob_BTV = law(plan, sampler, drafted, logits_BTV, text)

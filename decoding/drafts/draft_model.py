@@ -41,7 +41,7 @@ class State:
       cache: of the draft model; after `update`, all of the text that it will not run again.
       root_B: int32, the row of the last tree's root.
       row_BT: int32, row of each node of that tree, counted from its root's.
-      tables: drawn for these texts (`lm.model.lexinvariant`); None where they are learned.
+      tables: drawn for these texts (`lm.model.tables.for_texts`); None where they are learned.
     """
 
     cache: Cache

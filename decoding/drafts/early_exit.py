@@ -21,8 +21,8 @@ from decoding.sample import Sampler
 from decoding.tree import WithoutReplacement
 from lm.kernels.mask import Mask
 from lm.model import cache as cache_lib
-from lm.model import lexinvariant, tables, transformer
 from lm.model import params as params_lib
+from lm.model import tables, transformer
 from lm.model.cache import Cache
 from lm.model.config import Config
 from lm.model.params import Params
@@ -110,8 +110,8 @@ def _init(static: _Exit, weights: Weights, text: Text, rows: int) -> Cache | Non
     if weights.adapter is None or weights.target is None:
         return None
     config = static.config
-    own = lexinvariant.drawn_for(weights.target, config, text.key_B)  # the very tables of the loop
-    target = lexinvariant.with_tables(weights.target, own)
+    own = tables.for_texts(weights.target['tables'], config, text.key_B)  # the loop's own tables
+    target = weights.target if own is None else {**weights.target, 'tables': own}
     b, s = text.token_BS.shape
     positions_BS = jnp.broadcast_to(jnp.arange(s), (b, s))
     token_BS = jnp.where(positions_BS < text.length_B[:, None], text.token_BS, 0)

@@ -12,8 +12,8 @@ from decoding.drafts import draft_model
 from decoding.drafts.draft_model import State, Weights, pick
 from decoding.sample import Sampler
 from decoding.tree import DraftTree
-from lm.model import lexinvariant
 from lm.model import params as params_lib
+from lm.model import tables
 from lm.model.cache import Cache
 from lm.model.params import Params
 
@@ -67,13 +67,13 @@ def drafter(
 
     def run(weights: Weights, state: State, text: Text, target: Params, target_cache: Cache):
         del target, target_cache
-        live = bare._replace(params=lexinvariant.with_tables(weights.params, state.tables))
+        live = bare._replace(params=_with_tables(weights.params, state.tables))
         tree, row_BT, cache = propose(live, weights.sampler, state.cache, text)
         return tree, State(cache, text.length_B - 1, row_BT, state.tables), None
 
     def init(weights: Weights, text: Text, rows: int) -> State:
-        own = lexinvariant.drawn_for(weights.params, model.config, text.key_B)
-        live = bare._replace(params=lexinvariant.with_tables(weights.params, own))
+        own = tables.for_texts(weights.params['tables'], model.config, text.key_B)
+        live = bare._replace(params=_with_tables(weights.params, own))
         cache = draft_model.prefill(live, text, rows + drawn - nodes)
         row_BT = jnp.zeros((text.length_B.shape[0], nodes), jnp.int32)
         return State(cache, text.length_B - 1, row_BT, own)
@@ -178,3 +178,7 @@ def check(name: str, value: int, least: int = 1, most: int | None = None) -> Non
     if value < least or (most is not None and value > most):
         upper = '' if most is None else f' and at most {most}'
         raise ValueError(f'{name}: {value}; expected at least {least}{upper}')
+
+
+def _with_tables(params: Params, own: Params | None) -> Params:
+    return params if own is None else {**params, 'tables': own}

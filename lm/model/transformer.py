@@ -20,7 +20,7 @@ from lm.model import cache as cache_lib
 from lm.model import layers, rope, tables
 from lm.model.cache import Cache
 from lm.model.config import Config
-from lm.model.params import Params
+from lm.model.leaves import Params
 
 ACTIVATIONS = ('batch', 'length', 'embed')
 

@@ -13,7 +13,7 @@ from decoding.drafts import adapter, chain, early_exit, recursive
 from decoding.generate import generate
 from decoding.sample import Sampler, at_position, draw, log_law
 from decoding.verify import target_only_walk
-from lm.model import lexinvariant, params, transformer
+from lm.model import lexinvariant, params, tables, transformer
 from lm.model.config import Config, Lexinvariant
 
 V, NEW = 13, 12
@@ -52,8 +52,8 @@ def plain_text(law):
 @pytest.mark.parametrize('law', LAWS.values(), ids=LAWS)
 def test_a_text_keeps_its_table(law):
     target, plain = make(law, 2, 16), plain_text(law)
-    drawn = lexinvariant.drawn_for(target.params, target.config, KEYS)
-    p = lexinvariant.with_tables(target.params, drawn)
+    drawn = tables.for_texts(target.params['tables'], target.config, KEYS)
+    p = {**target.params, 'tables': drawn}
     forward = jax.jit(transformer.forward, static_argnums=1)
     texts = np.zeros((3, 24), np.int32)
     ends = np.array([len(prompt) for prompt in PROMPTS])
