@@ -20,10 +20,9 @@ from lm.checkpoints import bundle
 from lm.data.documents import Documents
 from lm.devices import processes
 from lm.losses import next_token as losses
-from lm.model import lexinvariant, tables, transformer
 from lm.model.config import Config as ModelConfig
 from lm.model.config import Lexinvariant
-from lm.model.params import Params
+from lm.model.leaves import Params
 from lm.training import train
 from tokenization.tokenizer import Tokenizer
 from tokenization.vocabularies.alphabet import CharacterTokenizer
@@ -92,8 +91,8 @@ def texts(
 
 def model_config(config: Config, probability: float) -> ModelConfig:
     """Returns the shape of a model whose rows are random with this probability."""
-    law = Lexinvariant(config.kind, probability) if probability else None
-    return dataclasses.replace(config.model, lexinvariant=law)
+    spec = Lexinvariant(config.kind, probability) if probability else None
+    return dataclasses.replace(config.model, lexinvariant=spec)
 
 
 def fit(config: Config, name: Name, text: Text, out: epath.Path, mesh: Mesh) -> Fitted:
@@ -111,19 +110,19 @@ def fit(config: Config, name: Name, text: Text, out: epath.Path, mesh: Mesh) -> 
 
 def at_rest(fitted: Fitted) -> Fitted:
     """Returns a regularised model as it is used: with its learned rows, as dropout is left out."""
-    law = fitted.config.lexinvariant
-    if law is None or not law.partial:
+    spec = fitted.config.lexinvariant
+    if spec is None or not spec.partial:
         return fitted
     return fitted._replace(config=dataclasses.replace(fitted.config, lexinvariant=None))
 
 
 def hidden(params: Params, config: ModelConfig, tokens_BL: jax.Array, key: jax.Array) -> jax.Array:
     """Returns hidden states `[B, L, D]` of rows of one text each, tables drawn where they are."""
-    key_B = lexinvariant.sequence_keys(key, len(tokens_BL))
-    own = lexinvariant.with_tables(params, lexinvariant.drawn_for(params, config, key_B))
     positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-    x_BLD = tables.embed(own['tables'], config, tokens_BL)
-    return transformer.body(own['body'], config, x_BLD, positions_BL)[0]
+    batch = {
+        'tokens': tokens_BL, 'positions': positions_BL, 'segments': jnp.ones_like(positions_BL)
+    }  # fmt: skip
+    return losses.hidden(params, config, batch, key)
 
 
 def nats_by_position(fitted: Fitted, text: Text, batch_size: int, mesh: Mesh) -> np.ndarray:
