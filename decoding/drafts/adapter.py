@@ -7,12 +7,14 @@ import jax.numpy as jnp
 
 from lm.attention.attention import attention
 from lm.kernels.mask import Mask
+from lm.losses.loss import Loss, Sum
 from lm.model import cache as cache_lib
 from lm.model import layers as layers_lib
+from lm.model import leaves as leaves_lib
 from lm.model import rope, tables, transformer
 from lm.model.cache import Cache
 from lm.model.config import Config
-from lm.model.params import Params
+from lm.model.leaves import Leaf, Params, matrix
 
 
 def init(key: jax.Array, config: Config) -> Params:
@@ -24,17 +26,21 @@ def init(key: jax.Array, config: Config) -> Params:
       key: for the initial values.
       config: of the target.
     """
+    return leaves_lib.initial(leaves(config), config.param_dtype, key)
+
+
+def leaves(config: Config) -> dict[str, Leaf]:
+    """Returns the leaves of an adapter for a target of this config."""
     d, h, k, c = config.d_model, config.n_heads, config.n_kv_heads, config.head_dim
-    dtype = jnp.dtype(config.param_dtype)
-    one = jnp.full(d, 0.0 if config.unit_offset else 1.0, dtype)
-    shapes = {'wq_DHC': (d, h, c), 'wk_DKC': (d, k, c), 'wv_DKC': (d, k, c)}
-    keys = jax.random.split(key, len(shapes))
-    normal = {
-        name: (jax.random.normal(key, shape) * d**-0.5).astype(dtype)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    norm = Leaf((d,), ('norm',), None, 0.0 if config.unit_offset else 1.0)
+    return {
+        'attention_norm_D': norm,
+        'wq_DHC': matrix((d, h, c), ('embed', 'heads', 'head'), d**-0.5),
+        'wk_DKC': matrix((d, k, c), ('embed', 'kv_heads', 'head'), d**-0.5),
+        'wv_DKC': matrix((d, k, c), ('embed', 'kv_heads', 'head'), d**-0.5),
+        'wo_HCD': matrix((h, c, d), ('heads', 'head', 'embed'), None, inputs=2),
+        'final_norm_D': norm,
     }
-    wo_HCD = jnp.zeros((h, c, d), dtype)
-    return {'attention_norm_D': one, **normal, 'wo_HCD': wo_HCD, 'final_norm_D': one}
 
 
 def adapt(
@@ -89,18 +95,18 @@ def loss(
     config: Config,
     layers: int,
     batch: dict[str, jax.Array],
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> Loss:
     """Returns the cross-entropy of the adapter to the target, `-sum p_target log p_adapter`.
 
     Args:
       adapter: what is trained.
       params, config: the target, which stays as it is.
       layers: E, layers of the target below the adapter.
-      batch: packed text as `lm.data.documents` makes it: `tokens`, `positions`, `segments`,
+      batch: packed text as `lm.data.batches` makes it: `tokens`, `positions`, `segments`,
         `weights`.
 
     Returns:
-      The mean in nats per token, and sums for metrics, as `lm.losses.next_token.next_token_loss`.
+      The mean in nats per token; reports `nats_per_token`.
     """
     positions_BL, segments_BL = batch['positions'], batch['segments']
     body, table = params['body'], params['tables']
@@ -115,7 +121,8 @@ def loss(
     nats_BL = -jnp.sum(jax.nn.softmax(target_BLV) * logprob_BLV, axis=-1)
     weights = batch['weights']
     nats = jnp.sum(nats_BL * weights)
-    return nats / jnp.maximum(weights.sum(), 1.0), {'nats': nats, 'tokens': weights.sum()}
+    count = weights.sum()
+    return Loss(nats / jnp.maximum(count, 1.0), {'nats_per_token': Sum(nats, count)})
 
 
 def one_layer(config: Config) -> Config:

@@ -26,13 +26,13 @@ class _Side(NamedTuple):
 def main(config: Config, out: epath.Path) -> dict[str, float]:
     """Prints the table; returns the metrics."""
     del out
-    laws = {
+    specs = {
         'learned': None,
         'permuted': Lexinvariant('permuted'),
         'gaussian': Lexinvariant('gaussian'),
         f'gaussian, p = {config.probability:g}': Lexinvariant('gaussian', config.probability),
     }
-    sides = {name: _side(config, law) for name, law in laws.items()}
+    sides = {name: _side(config, spec) for name, spec in specs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(config.repeats + 1):
         for name, side in sides.items():
@@ -67,15 +67,15 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     return metrics
 
 
-def _side(config: Config, law: Lexinvariant | None) -> _Side:
+def _side(config: Config, spec: Lexinvariant | None) -> _Side:
     heads = config.width // 64
     model = ModelConfig(
         config.vocab_size, config.width, config.layers, heads, heads, 64, 4 * config.width,
         max_length=config.length, activation='relu', tied=True, scale_embeddings=True,
-        lexinvariant=law,
+        lexinvariant=spec,
     )  # fmt: skip
     settings = optimizer.OptimizerConfig()
-    steps = optimizer.make(settings, 100)
+    steps = optimizer.make(settings, 100, params.leaves(model))
     loss = language_model.loss_fn(model, 1e-4)
     batch = _batch(config)
 

@@ -133,7 +133,10 @@ def _adapter(
         functools.partial(adapter_lib.init, config=model.config),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
-    return train.run(run, init, loss, batches, out / 'adapter', mesh, 'adapter').params
+    return train.run(
+        run, init, loss, batches, out / 'adapter', mesh, 'adapter',
+        leaves=adapter_lib.leaves(model.config),
+    ).params  # fmt: skip
 
 
 def _encoded(tokenizer: Tokenizer, documents: Sequence[bytes], out: epath.Path) -> Documents:
