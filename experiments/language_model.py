@@ -13,12 +13,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lm.attention import zigzag
-from lm.data import documents as data
+from lm.data import batches as batches_lib
 from lm.data.documents import Documents
 from lm.losses import next_token as losses
+from lm.losses.loss import LossFn
 from lm.model import params, transformer
 from lm.model.config import Config
-from lm.model.params import Params
+from lm.model.leaves import Params
 from lm.training import train
 from lm.training.train import TrainConfig
 
@@ -49,10 +50,11 @@ def with_vocabulary(config: Config, vocab_size: int) -> Config:
     return dataclasses.replace(config, vocab_size=padded)
 
 
-def loss_fn(config: Config, z_loss: float) -> train.LossFn:
+def loss_fn(config: Config, z_loss: float) -> LossFn:
     """Returns the next-token loss of a model, in the form that `lm.training.train` expects."""
 
-    def loss(weights: Params, batch: dict[str, jax.Array], key: jax.Array):
+    def loss(weights: Params, batch: Any, key: jax.Array, **extra: Any):
+        del extra
         return losses.next_token_loss(weights, config, batch, z_loss, key)
 
     return loss
@@ -112,13 +114,16 @@ def fit(
         functools.partial(params.init, model), out_shardings=params.shardings(model, mesh)
     )
     begin = time.monotonic()
-    state = train.run(config, init, loss_fn(model, config.z_loss), batches, folder, mesh, label)
+    state = train.run(
+        config, init, loss_fn(model, config.z_loss), batches, folder, mesh, label,
+        leaves=params.leaves(model),
+    )  # fmt: skip
     return Fitted(model, state.params, time.monotonic() - begin)
 
 
 def training(config: TrainConfig, documents: Documents, vocab_size: int) -> grain.IterDataset:
     """Returns this process's rows of each batch, from documents that no other process reads."""
-    return data.training_batches(
+    return batches_lib.training_batches(
         documents, None, batch_size=config.batch_size // jax.process_count(),
         length=config.length, bos=vocab_size, seed=config.seed,
         shard_index=jax.process_index(), shard_count=jax.process_count(),
@@ -136,7 +141,7 @@ def evaluation(
     documents: Documents, vocab_size: int, batch_size: int, length: int
 ) -> grain.IterDataset:
     """Returns one pass over documents of ids; each id is a target exactly once."""
-    return data.evaluation_batches(
+    return batches_lib.evaluation_batches(
         documents, None, batch_size=batch_size // jax.process_count(), length=length,
         bos=vocab_size, shard_index=jax.process_index(), shard_count=jax.process_count(),
     )  # fmt: skip
@@ -144,7 +149,8 @@ def evaluation(
 
 def nats(fitted: Fitted, batches: Any, mesh: Mesh) -> float:
     """Returns the loss summed over all targets, in nats."""
-    return train.evaluate(loss_fn(fitted.config, 0.0), fitted.params, batches, mesh)['nats']
+    sums = train.evaluate(loss_fn(fitted.config, 0.0), fitted.params, batches, mesh)
+    return sums['nats_per_token'].total
 
 
 def bit_losses(
@@ -157,7 +163,7 @@ def bit_losses(
     Args:
       weights: the model's parameters.
       config: the model's config.
-      batch: see `lm.data.documents`.
+      batch: see `lm.data.batches`.
       bits: bits per id; probabilities are normalised over the first `2**bits` ids.
 
     Returns:

@@ -7,6 +7,7 @@ Shape suffixes, used in the names of arrays and of parameter leaves everywhere:
     F feed-forward   V vocabulary       T tokens, or nodes of a draft tree
     W window bits, or words of 32 packed bits
     M rows of a batch that were picked from another
+    Q codebooks      R packed rows of a shuffle buffer
     U tokens that get rows of a table, P pieces of a token, E rows of several tables joined
 
 `x_BLD` is an array of shape [B, L, D]; a leaf `wq_NDHC` has shape [N, D, H, C].

@@ -28,14 +28,15 @@ from lm.data import packing
 from lm.data.documents import EncodedDocuments
 from lm.devices import preemption
 from lm.training import train
+from lm.training.step_log import StepLog
 
 # Where each phase begins.
 PHASES: dict[str, list[tuple[Any, str]]] = {
     'loading': [
         (corpora, 'open_corpus'), (EncodedDocuments, 'write'),
-        (packing._PackedIterator, '_pack_window'),
+        (packing._PackedIterator, '_pack_buffer'),
     ],
-    'step': [(train._Log, 'add')],
+    'step': [(StepLog, 'add')],
     'save': [(checkpoint.Checkpoints, 'save')],
     # writes the step's last file and renames its folder; then older steps are deleted
     'commit': [(atomicity.AtomicRenameTemporaryPath, 'finalize')],
@@ -83,7 +84,7 @@ def hook(watch: Watch, phase: str, owner: Any, name: str) -> None:
 
 def log_steps(watch: Watch) -> None:
     """Logs the digest of every batch that a step is given."""
-    add = train._Log.add
+    add = StepLog.add
 
     def logging(self, step, metrics, batch):
         digest = hashlib.sha256()
@@ -92,7 +93,7 @@ def log_steps(watch: Watch) -> None:
         watch.say(step=step, batch=digest.hexdigest())
         return add(self, step, metrics, batch)
 
-    train._Log.add = logging  # type: ignore[method-assign]
+    StepLog.add = logging  # type: ignore[method-assign]
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ import sys
 
 import jax
 
-from lm.data import documents as data
+from lm.data import batches as batches_lib
 from lm.devices import mesh, preemption
 from lm.losses import next_token as losses
 from lm.model import params
@@ -34,7 +34,7 @@ def main(port: str, index: int, folder: str, step: int) -> None:
 
     train.put = signalled
     grid = mesh.make()
-    batches = data.training_batches(
+    batches = batches_lib.training_batches(
         make.DOCUMENTS, None, batch_size=1, length=8, bos=31, seed=3, shard_index=index,
         shard_count=2,
     )  # fmt: skip
@@ -47,7 +47,7 @@ def main(port: str, index: int, folder: str, step: int) -> None:
         return losses.next_token_loss(weights, make.MODEL, batch)
 
     with preemption.ends_cleanly():
-        train.run(config, init, loss, batches, folder, grid)
+        train.run(config, init, loss, batches, folder, grid, leaves=params.leaves(make.MODEL))
 
 
 if __name__ == '__main__':

@@ -4,18 +4,19 @@ Liu et al. 2024, "Kangaroo: Lossless Self-Speculative Decoding via Double Early 
 2404.18911).
 """
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lm.losses.loss import Loss, Sum
+from lm.model import leaves as leaves_lib
 from lm.model import params as params_lib
 from lm.model import stepped, transformer
 from lm.model.config import Config
 from lm.model.contract import Ask, Model, Nodes
-from lm.model.params import Params
+from lm.model.leaves import Params
 
 
 def init(key: jax.Array, config: Config) -> Params:
@@ -27,9 +28,7 @@ def init(key: jax.Array, config: Config) -> Params:
       key: for the initial values.
       config: of the target.
     """
-    body = params_lib.initial(leaves(config), config.param_dtype, key)
-    zeros = jnp.zeros_like(body['layers']['wo_NHCD'])
-    return {**body, 'layers': {**body['layers'], 'wo_NHCD': zeros}}
+    return leaves_lib.initial(leaves(config), config.param_dtype, key)
 
 
 def leaves(config: Config) -> dict[str, Any]:
@@ -39,8 +38,10 @@ def leaves(config: Config) -> dict[str, Any]:
       config: of the target.
     """
     body = params_lib.leaves(one_layer(config))['body']
-    attention = ('attention_norm_ND', 'wq_NDHC', 'wk_NDKC', 'wv_NDKC', 'wo_NHCD')
-    return {**body, 'layers': {name: body['layers'][name] for name in attention}}
+    names = ('attention_norm_ND', 'wq_NDHC', 'wk_NDKC', 'wv_NDKC', 'wo_NHCD')
+    layers = {name: body['layers'][name] for name in names}
+    layers['wo_NHCD'] = layers['wo_NHCD']._replace(scale=None)  # begins at zero
+    return {**body, 'layers': layers}
 
 
 def model(config: Config) -> Model:
@@ -59,27 +60,29 @@ def as_params(adapter: Params) -> Params:
 
 def one_layer(config: Config) -> Config:
     """Returns the config of the adapter's block, which sees all keys and adds plain attention."""
-    return dataclasses.replace(
-        config, n_layers=1, window=None, unroll=1, lexinvariant=None, induction_init=False,
-        qk_norm=False, qkv_bias=False, post_norm=False, attention_scale=None,
-        attention_softcap=None,
+    return Config(
+        config.vocab_size, config.d_model, 1, config.n_heads, config.n_kv_heads, config.head_dim,
+        config.d_ff, config.max_length, norm_epsilon=config.norm_epsilon,
+        unit_offset=config.unit_offset, rope_theta=config.rope_theta,
+        rope_scaling=config.rope_scaling, dtype=config.dtype, param_dtype=config.param_dtype,
+        ring=config.ring,
     )  # fmt: skip
 
 
 def loss(
     adapter: Params, params: Params, config: Config, layers: int, batch: dict[str, jax.Array]
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> Loss:
     """Returns the cross-entropy of the adapter to the target, `-sum p_target log p_adapter`.
 
     Args:
       adapter: the parameters that are trained.
       params, config: the target, which stays as it is.
       layers: E, layers of the target below the adapter.
-      batch: packed text as `lm.data.documents` makes it: `tokens`, `positions`, `segments`,
+      batch: packed text as `lm.data.batches` makes it: `tokens`, `positions`, `segments`,
         `weights`.
 
     Returns:
-      The mean in nats per token, and sums for metrics, as `next_token.next_token_loss`.
+      The mean in nats per token; reports `nats_per_token`.
     """
     nodes, segments_BL = Nodes(batch['tokens'], batch['positions']), batch['segments']
     seen = transformer.read(params, config, nodes, segments_BL, ask=Ask((layers - 1,)))
@@ -93,4 +96,5 @@ def loss(
     nats_BL = -jnp.sum(target_BLV * jax.nn.log_softmax(logits(own.h_BTD)), axis=-1)
     weights = batch['weights']
     nats = jnp.sum(nats_BL * weights)
-    return nats / jnp.maximum(weights.sum(), 1.0), {'nats': nats, 'tokens': weights.sum()}
+    count = weights.sum()
+    return Loss(nats / jnp.maximum(count, 1.0), {'nats_per_token': Sum(nats, count)})

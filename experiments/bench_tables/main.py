@@ -75,7 +75,7 @@ def _side(config: Config, kind: Lexinvariant | None) -> _Side:
         lexinvariant=kind,
     )  # fmt: skip
     settings = optimizer.OptimizerConfig()
-    steps = optimizer.make(settings, 100)
+    steps = optimizer.make(settings, 100, params.leaves(model))
     loss = language_model.loss_fn(model, 1e-4)
     batch = _batch(config)
 

@@ -85,7 +85,7 @@ def _matmul(size: int) -> Callable[[], None]:
 
 def _step(model: ModelConfig, config: Config) -> Callable[[], None]:
     mesh = mesh_lib.make(devices=jax.devices()[:1])
-    adamw = optimizer.make(optimizer.OptimizerConfig(), 1000)
+    adamw = optimizer.make(optimizer.OptimizerConfig(), 1000, params.leaves(model))
     init = jax.jit(
         functools.partial(params.init, model), out_shardings=params.shardings(model, mesh)
     )

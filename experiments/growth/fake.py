@@ -130,7 +130,7 @@ def _state(model: ModelConfig, mesh: Mesh) -> train.TrainState:
     init = jax.jit(
         functools.partial(params.init, model), out_shardings=params.shardings(model, mesh)
     )
-    adamw = optimizer.make(optimizer.OptimizerConfig(), steps.SCHEDULE)
+    adamw = optimizer.make(optimizer.OptimizerConfig(), steps.SCHEDULE, params.leaves(model))
     return train.init_state(init(jax.random.key(0)), adamw, mesh)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -19,10 +20,9 @@ from lm.checkpoints import bundle
 from lm.data.documents import Documents
 from lm.devices import processes
 from lm.losses import next_token as losses
-from lm.model import contract, lexinvariant, transformer
 from lm.model.config import Config as ModelConfig
 from lm.model.config import Lexinvariant
-from lm.model.params import Params
+from lm.model.leaves import Params
 from lm.training import train
 from tokenization.tokenizer import Tokenizer
 from tokenization.vocabularies.alphabet import CharacterTokenizer
@@ -118,9 +118,11 @@ def at_rest(fitted: Fitted) -> Fitted:
 
 def hidden(params: Params, config: ModelConfig, tokens_BL: jax.Array, key: jax.Array) -> jax.Array:
     """Returns hidden states `[B, L, D]`, one text per row; lexinvariant tables are drawn here."""
-    key_B = lexinvariant.sequence_keys(key, len(tokens_BL))
-    own = lexinvariant.with_tables(params, lexinvariant.drawn_for(params, config, key_B))
-    return transformer.read(own, config, contract.chain(tokens_BL)).h_BTD
+    positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    batch = {
+        'tokens': tokens_BL, 'positions': positions_BL, 'segments': jnp.ones_like(positions_BL)
+    }  # fmt: skip
+    return losses.hidden(params, config, batch, key)
 
 
 def nats_by_position(fitted: Fitted, text: Text, batch_size: int, mesh: Mesh) -> np.ndarray:

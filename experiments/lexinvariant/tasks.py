@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.language_model import Fitted
-from experiments.lexinvariant import models
 from experiments.lexinvariant.config import Config
 from lm.devices import processes
-from lm.model import lexinvariant, transformer
+from lm.model import lexinvariant, tables, transformer
 
 _POOL = np.array([*range(ord('0'), ord('9') + 1), *range(ord('A'), ord('Z') + 1),
                   *range(ord('a'), ord('z') + 1)])  # fmt: skip
@@ -81,10 +80,11 @@ def accuracy(fitted: Fitted, task: Task) -> float:
 
     @jax.jit
     def best(params, tokens_BL, key):
-        h_BLD = models.hidden(params, config, tokens_BL[:, :-1], key)[:, task.answers.start - 1 :]
         key_B = lexinvariant.sequence_keys(key, len(tokens_BL))
-        own = lexinvariant.with_tables(params, lexinvariant.drawn_for(params, config, key_B))
-        return jnp.argmax(transformer.head(own, config, h_BLD), axis=-1)
+        own = tables.for_texts(params['tables'], config, key_B)
+        here = params if own is None else {**params, 'tables': own}
+        logits = transformer.forward(here, config, tokens_BL[:, :-1])
+        return jnp.argmax(logits[:, task.answers.start - 1 :], axis=-1)
 
     right = 0.0
     for start in range(0, len(task.tokens_QL), _AT_ONCE):

@@ -16,6 +16,7 @@ from lm.model import contract, params, stepped
 from lm.model.cache import Cache
 from lm.model.config import Config as ModelConfig
 from lm.training import optimizer as optimizer_lib
+from lm.training import state as state_lib
 from lm.training import train
 
 SCHEDULE = 1000  # steps of the learning-rate schedule; no array size depends on it
@@ -68,10 +69,10 @@ def make(config: Config, model: ModelConfig, mesh: Mesh | AbstractMesh) -> Step:
 
 def _train(model: ModelConfig, batch: int, length: int, mesh: Any) -> Step:
     weights = params.abstract(model, mesh)
-    optimizer = optimizer_lib.make(optimizer_lib.OptimizerConfig(), SCHEDULE)
+    optimizer = optimizer_lib.make(optimizer_lib.OptimizerConfig(), SCHEDULE, params.leaves(model))
     everywhere = NamedSharding(mesh, PartitionSpec())
     opt_state = jax.eval_shape(optimizer.init, weights)
-    placed = train.optimizer_shardings(weights, opt_state, mesh)
+    placed = state_lib.optimizer_shardings(weights, opt_state, mesh)
     opt_state = jax.tree.map(_array, opt_state, placed)
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
     state = train.TrainState(step, weights, opt_state)

@@ -132,7 +132,10 @@ def _adapter(
         functools.partial(adapter_lib.init, config=model),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
-    state = train.run(run, init, loss, batches, out / 'adapter', mesh, 'adapter')
+    state = train.run(
+        run, init, loss, batches, out / 'adapter', mesh, 'adapter',
+        leaves=adapter_lib.leaves(model),
+    )  # fmt: skip
     return Adapter(adapter_lib.model(model), adapter_lib.as_params(state.params))
 
 

@@ -18,11 +18,11 @@ from jax.sharding import Mesh
 from experiments import language_model
 from experiments.transfer.config import Config
 from experiments.transfer.hyper import Trained
+from lm.losses import cross_entropy
 from lm.losses import next_token as losses
-from lm.model import transformer
+from lm.model import tables as tables_lib
 from lm.model.config import Config as ModelConfig
-from lm.model.contract import Nodes
-from lm.model.params import Params
+from lm.model.leaves import Params
 from lm.training import train
 from tokenization.transfer import dynamic, hypernetwork, row_cache, transfer
 from tokenization.transfer.dynamic import Merged
@@ -117,23 +117,16 @@ class _Reader:
 
 def _sum(config: ModelConfig, weights: Params, tables: Params, slot_U, count, batch) -> jax.Array:
     """Returns a batch's loss over the model's own rows and `count` units, cached at `slot_U`."""
-    used_V = jnp.arange(config.vocab_size + len(slot_U)) < config.vocab_size + count
     joined = {
         name: jnp.concatenate([own_VD.astype(jnp.float32), tables[name][slot_U]])
         for name, own_VD in weights['tables'].items()
     }
-    own = {**weights, 'tables': joined}
-    nodes = Nodes(batch['tokens'], batch['positions'])
-    h_BLD = transformer.read(own, config, nodes, batch['segments']).h_BTD
-
-    def row_nats(row):
-        h_LD, target_L, weight_L = row
-        logits = transformer.head(own, config, h_LD)
-        log_p = jax.nn.log_softmax(jnp.where(used_V, logits, -jnp.inf))
-        return -(jnp.take_along_axis(log_p, target_L[:, None], 1)[:, 0] * weight_L).sum()
-
-    # one row at a time, since the logits of a whole batch would be large
-    return jax.lax.map(row_nats, (h_BLD, batch['targets'], batch['weights'])).sum()
+    h_BLD = losses.hidden({**weights, 'tables': joined}, config, batch)
+    logprob_BL = cross_entropy.logprobs(
+        h_BLD, tables_lib.output_table(joined), batch['targets'], config.logit_softcap,
+        rows=config.vocab_size + count,
+    )  # fmt: skip
+    return -(logprob_BL * batch['weights']).sum()
 
 
 def _packed(rows: Sequence[np.ndarray], size: int, length: int, bos: int) -> dict[str, np.ndarray]:

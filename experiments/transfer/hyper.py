@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from experiments.corpora import Corpus
 from experiments.transfer.config import Config
-from lm.model import params
-from lm.model.params import Params
+from lm.model import leaves as leaves_lib
+from lm.model.leaves import Params
 from lm.training import train
 from lm.training.train import TrainConfig
 from tokenization.transfer import hypernetwork
@@ -38,7 +38,8 @@ def fit(config: Config, source: Source, corpus: Corpus, out: epath.Path, mesh: M
     """Trains a hypernetwork in two stages, resuming from the checkpoints in `out`."""
     begin = time.monotonic()
     shape = hypernetwork.for_model(config.hypernetwork, source.config, source.tokenizer.vocab_size)
-    placed = params.placed(hypernetwork.leaves(shape), mesh)
+    leaves = hypernetwork.leaves(shape)
+    placed = leaves_lib.placed(leaves, mesh)
     init = jax.jit(functools.partial(hypernetwork.init, shape), out_shardings=placed)
     first = train.run(
         config.identity,
@@ -47,7 +48,7 @@ def fit(config: Config, source: Source, corpus: Corpus, out: epath.Path, mesh: M
             weights, shape, frozen, batch
         ),
         _rows(config.identity, shape.vocab_size),
-        out / 'identity', mesh, 'rows of the source', frozen=(source.params,),
+        out / 'identity', mesh, 'rows of the source', frozen=(source.params,), leaves=leaves,
     )  # fmt: skip
     batches = sampled(config, source, corpus, shape)
     second = train.run(
@@ -57,6 +58,7 @@ def fit(config: Config, source: Source, corpus: Corpus, out: epath.Path, mesh: M
             weights, shape, source.config, source.bos, config.auxiliary, frozen, batch
         ),
         batches, out / 'transfer', mesh, 'drawn tokenizers', frozen=(source.params,),
+        leaves=leaves,
     )  # fmt: skip
     return Trained(shape, second.params, time.monotonic() - begin)
 

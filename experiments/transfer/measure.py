@@ -17,8 +17,9 @@ from experiments.language_model import Fitted
 from experiments.transfer.config import Config
 from lm.data.documents import Documents
 from lm.losses import next_token as losses
+from lm.losses.loss import Loss, Sum
 from lm.model import params
-from lm.model.params import Params
+from lm.model.leaves import Params
 from lm.training import train
 from tokenization.tokenizer import Tokenizer
 from tokenization.transfer import heuristics, transfer
@@ -98,14 +99,16 @@ def train_on(
     def loss(weights, batch, key, tables):
         value, sums = losses.next_token_loss(weights, model, batch, run.z_loss, key)
         distance = distance_of_rows(weights['tables'], tables)
-        return value + config.auxiliary * distance, {**sums, 'auxiliary': distance}
+        return Loss(
+            value + config.auxiliary * distance, {**sums, 'auxiliary': Sum(distance, jnp.ones(()))}
+        )
 
     batches = language_model.training(run, documents, v).map(
         functools.partial(_with_bos, v, moved.bos)
     )
     state = train.run(
         run, lambda key: jax.tree.map(jnp.copy, start), loss, batches, folder, mesh, label,
-        frozen=(start['tables'],),
+        frozen=(start['tables'],), leaves=params.leaves(model),
     )  # fmt: skip
     return moved._replace(fitted=Fitted(model, state.params, 0.0))
 

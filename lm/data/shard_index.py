@@ -1,4 +1,4 @@
-"""What a folder of shards holds: `index.json`, written when every shard is there."""
+"""The index of a folder of shards: `index.json`, written once every shard exists."""
 
 import json
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ INDEX = 'index.json'
 
 
 class Shard(NamedTuple):
-    """What one file holds.
+    """The contents of one file.
 
     Attributes:
       documents: records.
       tokens: ids of all documents.
-      bytes: of the text that they stand for.
+      bytes: of the text they encode.
       file_bytes: size of the file.
       sha256: of the file, in hex.
     """
@@ -32,11 +32,11 @@ class Shard(NamedTuple):
 
 
 class Index(NamedTuple):
-    """What a folder of shards holds.
+    """The contents of a folder of shards.
 
     Attributes:
       vocab_size: all ids are smaller.
-      origin: digests of what the shards were made from, by name.
+      origin: digests of the sources of the shards, by name.
       splits: the shards of each split, in their order.
     """
 
@@ -51,18 +51,18 @@ def file_name(split: str, index: int, count: int) -> str:
 
 
 def write_index(folder: epath.PathLike, index: Index) -> None:
-    """Writes `index.json`, which makes a folder with all its shards one that can be read."""
+    """Writes `index.json`, after which a folder with all its shards can be read."""
     splits = {name: [shard._asdict() for shard in found] for name, found in index.splits.items()}
     described = {'format': FORMAT, 'dtype': id_dtype(index.vocab_size).name, **index._asdict()}
     write_json(epath.Path(folder) / INDEX, {**described, 'splits': splits})
 
 
 def read_index(folder: epath.PathLike) -> Index:
-    """Returns what a folder of shards holds.
+    """Returns the index of a folder of shards.
 
     Raises:
-      FileNotFoundError: `folder` holds no shards, or not yet all of them.
-      ValueError: the index is damaged, or of a format that this version does not know.
+      FileNotFoundError: `folder` holds no shards, or not all of them yet.
+      ValueError: the index is damaged, or its format is unknown to this version.
     """
     file = epath.Path(folder) / INDEX
     if not file.exists():
@@ -92,9 +92,9 @@ def read_index(folder: epath.PathLike) -> Index:
 
 
 def shard_from(fields: Mapping[str, Any]) -> Shard:
-    """Returns a shard from its JSON; raises ValueError, KeyError or TypeError for other than that.
+    """Returns a shard from its JSON; raises ValueError, KeyError or TypeError if it is none.
 
-    No count can be larger than the file that it counts.
+    No count may exceed the size of its file.
     """
     shard = Shard(**{name: fields[name] for name in Shard._fields})
     counts = shard[:4]
@@ -108,6 +108,6 @@ def shard_from(fields: Mapping[str, Any]) -> Shard:
 
 
 def write_json(path: epath.PathLike, value: Mapping[str, Any]) -> None:
-    """Writes JSON with sorted keys into a file that appears when it is whole."""
+    """Writes JSON with sorted keys; the file appears only once it is complete."""
     with atomic.new_file(path) as partial:
         partial.write_text(json.dumps(value, indent=1, sort_keys=True) + '\n')

@@ -1,11 +1,11 @@
 """Documents of ids in ArrayRecord shards: one file written at a time, read by random access.
 
-    FOLDER/index.json                          what the shards hold
+    FOLDER/index.json                          the contents of all shards
     FOLDER/train-00000-of-00012.array_record   a record per document: its ids, little-endian
 
-An id takes one byte, two or four, as the vocabulary needs (`lm.data.documents.id_dtype`). Records
-are neither grouped nor compressed, so that a file follows from its ids alone, and one read gives
-one document.
+An id takes one, two or four bytes, depending on the vocabulary (`lm.data.documents.id_dtype`).
+Records are neither grouped nor compressed, so that a file depends on its ids alone, and one read
+returns one document.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _OPEN_FILES = 256
 def write_shard(
     path: epath.PathLike, documents: Iterable[tuple[np.ndarray, int]], vocab_size: int
 ) -> Shard:
-    """Writes documents (ids, and bytes of their text) into a file that appears when it is whole.
+    """Writes documents (ids, and bytes of their text); the file appears only once it is complete.
 
     Raises:
       ValueError: a document is not a vector of integers in [0, vocab_size); names it.
@@ -70,7 +70,7 @@ class ShardedDocuments:
     """Documents of one split: vectors of ids, opened on first use in each process."""
 
     def __init__(self, folder: epath.PathLike, split: str):
-        """Reads the index and looks that every file is there; opens none.
+        """Reads the index and checks that every file exists; opens none.
 
         Raises:
           FileNotFoundError: no shards, no such split, or a file is missing; names it.

@@ -1,128 +1,118 @@
-"""Cross-entropy of hidden states against a table, a chunk of its rows at a time."""
+"""Cross-entropy and log-probabilities of ids against a learned table, a chunk of rows at a time."""
 
-import functools
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lm.devices import mesh
+from lm.losses import online_softmax
+from lm.losses.online_softmax import VOCABULARY_CHUNK, Table, TokenLosses
 from lm.model import layers
 
-VOCABULARY_CHUNK = 1024
 
-
-class TokenLosses(NamedTuple):
-    """Per token, f32 `[T]`: `-log p(target)` in nats, and the log of the softmax's normaliser."""
-
-    nats: jax.Array
-    log_normalizer: jax.Array
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def chunked_cross_entropy(
     h_TD: jax.Array,
     table_VD: jax.Array,
     targets_T: jax.Array,
     softcap: float | None = None,
     chunk: int = VOCABULARY_CHUNK,
+    rows: jax.Array | int | None = None,
 ) -> TokenLosses:
-    """Cross-entropy of `h . table` against targets, `chunk` rows of the table at a time.
+    """Returns the cross-entropy of `h . table` against targets, `chunk` rows at a time.
 
-    Logits of `[T, chunk]` are all that ever exists; the backward pass computes them again. So
-    memory does not grow with V, but for the table's own gradient. Sums run in f32.
+    See `lm.losses.online_softmax` for the formula, its derivative and an example.
 
-    Hidden states may as well be `[B, L, D]`, with targets `[B, L]`: sequences that are cut over
-    devices cannot be laid end to end without being joined.
+    Args:
+      h_TD: hidden states. Or `[B, L, D]`, with targets `[B, L]`: sequences that are cut over
+        devices cannot be laid end to end without being joined.
+      table_VD: the output table.
+      targets_T: ids.
+      softcap: of the logits.
+      chunk: rows of the table at a time.
+      rows: the first so many rows share the probability, all by default; may be traced.
     """
-    losses, _ = _forward(h_TD, table_VD, targets_T, softcap, chunk)
-    return losses
+    v = table_VD.shape[0]
+    source = _Learned(*online_softmax.chunking(v, chunk), v, softcap)
+    arrays = _Arrays(table_VD, rows)
+    return online_softmax.token_losses(source, h_TD, arrays, targets_T)
 
 
-def chunking(vocab_size: int, chunk: int) -> tuple[int, int]:
-    """Returns how many chunks a table is read in, and rows of each: without padding where possible.
+def logprobs(
+    h: jax.Array,
+    table_VD: jax.Array,
+    ids: jax.Array,
+    softcap: float | None = None,
+    rows: jax.Array | int | None = None,
+) -> jax.Array:
+    """Returns log-probabilities of given ids `[...]` after hidden states `[..., D]`, f32, in nats.
 
-    Chunk i of n has the rows i, i + n, i + 2n and so on. So the rows of one device are a part of
-    every chunk, and each device reads its own; of chunks of neighbouring rows, each would have to
-    be sent to all.
+    Logits of a chunk of the vocabulary are all that exists, forwards and backwards. On a mesh that
+    cuts sequences, `h` is `[B, L, D]`; elsewhere any leading dimensions serve.
+
+    >>> p = jnp.exp(logprobs(jnp.ones((1, 2)), jnp.zeros((4, 2)), jnp.array([3])))
+    >>> f'{p[0]:.4f}'  # four equal logits
+    '0.2500'
     """
-    chunk = min(chunk, vocab_size)
-    least = -(-vocab_size // chunk)
-    n = next((n for n in range(least, 2 * least) if vocab_size % n == 0), None)
-    return (least, chunk) if n is None else (n, vocab_size // n)
+    return -table_losses(h, table_VD, ids, softcap, rows).nats
 
 
-def interleaved(table_VD: jax.Array, n: int, chunk: int) -> jax.Array:
-    """Returns the table as `[C, n, D]`, zero rows appended: chunk i is `[:, i]`. No copy."""
-    v, d = table_VD.shape
-    padded = jnp.pad(table_VD, ((0, n * chunk - v), (0, 0))) if n * chunk != v else table_VD
-    return mesh.constrain(padded.reshape(chunk, n, d), ('vocab', None, None))
+def table_losses(
+    h: jax.Array,
+    table_VD: jax.Array,
+    ids: jax.Array,
+    softcap: float | None = None,
+    rows: jax.Array | int | None = None,
+) -> TokenLosses:
+    """Returns `chunked_cross_entropy` of ids of any shape; a mesh may cut sequences."""
+    if mesh.in_use('sequence') > 1:
+        return chunked_cross_entropy(h, table_VD, ids, softcap, rows=rows)
+    flat = h.reshape(-1, h.shape[-1]), table_VD, ids.reshape(-1)
+    losses = chunked_cross_entropy(*flat, softcap, rows=rows)
+    return TokenLosses(*(x.reshape(ids.shape) for x in losses))
 
 
-def joined(rows_CnD: jax.Array, vocab_size: int) -> jax.Array:
-    """Returns the table that `interleaved` took apart."""
-    table_VD = rows_CnD.reshape(-1, rows_CnD.shape[-1])[:vocab_size]
-    return mesh.constrain(table_VD, ('vocab', 'embed'))
+class _Arrays(NamedTuple):
+    """The table, or its gradient; and how many of its rows count, or None."""
+
+    table_VD: jax.Array
+    rows: jax.Array | int | None
 
 
-def _chunk_logits(h_TD, rows_CD, ids_C, vocab_size, softcap):
-    logits = layers.softcap(layers.einsum('...d,cd->...c', h_TD, rows_CD, jnp.float32), softcap)
-    return jnp.where(ids_C < vocab_size, logits, -jnp.inf)
+@dataclasses.dataclass(frozen=True)
+class _Learned:
+    """The one table of all tokens, as `online_softmax.Source`."""
 
+    chunks: int
+    chunk: int
+    vocab_size: int
+    softcap: float | None
 
-def _forward(h_TD, table_VD, targets_T, softcap, chunk):
-    v = table_VD.shape[0]
-    n, chunk = chunking(v, chunk)
-    rows_CnD = interleaved(table_VD, n, chunk)
+    def size(self, arrays: _Arrays) -> jax.Array | int:
+        return self.vocab_size if arrays.rows is None else arrays.rows
 
-    def step(carry, index):
-        highest, total, target = carry
-        ids_C = index + n * jnp.arange(chunk)
-        logits = _chunk_logits(h_TD, rows_CnD[:, index], ids_C, v, softcap)
-        new_highest = jnp.maximum(highest, logits.max(-1))
-        total = total * jnp.exp(highest - new_highest)
-        total += jnp.exp(logits - new_highest[..., None]).sum(-1)
-        # a sum and no look-up: each device has some of the columns
-        target += jnp.where(targets_T[..., None] == ids_C, logits, 0.0).sum(-1)
-        return (new_highest, total, target), None
+    def over_tables(self, step, carry, arrays: _Arrays):
+        rows_CnD = online_softmax.interleaved(arrays.table_VD, self.chunks, self.chunk)
 
-    zero = jnp.zeros(h_TD.shape[:-1], jnp.float32)
-    start = (jnp.full_like(zero, -jnp.inf), zero, zero)
-    (highest, total, target), _ = jax.lax.scan(step, start, jnp.arange(n))
-    log_normalizer = highest + jnp.log(total)
-    losses = TokenLosses(log_normalizer - target, log_normalizer)
-    return losses, (h_TD, table_VD, targets_T, log_normalizer)
+        def read(index):
+            return index + self.chunks * jnp.arange(self.chunk), rows_CnD[:, index]
 
+        def logits(h, rows_CD):
+            return layers.einsum('...d,cd->...c', h, rows_CD, jnp.float32)
 
-def _backward(softcap, chunk, saved, cotangent: TokenLosses):
-    h_TD, table_VD, targets_T, log_normalizer = saved
-    v = table_VD.shape[0]
-    n, chunk = chunking(v, chunk)
-    rows_CnD = interleaved(table_VD, n, chunk)
-    # d nats/d logit = p - [target], d log_normalizer/d logit = p
-    p_weight = cotangent.nats + cotangent.log_normalizer
-    by_row = 'tc,td->cd' if h_TD.ndim == 2 else 'blc,bld->cd'
+        def back(h, rows_CD, d_logits, index, gradient_CnD):
+            dh = layers.einsum('...c,cd->...d', d_logits, rows_CD, jnp.float32)
+            by_row = 'tc,td->cd' if h.ndim == 2 else 'blc,bld->cd'
+            d_rows_CD = layers.einsum(by_row, d_logits, h, jnp.float32)
+            d_rows_CD = mesh.constrain(d_rows_CD.astype(gradient_CnD.dtype), ('vocab', 'embed'))
+            return dh, gradient_CnD.at[:, index].set(d_rows_CD)  # each chunk comes once
 
-    def step(carry, index):
-        dh_TD, d_rows_CnD = carry
-        rows_CD = rows_CnD[:, index]
-        ids_C = index + n * jnp.arange(chunk)
-        logits = _chunk_logits(h_TD, rows_CD, ids_C, v, softcap)
-        d_logits = jnp.exp(logits - log_normalizer[..., None]) * p_weight[..., None]
-        d_logits -= jnp.where(targets_T[..., None] == ids_C, cotangent.nats[..., None], 0.0)
-        if softcap is not None:
-            slope = 1 - (jnp.where(jnp.isfinite(logits), logits, 0.0) / softcap) ** 2
-            d_logits *= slope
-        d_logits = d_logits.astype(h_TD.dtype)
-        dh_TD += layers.einsum('...c,cd->...d', d_logits, rows_CD, jnp.float32)
-        d_rows_CD = layers.einsum(by_row, d_logits, h_TD, jnp.float32)
-        d_rows_CD = mesh.constrain(d_rows_CD.astype(table_VD.dtype), ('vocab', 'embed'))
-        return (dh_TD, d_rows_CnD.at[:, index].set(d_rows_CD)), None
+        return step(Table(read, logits, back), carry)
 
-    empty = mesh.constrain(jnp.zeros_like(rows_CnD), ('vocab', None, 'embed'))
-    start = (jnp.zeros(h_TD.shape, jnp.float32), empty)
-    (dh_TD, d_rows_CnD), _ = jax.lax.scan(step, start, jnp.arange(n))
-    return dh_TD.astype(h_TD.dtype), joined(d_rows_CnD, v), None
+    def no_gradient(self, arrays: _Arrays) -> jax.Array:
+        rows_CnD = online_softmax.interleaved(arrays.table_VD, self.chunks, self.chunk)
+        return mesh.constrain(jnp.zeros_like(rows_CnD), ('vocab', None, 'embed'))
 
-
-chunked_cross_entropy.defvjp(_forward, _backward)
+    def gradient(self, total: jax.Array, arrays: _Arrays) -> _Arrays:
+        return _Arrays(online_softmax.joined(total, self.vocab_size), None)

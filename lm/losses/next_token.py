@@ -1,96 +1,109 @@
-"""Losses as functions of hidden states, never of all logits at once."""
+"""Next-token losses of packed batches, never by way of all logits at once.
+
+For tokens t with weights w_t, of hidden states h_t and targets y_t,
+
+    loss = sum_t w_t (-log p(y_t | h_t) + z_loss * log_normalizer_t^2) / sum_t w_t
+"""
 
 import math
 
 import jax
 import jax.numpy as jnp
 
-from lm.devices import mesh
-from lm.losses import drawn_cross_entropy
-from lm.losses.cross_entropy import TokenLosses, chunked_cross_entropy
-from lm.model import lexinvariant, tables, transformer
+from lm.losses import cross_entropy, drawn_cross_entropy
+from lm.losses.loss import Loss, Sum
+from lm.losses.online_softmax import TokenLosses
+from lm.model import tables, transformer
 from lm.model.config import Config
 from lm.model.contract import Nodes
-from lm.model.params import Params
-
-
-def bits_per_byte(nats: float, n_bytes: int) -> float:
-    """Returns a summed loss over a text in bits per byte of that text, whatever its tokens."""
-    return nats / math.log(2) / n_bytes
-
-
-def token_losses(
-    params: Params, config: Config, batch: dict[str, jax.Array], key: jax.Array | None = None
-) -> TokenLosses:
-    """Returns the losses of each target of a packed batch, f32 `[B, L]`.
-
-    Args:
-      params, config: the model.
-      batch: see `lm.data.documents`.
-      key: from which a lexinvariant model's tables are drawn; others need none.
-    """
-    if config.lexinvariant is not None and config.lexinvariant.draws:
-        if key is None:
-            raise ValueError('the tables of this model are drawn: give a key')
-        return _lexinvariant_losses(params, config, batch, key)
-    x_BLD = tables.embed(params['tables'], config, batch['tokens'])
-    h_BLD = _hidden(params, config, x_BLD, batch)
-    return _against(tables.output_table(params['tables']), config, h_BLD, batch['targets'])
-
-
-def _lexinvariant_losses(
-    params: Params, config: Config, batch: dict[str, jax.Array], key: jax.Array
-) -> TokenLosses:
-    law, segments_BL = config.lexinvariant, batch['segments']
-    assert law is not None
-    tokens_BL, targets_BL = batch['tokens'], batch['targets']
-    key_B = lexinvariant.sequence_keys(key, len(tokens_BL))
-    if law.kind == 'permuted' and not law.partial:
-        # one table for all: after renaming, the loss is a learned model's, without its gradient
-        tokens_BL, targets_BL = lexinvariant.relabel(
-            config, key_B, segments_BL, tokens_BL, targets_BL
-        )
-        table_VD = lexinvariant.fixed_table(config, jnp.arange(config.vocab_size))
-        x_BLD = tables.embed({'input_VD': table_VD}, config, tokens_BL)
-        return _against(table_VD, config, _hidden(params, config, x_BLD, batch), targets_BL)
-    learned = params['tables']
-    x_BLD = lexinvariant.embed(learned, config, key_B, segments_BL, tokens_BL)
-    h_BLD = _hidden(params, config, x_BLD, batch)
-    return drawn_cross_entropy.cross_entropy(
-        config, h_BLD, learned.get('input_VD'), key_B, segments_BL, targets_BL
-    )
-
-
-def _hidden(
-    params: Params, config: Config, x_BLD: jax.Array, batch: dict[str, jax.Array]
-) -> jax.Array:
-    nodes = Nodes(None, batch['positions'], x_BTD=x_BLD)
-    return transformer.read(params, config, nodes, batch['segments']).h_BTD
-
-
-def _against(
-    table_VD: jax.Array, config: Config, h_BLD: jax.Array, targets_BL: jax.Array
-) -> TokenLosses:
-    if mesh.in_use('sequence') > 1:
-        return chunked_cross_entropy(h_BLD, table_VD, targets_BL, config.logit_softcap)
-    losses = chunked_cross_entropy(
-        h_BLD.reshape(-1, config.d_model), table_VD, targets_BL.reshape(-1), config.logit_softcap
-    )
-    return TokenLosses(*(x.reshape(targets_BL.shape) for x in losses))
+from lm.model.leaves import Params
+from lm.model.tables import BatchTables
 
 
 def next_token_loss(
     params: Params, config: Config, batch: dict[str, jax.Array], z_loss: float = 0.0,
     key: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
-    """Returns the weighted mean loss in nats per token, and sums for metrics.
+) -> Loss:  # fmt: skip
+    """Returns the weighted mean loss in nats per token; reports `nats_per_token`.
 
-    `z_loss` times the squared log normaliser is added (PaLM, section 5): it keeps logits from
-    drifting. `key`: see `token_losses`.
+    With several codebooks the losses of a token's Q ids are added up, and
+    `nats_per_token/codebook=q` is reported for each as well.
+
+    Args:
+      params, config: the model.
+      batch: packed, as `lm.data.batches` makes it.
+      z_loss: times the squared log normaliser, which is added: it keeps logits from drifting
+        (PaLM, Chowdhery et al. 2022, section 5).
+      key: see `token_losses`.
     """
     losses = token_losses(params, config, batch, key)
-    weights = batch['weights']
-    total = jnp.maximum(weights.sum(), 1.0)
-    nats = (losses.nats * weights).sum()
-    penalty = z_loss * (losses.log_normalizer**2 * weights).sum()
-    return (nats + penalty) / total, {'nats': nats, 'tokens': weights.sum()}
+    weights_BL = batch['weights']
+    count = weights_BL.sum()
+    sums = {}
+    if config.codebooks > 1:
+        nats_Q = (losses.nats * weights_BL[..., None]).sum((0, 1))
+        sums = {f'nats_per_token/codebook={q}': Sum(nats, count) for q, nats in enumerate(nats_Q)}
+        squared_BL = (losses.log_normalizer**2).sum(-1)
+        nats = nats_Q.sum()
+    else:
+        squared_BL = losses.log_normalizer**2
+        nats = (losses.nats * weights_BL).sum()
+    penalty = z_loss * (squared_BL * weights_BL).sum()
+    value = (nats + penalty) / jnp.maximum(count, 1.0)
+    return Loss(value, {'nats_per_token': Sum(nats, count), **sums})
+
+
+def token_losses(
+    params: Params, config: Config, batch: dict[str, jax.Array], key: jax.Array | None = None
+) -> TokenLosses:
+    """Returns the losses of a packed batch's targets, f32 `[B, L]`, or `[B, L, Q]` of codebooks.
+
+    Args:
+      params, config: the model.
+      batch: as `lm.data.batches` makes it: `tokens`, `targets`, `positions` and `segments`.
+      key: from which tables are drawn; models with learned tables need none.
+
+    Raises:
+      ValueError: the model's tables are drawn, and there is no key.
+    """
+    own = tables.for_batch(params['tables'], config, batch, key)
+    h_BLD = _hidden(params, config, own, batch)
+    if own.key_B is not None:
+        return drawn_cross_entropy.cross_entropy(
+            config, h_BLD, own.tables.get('input_VD'), own.key_B, batch['segments'], own.targets_BL
+        )
+    table = tables.output_table(own.tables)
+    if config.codebooks == 1:
+        return cross_entropy.table_losses(h_BLD, table, own.targets_BL, config.logit_softcap)
+    each = [
+        cross_entropy.table_losses(h_BLD, table_VD, own.targets_BL[..., q], config.logit_softcap)
+        for q, table_VD in enumerate(table)
+    ]
+    return TokenLosses(*(jnp.stack(x, -1) for x in zip(*each)))
+
+
+def hidden(
+    params: Params, config: Config, batch: dict[str, jax.Array], key: jax.Array | None = None
+) -> jax.Array:
+    """Returns the hidden states of a packed batch, `[B, L, D]`, as the output table meets them.
+
+    Arguments are those of `token_losses`; no targets are needed.
+    """
+    return _hidden(params, config, tables.for_batch(params['tables'], config, batch, key), batch)
+
+
+def _hidden(
+    params: Params, config: Config, own: BatchTables, batch: dict[str, jax.Array]
+) -> jax.Array:
+    x_BLD = tables.embed_batch(own, config, batch['segments'])
+    nodes = Nodes(None, batch['positions'], x_BTD=x_BLD)
+    return transformer.read(params, config, nodes, batch['segments']).h_BTD
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """Returns a summed loss over a text in bits per byte of that text, whatever its tokens.
+
+    >>> round(bits_per_byte(1000 * math.log(256), 1000), 6)  # every byte equally likely
+    8.0
+    """
+    return nats / math.log(2) / n_bytes

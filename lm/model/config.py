@@ -6,8 +6,8 @@ import types
 import typing
 from typing import Any, Literal
 
-# Fields that came later, and what older models have there.
-_LATER = {'lexinvariant': None, 'induction_init': False, 'ring': 'keys'}
+# Fields added later, with their value in older models.
+_LATER = {'lexinvariant': None, 'induction_init': False, 'ring': 'keys', 'codebooks': 1}
 DTYPES = ('float32', 'bfloat16')
 ACTIVATIONS = ('silu', 'gelu_tanh', 'relu')
 RINGS = ('keys', 'queries')
@@ -41,9 +41,9 @@ class Lexinvariant:
     Attributes:
       kind: `gaussian`, independent normal rows (Huang et al. 2023, arXiv 2305.16349), or
         `permuted`, the rows of one fixed table in a random order (ours).
-      probability: with which a symbol type's row is drawn and not learned, for each sequence and
-        type. Below 1 there is a learned table beside (the paper's regulariser has 0.2).
-      always, never: ids of symbol types whose probability is 1, or 0, instead.
+      probability: that a symbol's row is drawn rather than learned, independently for each sequence
+        and symbol. Below 1 there is also a learned table (the paper's regulariser has 0.2).
+      always, never: ids of symbols whose rows are always, or never, drawn.
     """
 
     kind: Literal['gaussian', 'permuted'] = 'gaussian'
@@ -75,7 +75,7 @@ class Lexinvariant:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One decoder transformer: what Llama, Mistral, Qwen and Gemma checkpoints need.
+    """One decoder transformer, general enough for Llama, Mistral, Qwen and Gemma checkpoints.
 
     Attributes:
       vocab_size: rows of the token tables (V); input-only symbols count.
@@ -84,31 +84,34 @@ class Config:
       n_heads: query heads (H), a multiple of `n_kv_heads` (K).
       head_dim: channels per head (C), even.
       d_ff: width of the gated MLP (F).
-      max_length: positions the model is meant for; caches and windows are bounded by it.
+      max_length: positions the model is made for; bounds caches and windows.
       activation: of the MLP's gate.
       norm_epsilon: added to the mean square in every RMSNorm.
       unit_offset: RMSNorm multiplies by `1 + w` instead of `w` (Gemma).
       post_norm: another RMSNorm after attention and after the MLP (Gemma 2, 3).
       qk_norm: RMSNorm over each query and key head before RoPE (Qwen 3, Gemma 3).
-      qkv_bias: biases on the q, k and v projections (Qwen 2); those of q and k begin at random.
+      qkv_bias: biases on the q, k and v projections (Qwen 2); those of q and k are initialised
+        at random.
       attention_scale: multiplies q . k; `None` means `head_dim ** -0.5`.
       attention_softcap: attention logits become `cap * tanh(logits / cap)` (Gemma 2).
       logit_softcap: the same for output logits.
       scale_embeddings: token vectors are multiplied by `sqrt(d_model)` (Gemma).
       tied: output logits use the input table.
-      lexinvariant: token tables that are drawn per sequence; `None`: learned ones.
-      induction_init: attention begins with heads that look up what followed (`lm.model.induction`).
+      lexinvariant: token tables drawn for each sequence; `None`: learned ones.
+      induction_init: attention is initialised as induction heads (`lm.model.induction`).
       rope_theta: base of the rotary frequencies; `local_rope_theta` that of windowed layers.
       rope_scaling: applies to layers without a window only where `local_rope_theta` is given.
-      window: a query sees keys at distance below this, in windowed layers; `None`: all keys.
+      window: in windowed layers, a query sees keys at a distance below this; `None`: all keys.
       window_pattern: which layers are windowed, repeated over the depth.
       dtype: of activations and of the matrices they meet; norms, softmax and logits are f32.
-      param_dtype: in which parameters are kept.
+      param_dtype: of the stored parameters.
       remat: recompute each block's activations in the backward pass.
-      unroll: blocks per iteration of the scan over layers; `n_layers` unrolls it all, faster for
-        the few small layers of a CPU run, slower to compile for many.
-      ring: what attention sends round the devices of a mesh's `sequence` axis: `keys` with their
-        values, or `queries`, whose results come back the other way (`lm.attention.ring`).
+      unroll: blocks per iteration of the scan over layers. `n_layers` unrolls it entirely, which
+        runs faster for a few small layers on a CPU and compiles slower for many.
+      ring: the side of attention that travels round the devices of a mesh's `sequence` axis: `keys`
+        with their values, or `queries`, whose results travel back (`lm.attention.ring`).
+      codebooks: ids per position (Q), each of a table of its own. The input is the sum of their
+        rows; logits and losses are per codebook. Above 1, a model trains and cannot be decoded yet.
     """
 
     vocab_size: int
@@ -142,6 +145,7 @@ class Config:
     remat: bool = False
     unroll: int = 1
     ring: Literal['keys', 'queries'] = 'keys'
+    codebooks: int = 1
 
     def __post_init__(self):
         for name in ('vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'head_dim'):
@@ -149,6 +153,7 @@ class Config:
         _check(self, 'd_ff', self.d_ff >= 1, 'at least 1')
         _check(self, 'max_length', self.max_length >= 1, 'at least 1')
         _check(self, 'unroll', self.unroll >= 1, 'at least 1')
+        _check(self, 'codebooks', self.codebooks >= 1, 'at least 1')
         _check(self, 'head_dim', self.head_dim % 2 == 0, 'an even number, for RoPE')
         divides = self.n_heads % self.n_kv_heads == 0
         _check(self, 'n_heads', divides, f'a multiple of n_kv_heads = {self.n_kv_heads}')
@@ -160,20 +165,26 @@ class Config:
             _check(self, name, getattr(self, name) > 0, 'a positive number')
         _check(self, 'window', self.window is None or self.window >= 1, 'at least 1, or none')
         _check(self, 'window_pattern', len(self.window_pattern) >= 1, 'at least one entry')
-        # a norm of queries and keys, or a cap, would level the peak that their biases make
+        # a norm of queries and keys, or a soft cap, would flatten the peak that biases make
         looks_back = self.qkv_bias and self.n_layers > 1
         looks_back &= not self.qk_norm and self.attention_softcap is None
         expected = 'False, or two layers, qkv_bias, no qk_norm and no attention_softcap'
         _check(self, 'induction_init', looks_back or not self.induction_init, expected)
         if self.lexinvariant is not None:
             _check(self, 'tied', self.tied, 'True: lexinvariant symbols have one row each')
+            _check(self, 'codebooks', self.codebooks == 1, '1 where rows are drawn (lexinvariant)')
             ids = (*self.lexinvariant.always, *self.lexinvariant.never)
             known = all(0 <= i < self.vocab_size for i in ids)
             _check(self, 'lexinvariant', known, f'ids in [0, {self.vocab_size})')
 
     @property
+    def learned_tables(self) -> bool:
+        """Whether the parameters' own tables serve every text: no row is drawn."""
+        return self.lexinvariant is None or not self.lexinvariant.draws
+
+    @property
     def query_scale(self) -> float:
-        """What multiplies q . k before the softmax."""
+        """The factor on q . k before the softmax."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
@@ -193,7 +204,7 @@ def _check(config: Config, name: str, holds: bool, expected: str) -> None:
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the config as plain JSON values.
 
-    Fields that came later are written only where they are set: digests of older models stand.
+    Fields added later are written only if they are set, so that digests of older models stand.
     """
     fields = dataclasses.asdict(config)
     return {name: x for name, x in fields.items() if name not in _LATER or x != _LATER[name]}

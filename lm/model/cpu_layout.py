@@ -1,17 +1,17 @@
-"""Parameters in the form that a CPU decodes with fastest.
+"""Parameters in the layout that decodes fastest on a CPU.
 
-With few nodes per pass, time goes into reading weights, and each is to be read once. XLA's CPU
-backend does so under these conditions only (JAX 0.10.2, 134M parameters in f32, 2 cores):
+With few nodes per pass, reading the weights dominates, so each should be read once. XLA's CPU
+backend does so only under these conditions (JAX 0.10.2, 134M parameters in f32, 2 cores):
 
-- A layer's matrices are arrays of their own. A scan over stacked layers copies every slice
-  before it multiplies by it.
+- Each layer's matrices are separate arrays. A scan over stacked layers copies every slice before
+  multiplying by it.
 - The weights come first, `w[O, I] @ x[I, B]`. With several columns, `x[B, I] @ w[I, O]` and
-  `x[B, I] @ w[O, I].T` take two to three times as long; with one, all are alike.
-- Products are few: each ends with the cores waiting for each other. Matrices that meet the same
-  vectors are joined.
+  `x[B, I] @ w[O, I].T` take two to three times as long; with one column there is no difference.
+- Products are few, since the cores synchronise after each. Matrices that multiply the same vectors
+  are concatenated.
 
-`prepare` returns parameters of that form. They go wherever parameters go (`lm.model.transformer`),
-and unroll the layers of what is compiled.
+`prepare` returns parameters in that layout. They serve wherever parameters do
+(`lm.model.transformer`); the compiled program then unrolls the layers.
 """
 
 import itertools
@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from lm.model.config import Config
-from lm.model.params import Params
+from lm.model.leaves import Params
 
-# Matrices of a layer by what they meet, and how many of their axes are contracted with it.
+# Matrices of a layer that multiply the same vectors, and how many of their axes are contracted.
 PRODUCTS = (
     (('wq_NDHC', 'wk_NDKC', 'wv_NDKC'), 1),
     (('wo_NHCD',), 2),
@@ -36,10 +36,10 @@ PRODUCTS = (
 
 @flax.struct.dataclass
 class WeightsFirst:
-    """Matrices that meet the same vectors, below each other, with a row per output.
+    """Matrices that multiply the same vectors, stacked vertically, with a row per output.
 
     Attributes:
-      w_OI: outputs by inputs, each in the order of the axes that they flatten.
+      w_OI: outputs by inputs, each flattened in the order of its axes.
       outputs: of each matrix, the sizes of the axes that are not contracted.
     """
 
@@ -48,12 +48,12 @@ class WeightsFirst:
 
 
 def join(names: tuple[str, ...]) -> str:
-    """Returns the name under which a prepared layer has these matrices."""
+    """Returns the name of these matrices in a prepared layer."""
     return '+'.join(names)
 
 
 def products(x: jax.Array, weights: WeightsFirst, out: DTypeLike | None = None) -> list[jax.Array]:
-    """Contracts the last axes of `x`, as many as make up the inputs: `[..., *outputs]` of each."""
+    """Contracts as many last axes of `x` as make up the inputs; returns `[..., *outputs]` each."""
     w_OI = weights.w_OI.astype(x.dtype)
     contracted = 0
     while math.prod(x.shape[x.ndim - contracted :]) < w_OI.shape[1]:
@@ -73,14 +73,14 @@ def products(x: jax.Array, weights: WeightsFirst, out: DTypeLike | None = None) 
 
 
 def prepare(params: Params, config: Config) -> Params:
-    """Returns a copy for decoding, in the config's dtype: a tuple of layers, joined as above.
+    """Returns a copy for decoding, in the config's dtype: a tuple of layers, laid out as above.
 
-    The token tables are the arrays they were.
+    Token tables are not copied.
     """
     stacked = params['body']['layers']
     layers = tuple(_layer(stacked, i, config) for i in range(config.n_layers))
     tables = params['tables']
-    if config.lexinvariant is None:
+    if config.learned_tables and config.codebooks == 1:
         table_VD = tables.get('output_VD', tables['input_VD'])
         tables = {**tables, 'output_VD': WeightsFirst(table_VD, (table_VD.shape[:1],))}
     return {'body': {**params['body'], 'layers': layers}, 'tables': tables}

@@ -1,11 +1,11 @@
-"""Initial values for attention over symbols of which weights can know only whether they are alike.
+"""Initialises attention as induction heads, for models whose symbols have no learned embedding.
 
-The rows of drawn tables (`lm.model.lexinvariant`) look the same from every side, so that all a
-weight matrix can use of two symbols is whether they are one. What such a model has to find before
-anything else is the induction head (Olsson et al. 2022, arXiv 2209.11895): a head that looks at the
-token before, and one in a later layer that looks up what followed an earlier token like this one.
-Models that begin near what they would find need fewer steps (mimetic initialisation, Trockman &
-Kolter 2023, arXiv 2305.09828); that they begin with these two heads is ours.
+Where the rows of token tables are drawn at random for each text, weights can use nothing of two
+symbols but whether they are equal. Such a model first has to learn the induction head (Olsson et
+al. 2022, arXiv 2209.11895): a head that attends to the previous token, and a head of a later layer
+that finds an earlier occurrence of the current token and copies the token after it. Initialising
+weights near the structure that training would find saves steps (mimetic initialisation, Trockman &
+Kolter 2023, arXiv 2305.09828). Its use for these two heads is ours.
 """
 
 from typing import Any
@@ -16,23 +16,23 @@ import numpy as np
 from lm.model import rope
 from lm.model.config import Config
 
-# By so much the logit of the token before leads those of its neighbours, in nats.
+# Attention logit of the previous token above those of its neighbours, in nats.
 _LEAD = 6.0
-# So many times as large as what they have read is what later layers write, together: a token must
-# not be drowned out by the one it follows.
+# Later layers together write this many times the magnitude of what they read: the copied token must
+# outweigh the current one.
 _GAIN = 5.0
 
 
 def begin(layers: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Returns a model's initial layers, attention being set.
+    """Returns a model's initial layers with the weights of attention replaced.
 
-    Outputs are those of the values, transposed, so that a layer writes what it reads. The first
-    looks back one token, whatever the symbols, and writes each channel into the next one: there
-    the token before is told from the token itself. The keys of later layers read it from there;
-    else they equal their queries (of each group's first head).
+    Each output matrix is the transpose of its value matrix, so that a layer writes what it reads.
+    The first layer attends to the previous token, whatever the symbols, and writes each channel
+    into the next one, which keeps the previous token apart from the current one. Keys of later
+    layers read the shifted channels; otherwise they equal the queries of their group's first head.
 
     Args:
-      layers: initial values of the stacked layers, two at least, with biases of queries and keys.
+      layers: initial values of at least two stacked layers, with biases of queries and keys.
       config: of the model.
     """
     group, later = config.n_heads // config.n_kv_heads, config.n_layers - 1
@@ -47,15 +47,15 @@ def begin(layers: dict[str, Any], config: Config) -> dict[str, Any]:
 
 
 def _looking_back(config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """Returns biases of queries and keys, `[C]`, that RoPE turns into a peak at distance 1.
+    """Returns biases of queries and keys, `[C]`, whose product under RoPE peaks at distance 1.
 
-    Of few channels, the fast ones meet again: at C = 16 there is a second peak 378 tokens away, 2.5
-    nats below the first.
+    With few channels the fast frequencies realign: at C = 16 there is a second peak at distance
+    378, 2.5 nats below the first.
     """
     frequency = rope.frequencies(config)[0]
-    fast = np.arange(len(frequency)) < len(frequency) / 2  # slow ones hardly tell neighbours apart
+    fast = np.arange(len(frequency)) < len(frequency) / 2  # slow ones hardly separate neighbours
     fall = config.query_scale * np.sum((1 - np.cos(frequency)) * fast)
     key = np.where(fast, np.sqrt(_LEAD / fall), 0.0)
-    # turned back by one position, so that they meet the key of the token before
+    # rotated back by one position, to align with the key of the previous token
     query = np.concatenate([key * np.cos(frequency), -key * np.sin(frequency)])
     return query, np.concatenate([key, np.zeros_like(key)])

@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 
 from lm.model import cpu_layout
 from lm.model.cpu_layout import WeightsFirst
-from lm.model.params import Params
+from lm.model.leaves import Params
 
 
 def einsum(

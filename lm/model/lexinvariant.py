@@ -2,12 +2,12 @@
 
 A lexinvariant model gives a text the same probability after any renaming of its symbols (Huang et
 al. 2023, arXiv 2305.16349). Its table, shared by input and output, is drawn anew for each
-sequence, so that all it can know of a symbol is what this text does with it.
+sequence, so that the model learns a symbol's role from this text alone.
 
 Here a sequence is a segment of a row: documents packed in one row never share a table. A row of a
-table follows from the sequence's key and the symbol's id alone. So no parameter has a V axis, any
-id works at any time, and a large table need never exist as a whole: rows are made where they are
-wanted, and made again.
+table depends on the sequence's key and the symbol's id only. So no parameter has a V axis, any id
+works at any time, and a large table never exists as a whole: its rows are drawn where they are
+used, and drawn again for the gradient.
 """
 
 import math
@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.devices import mesh
-from lm.model import tables
-from lm.model.config import Config
-from lm.model.params import Params
+from lm.model import embedding
+from lm.model.config import Config, Lexinvariant
+from lm.model.leaves import Params
 
-_CHOICE = 1 << 30  # what keys are folded by, beside segments and ids,
-_DECODING = (1 << 31) - 1  # and a position that no text reaches: draws fold a text's key by theirs
-_FIXED = 0  # key of the table whose rows `permuted` deals out
+# Keys are folded with segments and ids, and with two constants beyond all of them. Sampling folds a
+# text's key with positions, which never reach the second.
+_CHOICE = 1 << 30
+_DECODING = (1 << 31) - 1
+_FIXED = 0  # key of the table whose rows `permuted` shuffles
 
 
 def sequence_keys(key: jax.Array, batch: int) -> jax.Array:
@@ -38,15 +40,15 @@ def of_segment(key_B: jax.Array, segment: jax.Array | int) -> jax.Array:
 
 
 def fixed_table(config: Config, ids: jax.Array) -> jax.Array:
-    """Returns rows of the table that all `permuted` sequences share, `[..., D]`, of length 1.
+    """Returns rows of the table that all `permuted` sequences share, `[..., D]`, of norm 1.
 
-    Rows are cosines, `row_f[j] ~ cos(pi f (2j + 1) / 2D)`, with random signs. Each D of them in a
-    row are orthogonal, so that up to D symbols are never mistaken for each other, as normal rows
-    are: by 1 / sqrt(D). Those of different blocks of D have signs of their own.
+    Rows are cosines, `row_f[j] ~ cos(pi f (2j + 1) / 2D)`, with random signs. Each block of D
+    successive rows is orthogonal, so that up to D symbols do not interfere; normal rows would, by
+    1 / sqrt(D). Each block has its own signs.
     """
     d = config.d_model
     block, frequency = ids // d, (ids % d)[..., None]
-    # a whole number of quarter turns / D, exact where a product of floats would not be
+    # an integer number of quarter turns / D: exact, unlike a product of floats
     turn = frequency * (2 * jnp.arange(d) + 1) % (4 * d)
     wave = jnp.where(frequency == 0, 1.0, 2**0.5 * jnp.cos(turn * (math.pi / (2 * d))))
 
@@ -58,15 +60,15 @@ def fixed_table(config: Config, ids: jax.Array) -> jax.Array:
 
 
 def order(config: Config, key_B: jax.Array) -> jax.Array | None:
-    """Returns which row of the fixed table each symbol has, int32 `[B, V]`; None for `gaussian`."""
-    if _law(config).kind == 'gaussian':
+    """Returns each symbol's row of the fixed table, int32 `[B, V]`; None for `gaussian`."""
+    if _spec(config).kind == 'gaussian':
         return None
     row_BV = jax.vmap(lambda key: jax.random.permutation(key, config.vocab_size))(key_B)
     return mesh.constrain(row_BV, ('batch', 'length'))
 
 
 def rows(config: Config, key_B: jax.Array, row_BV: jax.Array | None, ids_C: jax.Array) -> jax.Array:
-    """Returns the rows that symbols have in each sequence, where they are drawn: `[B, C, D]`.
+    """Returns the drawn rows of symbols in each sequence, `[B, C, D]`.
 
     Args:
       config: of the model.
@@ -84,17 +86,17 @@ def rows(config: Config, key_B: jax.Array, row_BV: jax.Array | None, ids_C: jax.
 
 
 def is_drawn(config: Config, key: jax.Array, ids: jax.Array) -> jax.Array:
-    """Returns which symbols' rows are drawn, and not learned: bool, of the shape of the ids.
+    """Returns whether each symbol's row is drawn rather than learned: bool, of the ids' shape.
 
     Args:
       config: of the model.
-      key: of each id's sequence, of a shape that broadcasts to that of the ids.
+      key: of each id's sequence; its shape broadcasts to that of the ids.
       ids: ids.
     """
-    law = _law(config)
-    probability_V = np.full(config.vocab_size, law.probability, np.float32)
-    probability_V[list(law.always)] = 1
-    probability_V[list(law.never)] = 0
+    spec = _spec(config)
+    probability_V = np.full(config.vocab_size, spec.probability, np.float32)
+    probability_V[list(spec.always)] = 1
+    probability_V[list(spec.never)] = 0
 
     def choose(key, token):
         return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, _CHOICE), token))
@@ -105,7 +107,7 @@ def is_drawn(config: Config, key: jax.Array, ids: jax.Array) -> jax.Array:
 def embed(
     learned: Params, config: Config, key_B: jax.Array, segments_BL: jax.Array, tokens_BL: jax.Array
 ) -> jax.Array:
-    """Returns the vectors of packed tokens, `[B, L, D]`: each segment has a table of its own.
+    """Returns the vectors of packed tokens, `[B, L, D]`, by each segment's own table.
 
     Args:
       learned: the `tables` of the parameters; empty unless the model is partially lexinvariant.
@@ -116,16 +118,16 @@ def embed(
     """
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
     key_BL = fold(key_B, segments_BL)
-    if _law(config).kind == 'gaussian':
+    if _spec(config).kind == 'gaussian':
         x_BLD = _normal(config, key_BL, tokens_BL)
     else:
         (row_BL,) = relabel(config, key_B, segments_BL, tokens_BL)
         x_BLD = fixed_table(config, row_BL)
-    if _law(config).partial:
+    if _spec(config).partial:
         drawn_BL = is_drawn(config, key_BL, tokens_BL)
-        known_BLD = tables.laid_out(learned['input_VD'][tokens_BL].astype(config.dtype))
+        known_BLD = embedding.laid_out(learned['input_VD'][tokens_BL].astype(config.dtype))
         x_BLD = jnp.where(drawn_BL[..., None], x_BLD, known_BLD)
-    return tables.scaled(x_BLD, config)
+    return embedding.scaled(x_BLD, config)
 
 
 def relabel(
@@ -133,8 +135,8 @@ def relabel(
 ) -> tuple[jax.Array, ...]:
     """Returns ids of packed rows as rows of the fixed table, each segment in its own `order`.
 
-    A model over the fixed table that reads and predicts these is the `permuted` one: renaming
-    targets with the table's rows leaves the softmax as it was. Segment 0, padding, stays as it is.
+    The `permuted` model is a model over the fixed table that reads and predicts these ids: renaming
+    tokens and targets alike leaves the softmax unchanged. Segment 0, padding, is left alone.
     """
 
     def one_segment(segment, done):
@@ -146,15 +148,15 @@ def relabel(
             for old_BL, new_BL in zip(ids_BL, done)
         )
 
-    # as many rounds as the fullest row has segments: only ids pass through, no gradient
+    # one iteration per segment of the fullest row; ids have no gradient
     return jax.lax.fori_loop(1, segments_BL.max() + 1, one_segment, ids_BL)
 
 
 def draw(learned: Params, config: Config, key_B: jax.Array) -> Params:
-    """Returns the whole tables of sequences, to stand in for the parameters' `tables`.
+    """Returns the whole tables of sequences, in place of the parameters' `tables`.
 
-    For decoding and for looking at: `[B, V, D]`, or for `permuted` one `[V, D]` and a row number
-    per symbol. Training never holds them.
+    For decoding and inspection: `[B, V, D]`, or for `permuted` one `[V, D]` and the row of each
+    symbol. Training never holds them.
 
     Args:
       learned: the `tables` of the parameters; empty unless the model is partially lexinvariant.
@@ -165,10 +167,10 @@ def draw(learned: Params, config: Config, key_B: jax.Array) -> Params:
       ValueError: the learned table has another number of rows than the config.
     """
     ids_V, row_BV = jnp.arange(config.vocab_size), order(config, key_B)
-    if row_BV is not None and not _law(config).partial:
+    if row_BV is not None and not _spec(config).partial:
         return {'input_VD': fixed_table(config, ids_V), 'row_BV': row_BV}
     rows_BVD = rows(config, key_B, row_BV, ids_V)
-    if _law(config).partial:
+    if _spec(config).partial:
         if learned['input_VD'].shape[0] != config.vocab_size:
             raise ValueError(
                 f'a table of {learned["input_VD"].shape[0]} learned rows, and {config.vocab_size} '
@@ -181,37 +183,32 @@ def draw(learned: Params, config: Config, key_B: jax.Array) -> Params:
     return {'input_BVD': mesh.constrain(rows_BVD, ('batch', 'vocab', 'embed'))}
 
 
-def drawn_for(params: Params, config: Config, key_B: jax.Array) -> Params | None:
-    """Returns the tables of texts that are decoded, to be kept beside their cache.
+def for_texts(learned: Params, config: Config, key_B: jax.Array) -> Params:
+    """Returns the tables of texts that are decoded, as `draw` makes them.
 
     Args:
-      params: of the model.
-      config: its config.
-      key_B: each text's own key, of which a table's is folded.
-
-    Returns:
-      What `draw` makes; None where nothing is drawn, and the parameters' own tables serve.
+      learned: the `tables` of the parameters.
+      config: of the model.
+      key_B: each text's own key, which is folded into its table's key.
     """
-    if config.lexinvariant is None or not config.lexinvariant.draws:
-        return None
-    return draw(params['tables'], config, of_segment(key_B, _DECODING))
+    return draw(learned, config, of_segment(key_B, _DECODING))
 
 
-def with_tables(params: Params, drawn: Params | None) -> Params:
-    """Returns parameters to decode texts with: `drawn_for` them, or as they are."""
-    return params if drawn is None else {**params, 'tables': drawn}
+def one_table(config: Config) -> bool:
+    """Returns whether all texts share one table and differ only in the order of its rows."""
+    return _spec(config).kind == 'permuted' and not _spec(config).partial
 
 
-def _law(config: Config):
+def _spec(config: Config) -> Lexinvariant:
     assert config.lexinvariant is not None
     return config.lexinvariant
 
 
 def _normal(config: Config, key: jax.Array, ids: jax.Array) -> jax.Array:
-    """Returns normal rows `[..., D]`, each from a key and an id, of length 1 on average.
+    """Returns normal rows `[..., D]`, each from a key and an id, of norm 1 on average.
 
-    The paper's are of length sqrt(D). Here, as with learned tables, that factor is left to the
-    input (`scale_embeddings`): in the logits it would only have to be divided out again.
+    The paper's have norm sqrt(D). Here, as with learned tables, that factor belongs to the input
+    (`scale_embeddings`): in the logits it would have to be divided out again.
     """
 
     def draw_one(key, token):
@@ -228,9 +225,13 @@ def _each(function: Callable, key: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def regret_bound(vocab_size: int, distinct: int) -> float:
-    """Returns log(d! / (d - k)!) in nats, the most that not knowing the symbols can cost on a text.
+    """Returns log(d! / (d - k)!) in nats: a bound on the cost of not knowing the symbols.
 
-    A law p averaged over all renamings gives a text of k distinct symbols at least the share
-    (d - k)! / d! of what p does, since so many renamings leave it as it is.
+    Let p be a distribution over texts of d symbols, and q its average over all renamings. A text
+    with k distinct symbols has q >= (d - k)! / d! * p, since that share of the renamings leaves it
+    unchanged.
+
+    >>> regret_bound(4, 2) == math.log(4 * 3)
+    True
     """
     return math.lgamma(vocab_size + 1) - math.lgamma(vocab_size - distinct + 1)

@@ -10,7 +10,7 @@ from lm.model.config import Config, RopeScaling
 
 
 def tiny(vocab_size: int = 384) -> Config:
-    """Two small layers, for tests and for trying a loop out."""
+    """Two small layers, for tests and for trying things out."""
     return Config(vocab_size, 64, 2, 4, 2, 16, 128, max_length=128, unroll=2)
 
 
@@ -104,7 +104,7 @@ def gemma2_9b(vocab_size: int = 256_000) -> Config:
 
 
 def gemma3_27b(vocab_size: int = 262_208) -> Config:
-    """Gemma 3 27B (text): five windowed layers to one that sees all keys."""
+    """Gemma 3 27B (text): five windowed layers to each global one."""
     return Config(
         vocab_size, 5376, 62, 32, 16, 128, 21_504, max_length=131_072, qk_norm=True,
         attention_scale=168**-0.5, rope_theta=1e6, local_rope_theta=10_000.0,

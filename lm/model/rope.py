@@ -1,4 +1,8 @@
-"""Rotary position embeddings (Su et al. 2021): frequencies of a config, and their use."""
+"""Rotary position embeddings (Su et al. 2021): a config's frequencies, and the rotation.
+
+The pair (x_c, x_{c + C/2}) at position p is rotated by the angle p * theta^(-2c / C), so that q . k
+depends on the distance of two positions alone.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +12,7 @@ from lm.model.config import Config, RopeScaling
 
 
 def frequencies(config: Config) -> np.ndarray:
-    """Returns radians per position, f32 `[N, C/2]`: each layer's own."""
+    """Returns radians per position for each layer, f32 `[N, C/2]`."""
     rows = []
     for windowed in config.windowed_layers:
         local = windowed and config.local_rope_theta is not None
@@ -24,7 +28,7 @@ def _scaled(row: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     slow = row / scaling.factor
     if scaling.kind == 'linear':
         return slow
-    # turns that a channel makes over the length trained on: many turns keep their frequency
+    # turns that a channel makes over the trained length; fast channels keep their frequency
     turns = scaling.original_length * row / (2 * np.pi)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)

@@ -14,13 +14,13 @@ from lm.attention.attention import platform
 from lm.kernels.mask import Mask
 from lm.model import attend as attend_lib
 from lm.model import cache as cache_lib
-from lm.model import cpu_layout, lexinvariant, transformer
+from lm.model import cpu_layout, tables, transformer
 from lm.model import params as params_lib
 from lm.model.attend import Rows
 from lm.model.cache import Cache
 from lm.model.config import Config
 from lm.model.contract import NOTHING, Ask, Model, Nodes, Stepped
-from lm.model.params import Params
+from lm.model.leaves import Params
 from lm.model.transformer import MLP, gated_mlp
 
 
@@ -71,7 +71,7 @@ def _start(
 ) -> Stepped:  # fmt: skip
     """See `contract.Start`."""
     b = prompt.position_BT.shape[0]
-    drawn = lexinvariant.drawn_for(params, config, key_B)
+    drawn = tables.for_texts(params['tables'], config, key_B)
     empty = Memory(cache_lib.init(config, b, rows), drawn, jnp.zeros(b, jnp.int32))
     counted_BL = prompt.position_BT < kept_B[:, None]
     memory, seen = _step(config, mlp, params, empty, prompt, ask=ask, counted_BL=counted_BL)

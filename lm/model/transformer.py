@@ -22,7 +22,7 @@ from lm.model import rope, tables
 from lm.model.attend import Attend, Attended, Layer
 from lm.model.config import Config
 from lm.model.contract import NOTHING, Ask, Nodes, Seen, chain
-from lm.model.params import Params
+from lm.model.leaves import Params
 
 ACTIVATIONS = ('batch', 'length', 'embed')
 

@@ -1,8 +1,8 @@
-"""Stopping a run whose loss is no longer finite, or explodes, with the state from before.
+"""Stops a run whose loss is no longer finite, or explodes, and keeps the state before that step.
 
-The check runs on the devices, as part of the step: from the first step that fails it on, the
-state is kept as it was before that step. So the host may read the outcome late, after the next
-step has been started, and still has the state to look at.
+The check runs on the devices as part of the step: from the first step that fails, the state no
+longer changes. So the host may read the outcome late, after it has started the next step, and
+still has the state from before.
 """
 
 import json
@@ -20,13 +20,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lm.data.packing import DOCUMENTS, Shared
 from lm.files import atomic
 
-# Most document ids in an error's line; the file has them all.
+# Most document ids in an error's message; the file has them all.
 _SHOWN = 8
 
 
 @flax.struct.dataclass
 class Guard:
-    """What the check carries from step to step.
+    """The check's state between steps.
 
     Attributes:
       first_loss: f32, the run's first loss; infinite before there is one.
@@ -52,7 +52,7 @@ class Failure(NamedTuple):
 
 
 def start(first_loss: float, mesh: Mesh) -> Guard:
-    """Returns the guard of a run whose first loss was `first_loss`; infinite if it has none yet."""
+    """Returns the guard of a run whose first loss was `first_loss`; infinite before any step."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     values = Guard(jnp.float32(first_loss), jnp.bool_(False))
     return jax.device_put(values, everywhere)
@@ -62,7 +62,7 @@ def guarded(step: Callable, explodes_at: float) -> Callable:
     """Returns a step that keeps the old state once a step has failed.
 
     A step fails if its loss or the norm of its gradient is not finite, or if the loss explodes:
-    is above `explodes_at` times the run's first loss, or times 1 nat where that one was smaller.
+    exceeds `explodes_at` times the run's first loss, or `explodes_at` if the first loss is below 1.
 
     Args:
       step: (state, batch, ...) -> (state, metrics with `loss` and `gradient_norm`).
@@ -85,10 +85,10 @@ def guarded(step: Callable, explodes_at: float) -> Callable:
 
 
 def keep(failure: Failure, state: Any, folder: epath.PathLike) -> str:
-    """Saves what there is to look at in `folder/stopped/step_N/`; returns the error's line.
+    """Saves the evidence in `folder/stopped/step_N/`; returns the error's message.
 
-    There are `state/` (Orbax: the state before step N), and of each process `batch_process_I.npz`
-    and `why_process_I.json`.
+    It consists of `state/` (Orbax: the state before step N) and, for each process,
+    `batch_process_I.npz` and `why_process_I.json`.
     """
     target = atomic.absolute(folder) / 'stopped' / f'step_{failure.step}'
     target.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def keep(failure: Failure, state: Any, folder: epath.PathLike) -> str:
 
 
 def describe(failure: Failure, kept: epath.PathLike) -> str:
-    """Returns the error's line about a step whose state and batch are kept in `kept`."""
+    """Returns the error's message about a step whose state and batch are in `kept`."""
     documents = _documents(_arrays(failure.batch))
     if documents is None:
         said = 'its pipeline does not tell the documents'

@@ -1,4 +1,4 @@
-"""Metrics of a run as JSON lines and TensorBoard events, and a line that shows its progress."""
+"""Metrics of a run as JSON lines and TensorBoard events, and a progress line."""
 
 import json
 import time
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
 def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
-    """Returns the records of a JSONL file; a line torn by a kill ends it."""
+    """Returns the records of a JSONL file, up to a line that a kill cut short."""
     file = epath.Path(path)
     records = []
     for line in file.read_bytes().splitlines() if file.exists() else []:
@@ -29,8 +29,8 @@ def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
 class Writer:
     """Appends records to `folder/metrics.jsonl` and to TensorBoard files beside it.
 
-    Started at `step`, it first drops what an earlier, killed run wrote for later steps, so that
-    the file reads as if nothing had happened. Of several processes, the first one writes.
+    Started at `step`, it first drops records of later steps that an earlier, killed run wrote, so
+    that the file reads as if nothing had happened. Of several processes, only the first writes.
     """
 
     def __init__(self, folder: epath.PathLike, step: int):
@@ -53,9 +53,10 @@ class Writer:
 
         Args:
           step: its number.
-          values: what is the same in every run; goes into both files. A line of `metrics.jsonl`
-            is one write: a kill tears the last line at most, and `read_jsonl` drops it.
-          timings: what the machine's speed changes; goes to TensorBoard alone.
+          values: metrics that are the same in every run; they go into both files. A line of
+            `metrics.jsonl` is one write: a kill cuts at most the last line, and `read_jsonl` drops
+            it.
+          timings: metrics that depend on the machine's speed; they go to TensorBoard alone.
         """
         if self._file is None or self._board is None:
             return
@@ -100,7 +101,7 @@ class ProgressLine:
             self._bar.stop()
 
     def update(self, done: int, note: str = '') -> None:
-        """Shows that `done` of the total is done, with a short note beside it."""
+        """Shows progress up to `done` of the total, with a short note."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, note=note)
         elif done >= self._total or time.monotonic() - self._printed > self._every:

@@ -1,4 +1,8 @@
-"""Optimizers and schedules as optax chains built from one config."""
+"""Optimizers and schedules as optax chains built from one config.
+
+Which parameters weight decay shrinks, and which are matrices with which sides, stands in their
+declarations (`lm.model.leaves.Leaf`).
+"""
 
 import dataclasses
 from typing import Any, Literal
@@ -8,26 +12,28 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from lm.model.leaves import Leaf, Leaves, map_leaves
+
 _MUON_MOMENTUM = 0.95
 _ADAM_RMS = 0.2  # of AdamW's updates, in learning rates: what Muon's are scaled to
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """How parameters move.
+    """How parameters are updated.
 
     Attributes:
       name: `adamw`; `adafactor` (Shazeer & Stern 2018), whose state is far smaller; or `muon`
-        (Jordan et al. 2024), which moves matrices of the body by orthogonal matrices, as far as
-        AdamW would (Liu et al. 2025, arXiv 2502.16982), and all else by AdamW with Nesterov's
-        momentum.
-      learning_rate: the highest rate, reached after `warmup_steps` of linear growth.
+        (Jordan et al. 2024), which updates matrices by orthogonal ones of the RMS of AdamW's
+        updates (Liu et al. 2025, arXiv 2502.16982), and all else by AdamW with Nesterov momentum.
+      learning_rate: the peak, reached after `warmup_steps` of linear growth.
       schedule: after the warm-up: `cosine` down to `final_fraction`, `rsqrt` or `constant`.
       warmup_steps: optimizer steps.
-      final_fraction: of the highest rate, at the last step of `cosine`.
-      weight_decay: on matrices of the body; tables, norms and biases are left alone.
-      b1, b2: decay of AdamW's moments.
-      clip: largest global norm of a gradient; 0 clips nothing.
+      final_fraction: of the peak, at the last step of `cosine`.
+      weight_decay: per unit of learning rate, on leaves that declare it; token tables, norms and
+        biases do not.
+      b1, b2: decay rates of AdamW's moments.
+      clip: largest global norm of a gradient; 0 means no clipping.
     """
 
     name: Literal['adamw', 'adafactor', 'muon'] = 'adamw'
@@ -71,21 +77,29 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup]) if warmup else after
 
 
-def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Returns the optimizer of a run of `steps` steps."""
+def make(config: OptimizerConfig, steps: int, leaves: Leaves) -> optax.GradientTransformation:
+    """Returns the optimizer of a run of `steps` steps.
+
+    Args:
+      config: see `OptimizerConfig`.
+      steps: of the run, for the schedule.
+      leaves: declarations of the parameters, in their structure (`lm.model.params.leaves` of a
+        transformer).
+    """
     rate = schedule(config, steps)
     if config.name == 'adamw':
         optimizer = optax.adamw(
-            rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed
+            rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed(leaves)
         )
     elif config.name == 'adafactor':
         # optax's own decay for it is not scaled by the learning rate
-        optimizer = optax.chain(optax.adafactor(rate), _decay(rate, config.weight_decay))
+        decay = _decay(rate, config.weight_decay, decayed(leaves))
+        optimizer = optax.chain(optax.adafactor(rate), decay)
     elif config.name == 'muon':
         optimizer = optax.contrib.muon(
             rate, beta=_MUON_MOMENTUM, adam_b1=config.b1, adam_b2=config.b2,
-            weight_decay=config.weight_decay, weight_decay_mask=decayed,
-            muon_weight_dimension_numbers=_matrices, consistent_rms=_ADAM_RMS,
+            weight_decay=config.weight_decay, weight_decay_mask=decayed(leaves),
+            muon_weight_dimension_numbers=matrices(leaves), consistent_rms=_ADAM_RMS,
         )  # fmt: skip
     else:
         raise ValueError(
@@ -95,41 +109,32 @@ def make(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     return optax.chain(clip, optimizer)
 
 
-def _decay(rate: optax.Schedule, weight_decay: float) -> optax.GradientTransformation:
-    """Subtracts `rate * weight_decay * w` from the updates of matrices, as AdamW does."""
+def decayed(leaves: Leaves) -> dict[str, Any]:
+    """Returns whether weight decay applies to each leaf."""
+    return map_leaves(lambda leaf: leaf.decay, leaves)
+
+
+def matrices(leaves: Leaves) -> dict[str, Any]:
+    """Returns each matrix's input and output dimensions as Muon takes them; None for the rest."""
+
+    def sides(leaf: Leaf) -> optax.contrib.MuonDimensionNumbers | None:
+        return leaf.matrix and optax.contrib.MuonDimensionNumbers(*leaf.matrix)
+
+    return map_leaves(sides, leaves)
+
+
+def _decay(
+    rate: optax.Schedule, weight_decay: float, mask: dict[str, Any]
+) -> optax.GradientTransformation:
+    """Subtracts `rate * weight_decay * w` from the updates of decayed leaves, as AdamW does."""
 
     def init(params):
+        del params
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
     def update(updates, state, params=None):
         shrink = rate(state.count) * weight_decay
-        updates = jax.tree.map(
-            lambda u, p, on: u - shrink * p if on else u, updates, params, decayed(params)
-        )
+        updates = jax.tree.map(lambda u, p, on: u - shrink * p if on else u, updates, params, mask)
         return updates, optax.ScaleByScheduleState(state.count + 1)
 
     return optax.GradientTransformation(init, update)
-
-
-def _matrices(params: Any) -> Any:
-    """Returns which axes of a leaf are a matrix's input and its output; None where it is none.
-
-    Names tell: of the axes, less the layers' (N), D is one side, the first or the last, and what
-    remains the other side. `wq_NDHC` maps D to all heads' channels.
-    """
-
-    def sides(path, leaf):
-        name = path[-1].key
-        if not name.startswith('w'):
-            return None
-        letters = name.rpartition('_')[2]
-        axes = tuple(range(letters.startswith('N'), leaf.ndim))
-        inputs = 1 if letters[axes[0]] == 'D' else len(axes) - 1
-        return optax.contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
-
-    return jax.tree_util.tree_map_with_path(sides, params)
-
-
-def decayed(params: Any) -> Any:
-    """Returns which leaves weight decay shrinks: matrices, whose names start with `w`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.startswith('w'), params)

@@ -1,15 +1,16 @@
-"""One jitted training step, and the loop that drives it through kills and resumes."""
+"""The training loop, which survives kills and resumes, its jitted step, and evaluation.
+
+The loop knows nothing of a model but its parameters, their declarations and a loss
+(`lm.losses.loss.LossFn`).
+"""
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import flax.struct
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -22,16 +23,15 @@ from lm.checkpoints.checkpoint import Checkpoints
 from lm.data.packing import DOCUMENTS, Shared
 from lm.devices import mesh as mesh_lib
 from lm.devices import preemption, processes
+from lm.losses.loss import LossFn, Sum
+from lm.model.leaves import Leaves
 from lm.training import divergence
 from lm.training import metrics as metrics_lib
 from lm.training import optimizer as optimizer_lib
-from lm.training.divergence import Failure
 from lm.training.metrics import ProgressLine, Writer
 from lm.training.optimizer import OptimizerConfig
-
-# (params, batch, key) -> mean loss in nats, and sums over the batch for metrics: at least `nats`
-# and `tokens`. What is `frozen` in a run follows the key.
-LossFn = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+from lm.training.state import TrainState, init_state
+from lm.training.step_log import StepFailed, StepLog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,13 @@ class TrainConfig:
       steps: optimizer steps in all.
       batch_size: rows per batch, over all processes.
       length: tokens per row.
-      optimizer: see `lm.training.optimizer`.
+      optimizer: see `lm.training.optimizer.OptimizerConfig`.
       z_loss: weight of the squared log normaliser (PaLM, section 5).
       log_every: steps between metrics.
       checkpoint_every: steps between checkpoints; the last step always has one.
       explodes_at: the run stops at a loss above this many times its first one (see
-        `lm.training.divergence`). Ten times the loss of guessing is reached by no run that learns.
-      seed: of the initial parameters, of the order of the data and of the loss's randomness.
+        `lm.training.divergence`). No run that learns reaches ten times the loss of guessing.
+      seed: of the initial parameters, the order of the data and the loss's randomness.
     """
 
     steps: int = 1000
@@ -71,60 +71,6 @@ class TrainConfig:
             raise ValueError(f'TrainConfig.explodes_at: {self.explodes_at}; expected more than 1')
 
 
-@flax.struct.dataclass
-class TrainState:
-    """What training changes: `step` counts the updates that `params` have seen."""
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-
-
-def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Returns the state before the first step; the optimizer's arrays lie where their params do."""
-    shardings = optimizer_shardings(params, jax.eval_shape(optimizer.init, params), mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), everywhere), params, opt_state)
-
-
-def optimizer_shardings(params: Any, opt_state: Any, mesh: Mesh) -> Any:
-    """Returns where an optimizer's arrays lie: those of a parameter's shape, as the parameter does.
-
-    Args:
-      params: arrays, or their shapes with shardings.
-      opt_state: shapes of the optimizer's state, in which moments have their parameters' names.
-      mesh: over which all else, such as Adafactor's row and column statistics, is replicated.
-    """
-    known = dict(jax.tree_util.tree_leaves_with_path(params))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def place(path, leaf):
-        names = (path[i:] for i in range(len(path)))
-        param = next((known[name] for name in names if name in known), None)
-        return param.sharding if param is not None and param.shape == leaf.shape else everywhere
-
-    return jax.tree_util.tree_map_with_path(place, opt_state)
-
-
-def train_step(
-    loss: LossFn,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    state: TrainState,
-    batch: dict[str, jax.Array],
-    *frozen: Any,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update; the loss's key depends on the seed and the step alone."""
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    grad = jax.value_and_grad(loss, has_aux=True)
-    (value, sums), gradient = grad(state.params, batch, key, *frozen)
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = {'loss': value, 'gradient_norm': optax.tree.norm(gradient), **sums}
-    return TrainState(state.step + 1, params, opt_state), metrics
-
-
 def run(
     config: TrainConfig,
     init: Callable[[jax.Array], Any],
@@ -134,38 +80,41 @@ def run(
     mesh: Mesh,
     label: str = 'train',
     frozen: tuple[Any, ...] = (),
+    *,
+    leaves: Leaves,
 ) -> TrainState:
-    """Trains to `config.steps`, from the newest checkpoint in `folder` where there is one.
+    """Trains to `config.steps`, from the newest checkpoint in `folder` if there is one.
 
     Args:
       config: see `TrainConfig`.
       init: key -> params, already sharded over the mesh.
       loss: see `LossFn`.
-      batches: an endless dataset of dicts of `[B, L]` arrays, and of what is `Shared`.
+      batches: an endless dataset of dicts of arrays whose first axis is rows, or that are `Shared`.
       folder: gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
-      mesh: over which batches are split by rows.
-      label: what the progress line calls the run.
-      frozen: arrays that the loss reads, nothing changes and no checkpoint holds.
+      mesh: batches are split over it by rows.
+      label: the run's name in the progress line.
+      frozen: arrays that the loss reads; never updated and in no checkpoint.
+      leaves: declarations of the parameters that `init` makes (`lm.model.leaves`).
 
     Raises:
       ValueError: the folder's checkpoints are of another model.
-      OSError: no checkpoint in the folder is whole, or one cannot be written.
+      OSError: no checkpoint in the folder is intact, or one cannot be written.
       FloatingPointError: the loss is no longer finite, or explodes; names the step, its documents
         and the folder with the state before it.
-      Preempted: SIGTERM came; the state after the step under way is saved.
+      Preempted: SIGTERM arrived; the state after the current step is saved.
     """
-    optimizer = optimizer_lib.make(config.optimizer, config.steps)
+    optimizer = optimizer_lib.make(config.optimizer, config.steps, leaves)
     state = init_state(init(jax.random.key(config.seed)), optimizer, mesh)
     checkpoints, iterator, start = Checkpoints(epath.Path(folder) / 'checkpoints'), iter(batches), 0
     if checkpoints.steps():
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        del state  # two states at once might not fit
+        del state  # two states at once may not fit
         start, state = checkpoints.restore(like, iterator)
     step_fn = _compiled(config, loss, optimizer, state, mesh)
     guard = divergence.start(_first_loss(folder), mesh)
     with preemption.noticed() as notice, ProgressLine(label, config.steps, start) as progress:
         writer = Writer(folder, start) if processes.is_first() else None
-        log = _Log(config, writer, progress)
+        log = StepLog(config.log_every, config.steps, writer, progress)
         try:
             for step in range(start + 1, config.steps + 1):
                 batch = next(iterator)
@@ -178,7 +127,7 @@ def run(
                     checkpoints.save(step, state, iterator)
                 if stop:
                     break
-        except _Failed as found:
+        except StepFailed as found:
             raise FloatingPointError(divergence.keep(found.failure, state, folder)) from None
         finally:
             if writer is not None:
@@ -187,26 +136,17 @@ def run(
     return state
 
 
-def _first_loss(folder: epath.PathLike) -> float:
-    """Returns the loss of a run's first step, infinite before it; the same on all hosts."""
-    records = metrics_lib.read_jsonl(epath.Path(folder) / 'metrics.jsonl')
-    first = records[0].get('loss', math.inf) if records else math.inf
-    if jax.process_count() > 1:
-        first = multihost_utils.broadcast_one_to_all(np.float32(first))
-    return float(first)
-
-
 def _compiled(
     config: TrainConfig, loss: LossFn, optimizer, state: TrainState, mesh: Mesh
 ) -> Callable:
-    """Returns the jitted step, which uses up the state and tells the learning rate, too."""
+    """Returns the jitted step, which donates the state and also reports the learning rate."""
     rate = optimizer_lib.schedule(config.optimizer, config.steps)
 
     def step(state, batch, *frozen):
         after, metrics = train_step(loss, optimizer, config.seed, state, batch, *frozen)
         return after, {**metrics, 'learning_rate': rate(state.step)}
 
-    # the state stays where it is: otherwise some leaves move, and the second step recompiles
+    # the state keeps its shardings: otherwise some leaves move, and the second step recompiles
     where = jax.tree.map(lambda x: x.sharding, state)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
@@ -216,43 +156,53 @@ def _compiled(
     )
 
 
-class _Failed(Exception):
-    def __init__(self, failure: Failure):
-        super().__init__(f'step {failure.step}')
-        self.failure = failure
+def train_step(
+    loss: LossFn,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *frozen: Any,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Makes one update; the loss's key depends on the seed and the step alone.
+
+    Returns:
+      The next state, and metrics: `loss`, `gradient_norm`, and the sums that the loss reports.
+    """
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    grad = jax.value_and_grad(loss, has_aux=True)
+    (value, sums), gradient = grad(state.params, batch, key, *frozen)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {'loss': value, 'gradient_norm': optax.tree.norm(gradient), **sums}
+    return TrainState(state.step + 1, params, opt_state), metrics
 
 
-class _Log:
-    """Reads each step's metrics only once the next step is under way, so devices never wait."""
+def evaluate(
+    loss: LossFn, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
+) -> dict[str, Sum]:
+    """Returns the sums that the loss reports over all batches, added up in f64 on the host."""
+    step = jax.jit(lambda params, batch, key: loss(params, batch, key).sums)
+    totals: dict[str, Sum] = {}
+    pending: dict[str, Sum] = {}
+    with jax.set_mesh(mesh):
+        for i, batch in enumerate(batches):
+            key = jax.random.fold_in(jax.random.key(0), i)
+            sums = step(params, put(batch, mesh), key)
+            # read only now that the next batch is under way: devices never wait
+            totals, pending = _add(totals, pending), sums
+    return _add(totals, pending)
 
-    def __init__(self, config: TrainConfig, writer: Writer | None, progress: ProgressLine):
-        self._config, self._writer, self._progress = config, writer, progress
-        self._pending: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
-        self._since, self._tokens = time.monotonic(), 0.0
 
-    def add(self, step: int, metrics: dict[str, jax.Array], batch: dict[str, Any]) -> None:
-        """Takes a step's metrics, and raises `_Failed` if the step before it failed."""
-        self.finish()
-        self._pending = (step, metrics, batch)
-
-    def finish(self) -> None:
-        """Waits for the last step taken, and raises `_Failed` if it failed."""
-        if self._pending is None:
-            return
-        (step, metrics, batch), self._pending = self._pending, None
-        values = {name: float(value) for name, value in metrics.items()}
-        if values.pop('failed'):
-            raise _Failed(Failure(step, values, batch))
-        tokens = values.pop('tokens')
-        self._tokens += tokens
-        values['nats_per_token'] = values.pop('nats') / max(tokens, 1.0)
-        self._progress.update(step, f'loss {values["loss"]:.3f}')
-        if step % self._config.log_every == 0 or step in (1, self._config.steps):
-            now = time.monotonic()
-            if self._writer is not None:
-                speed = self._tokens / max(now - self._since, 1e-9)
-                self._writer.write(step, values, {'tokens_per_second': speed})
-            self._since, self._tokens = now, 0.0
+def _add(totals: dict[str, Sum], sums: dict[str, Sum]) -> dict[str, Sum]:
+    """Returns the totals with a batch's sums added; as they are if there are none."""
+    zero = Sum(0.0, 0.0)
+    before = {name: totals.get(name, zero) for name in sums}
+    added = {
+        name: Sum(before[name].total + float(x.total), before[name].count + float(x.count))
+        for name, x in sums.items()
+    }
+    return {**totals, **added}
 
 
 def put(batch: Mapping[str, np.ndarray | Shared], mesh: Mesh) -> dict[str, jax.Array]:
@@ -280,21 +230,10 @@ def put(batch: Mapping[str, np.ndarray | Shared], mesh: Mesh) -> dict[str, jax.A
     }
 
 
-def evaluate(
-    loss: LossFn, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
-) -> dict[str, float]:
-    """Returns the loss's sums over all batches, added up in f64 on the host."""
-    step = jax.jit(lambda params, batch, key: loss(params, batch, key)[1])
-    totals: dict[str, float] = {}
-    pending = None
-    with jax.set_mesh(mesh):
-        for i, batch in enumerate(batches):
-            sums = step(params, put(batch, mesh), jax.random.fold_in(jax.random.key(0), i))
-            totals, pending = _add(totals, pending), sums
-    return _add(totals, pending)
-
-
-def _add(totals: dict[str, float], sums: dict[str, jax.Array] | None) -> dict[str, float]:
-    if sums is None:
-        return totals
-    return {name: totals.get(name, 0.0) + float(value) for name, value in sums.items()}
+def _first_loss(folder: epath.PathLike) -> float:
+    """Returns the loss of a run's first step, infinite before any; the same on all hosts."""
+    records = metrics_lib.read_jsonl(epath.Path(folder) / 'metrics.jsonl')
+    first = records[0].get('loss', math.inf) if records else math.inf
+    if jax.process_count() > 1:
+        first = multihost_utils.broadcast_one_to_all(np.float32(first))
+    return float(first)

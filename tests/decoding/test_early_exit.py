@@ -189,7 +189,7 @@ def test_packed_documents_do_not_see_each_other():
     loss = jax.jit(adapter_lib.loss, static_argnums=(2, 3))
 
     def nats(batch) -> float:
-        return float(loss(ADAPTER, PARAMS, CONFIG, E, batch)[1]['nats'])
+        return float(loss(ADAPTER, PARAMS, CONFIG, E, batch).sums['nats_per_token'].total)
 
     both = packed()
     parts = [{k: x[:, s] for k, x in both.items()} for s in (slice(0, 10), slice(10, 16))]
@@ -219,8 +219,10 @@ def test_training_the_adapter_brings_it_nearer_to_the_target():
     entropy = -jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=-1)
     least = float((entropy * batch['weights']).sum() / batch['weights'].sum())
     assert values[-1] - least < 0.7 * (values[0] - least) and values[-1] > least
-    assert sums['tokens'] == 4 * 14 and all(jnp.any(g != 0) for g in jax.tree.leaves(gradient))
-    np.testing.assert_allclose(sums['nats'] / sums['tokens'], values[-1], rtol=1e-5)
+    assert sums['nats_per_token'].count == 4 * 14 and all(
+        jnp.any(g != 0) for g in jax.tree.leaves(gradient)
+    )
+    np.testing.assert_allclose(sums['nats_per_token'].mean, values[-1], rtol=1e-5)
 
 
 def test_sizes_count_what_a_draft_call_runs():

@@ -27,7 +27,7 @@ def test_losses_of_the_bits_add_up_to_the_loss_of_the_token():
         'weights': jnp.asarray([[1.0] * 6, [1.0] * 3 + [0.0] * 3]),
     }
     bits, right = language_model.bit_losses(weights, config, batch, bits=4)
-    nats = losses.next_token_loss(weights, config, batch)[1]['nats']
+    nats = losses.next_token_loss(weights, config, batch).sums['nats_per_token'].total
     np.testing.assert_allclose(bits.sum() * np.log(2), nats, rtol=1e-5)
     assert (right <= 9).all() and (bits > 0).all()
 

@@ -17,7 +17,7 @@ from experiments import run
 from lm.data.packing import Shared
 from lm.devices import mesh
 from lm.losses import next_token as losses
-from lm.model import params, presets
+from lm.model import leaves, params, presets
 from lm.model.config import Lexinvariant
 from lm.training import train
 from tokenization.transfer import hypernetwork
@@ -128,7 +128,7 @@ def test_training_a_hypernetwork():
     runs = [
         trained(
             text, functools.partial(hypernetwork.init, shape, source['tables']),
-            lambda m: params.placed(hypernetwork.leaves(shape), m), loss, data(),
+            lambda m: leaves.placed(hypernetwork.leaves(shape), m), loss, data(),
             frozen=(jax.device_put(source, params.shardings(model, grid(text))),),
         )
         for text in (ONE, MANY)

@@ -19,9 +19,10 @@ import numpy as np
 
 from lm.devices import mesh
 from lm.model import layers, params, transformer
+from lm.model import leaves as leaves_lib
 from lm.model.config import Config
 from lm.model.contract import Nodes
-from lm.model.params import Leaf, Params
+from lm.model.leaves import Leaf, Params, matrix
 
 TABLES = ('input_VD', 'output_VD')
 ANCHORS = 2048
@@ -90,8 +91,12 @@ def for_model(config: HypernetworkConfig, model: Config, vocab_size: int) -> Hyp
     Raises:
       ValueError: the model's tables are drawn per sequence, or have fewer rows than that.
     """
-    if model.lexinvariant is not None:
+    if not model.learned_tables:
         raise ValueError('a model without learned tables has no rows to predict others from')
+    if model.codebooks > 1:
+        raise ValueError(
+            f'Config.codebooks: {model.codebooks}; rows are predicted for one codebook'
+        )
     if model.vocab_size < vocab_size:
         raise ValueError(
             f'the tokenizer has {vocab_size} ids, the model rows for {model.vocab_size}: they do '
@@ -103,21 +108,21 @@ def for_model(config: HypernetworkConfig, model: Config, vocab_size: int) -> Hyp
 
 
 def leaves(config: HypernetworkConfig) -> dict[str, Any]:
-    """Returns the nested dict of `Leaf`s of a hypernetwork (see `lm.model.params`)."""
+    """Returns the nested dict of `Leaf`s of a hypernetwork (see `lm.model.leaves`)."""
     d, f = config.d_model, config.encoder.d_ff
     wide = d * len(config.tables)
 
     def projector() -> dict[str, Leaf]:
         return {
-            'w_up_DF': Leaf((d, f), ('embed', 'ff'), d**-0.5),
-            'w_down_FD': Leaf((f, d), ('ff', 'embed'), f**-0.5),
+            'w_up_DF': matrix((d, f), ('embed', 'ff'), d**-0.5),
+            'w_down_FD': matrix((f, d), ('ff', 'embed'), f**-0.5),
             'norm_D': Leaf((d,), ('norm',), None, 1.0),
         }
 
     def head() -> dict[str, Any]:
         return {
             'projector': projector(),
-            'w_out_DD': Leaf((d, d), ('embed', 'ff'), None if config.residual else d**-0.5),
+            'w_out_DD': matrix((d, d), ('embed', 'ff'), None if config.residual else d**-0.5),
             'scale_D': Leaf((d,), ('norm',), None, 1.0),
             'shift_D': Leaf((d,), ('norm',), None),
         }
@@ -126,9 +131,9 @@ def leaves(config: HypernetworkConfig) -> dict[str, Any]:
         'source_mean_E': Leaf((wide,), ('norm',), None),
         'source_deviation_E': Leaf((wide,), ('norm',), None, 1.0),
         'fallback_256E': Leaf((256, wide), ('vocab', 'embed'), 1.0),
-        'w_project_ED': Leaf((wide, d), ('embed', 'ff'), wide**-0.5),
+        'w_project_ED': matrix((wide, d), ('embed', 'ff'), wide**-0.5),
         'projector': projector(),
-        'encoder': params.leaves(config.encoder)['body'],
+        'encoder': params.body_leaves(config.encoder),
         'heads': {name: head() for name in config.tables},
     }
 
@@ -143,7 +148,7 @@ def init(config: HypernetworkConfig, source: Params, key: jax.Array) -> Params:
       source: the model's tables.
     """
     tree = leaves(config)
-    start = params.initial(tree, 'float32', key)
+    start = leaves_lib.initial(tree, 'float32', key)
     anchors_U = np.random.default_rng(0).permutation(config.vocab_size)[:ANCHORS]
     rows_UE = _joined(config, source, anchors_U)
     start['source_mean_E'] = rows_UE.mean(0)

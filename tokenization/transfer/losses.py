@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from lm.losses import next_token as losses
+from lm.losses.loss import Loss, Sum
 from lm.model.config import Config
-from lm.model.params import Params
+from lm.model.leaves import Params
 from tokenization.transfer import hypernetwork
 from tokenization.transfer.hypernetwork import HypernetworkConfig
-
-Sums = dict[str, jax.Array]
 
 
 def identity_loss(
@@ -24,8 +23,10 @@ def identity_loss(
     config: HypernetworkConfig,
     source: Params,
     batch: dict[str, jax.Array],
-) -> tuple[jax.Array, Sums]:
-    """Squared distance of predicted rows to the source's, summed over D, mean over tokens.
+) -> Loss:
+    """Squared distance of predicted rows to the source's: summed over D, mean over tokens.
+
+    Reports `squared_distance_per_token`.
 
     Args:
       weights: of the hypernetwork.
@@ -42,7 +43,7 @@ def identity_loss(
     ]
     loss = sum(squared, jnp.zeros(())) / len(squared)
     tokens = jnp.asarray(len(ids_U), jnp.float32)
-    return loss, {'nats': loss * tokens, 'tokens': tokens}
+    return Loss(loss, {'squared_distance_per_token': Sum(loss * tokens, tokens)})
 
 
 def transfer_loss(
@@ -53,8 +54,10 @@ def transfer_loss(
     auxiliary: float,
     source: Params,
     batch: dict[str, Any],
-) -> tuple[jax.Array, Sums]:
+) -> Loss:
     """Loss of the frozen model in another vocabulary, plus `auxiliary` times the distance of rows.
+
+    Reports `nats_per_token` and `auxiliary`, the distance (see `auxiliary_loss`).
 
     Args:
       weights: of the hypernetwork.
@@ -62,7 +65,7 @@ def transfer_loss(
       bos: the source's id that starts documents.
       auxiliary: the paper has 0.5.
       source: the frozen model.
-      batch: a packed batch of the other tokenizer's ids (`lm.data.documents`), and `pieces` `[V,
+      batch: a packed batch of the other tokenizer's ids (`lm.data.batches`), and `pieces` `[V,
         P]` of its tokens, empty (-1) for BOS alone.
     """
     pieces_VP = batch['pieces']
@@ -75,7 +78,7 @@ def transfer_loss(
     moved = dataclasses.replace(model, vocab_size=len(pieces_VP))
     loss, sums = losses.next_token_loss({'body': source['body'], 'tables': tables}, moved, batch)
     distance = auxiliary_loss(predicted, source['tables'], pieces_VP, config.vocab_size)
-    return loss + auxiliary * distance, {**sums, 'auxiliary': distance}
+    return Loss(loss + auxiliary * distance, {**sums, 'auxiliary': Sum(distance, jnp.ones(()))})
 
 
 def auxiliary_loss(

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from lm.data.documents import Documents, allow_workers
+from lm.data.batches import allow_workers
+from lm.data.documents import Documents
 from lm.data.packing import Batch, Shared
 from tokenization.transfer import substrings
 from tokenization.transfer.decompose import Source, decompose
@@ -56,7 +57,7 @@ def sampled_batches(
 ) -> grain.IterDataset:
     """Returns the batches of training with random tokenizers.
 
-    A batch holds what those of `lm.data.documents.training_batches` hold (tokens, targets,
+    A batch holds what those of `lm.data.batches.training_batches` hold (tokens, targets,
     segments, positions and weights, all `[B, L]`), with ids of its own tokenizer and V as BOS; and
     `pieces`, int32 `[V + 1, P]`: the tokens of that vocabulary in ids of the source, see
     `tokenization.transfer.decompose`, the row of BOS all -1. Those are `Shared`: of all rows and

@@ -33,7 +33,7 @@ def small(**changes) -> Config:
 def trained(text: str, config: Config) -> tuple[list[float], str]:
     """Returns the losses of 20 steps on packed rows, and the compiled step."""
     grid = mesh_lib.make(text, jax.devices('cpu')[: 1 if text == 'data=1' else 8])
-    adam = optimizer.make(optimizer.OptimizerConfig(), 100)
+    adam = optimizer.make(optimizer.OptimizerConfig(), 100, params.leaves(config))
     place = params.shardings(config, grid)
     init = jax.jit(functools.partial(params.init, config), out_shardings=place)
     state = train.init_state(init(jax.random.key(0)), adam, grid)

@@ -14,7 +14,7 @@ import grain
 import jax
 import numpy as np
 
-from lm.data import documents as data
+from lm.data import batches as batches_lib
 from lm.devices import mesh
 from lm.losses import next_token as losses
 from lm.model import params
@@ -30,7 +30,7 @@ STEPS = 4
 
 def batches() -> grain.IterDataset:
     """Returns the run's data."""
-    return data.training_batches(DOCUMENTS, None, batch_size=2, length=8, bos=31, seed=3)
+    return batches_lib.training_batches(DOCUMENTS, None, batch_size=2, length=8, bos=31, seed=3)
 
 
 def trained(folder: pathlib.Path, steps: int) -> train.TrainState:
@@ -45,7 +45,7 @@ def trained(folder: pathlib.Path, steps: int) -> train.TrainState:
 
     one = mesh.make(devices=jax.devices()[:1])
     init = functools.partial(params.init, MODEL)
-    return train.run(config, init, loss, batches(), folder, one)
+    return train.run(config, init, loss, batches(), folder, one, leaves=params.leaves(MODEL))
 
 
 def digest(state: train.TrainState) -> str:

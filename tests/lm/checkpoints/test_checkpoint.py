@@ -19,6 +19,7 @@ from lm.devices import mesh
 from lm.files import checksums
 from lm.model import params, presets
 from lm.training import optimizer as optimizer_lib
+from lm.training import state as state_lib
 from lm.training import train
 from tests.lm.checkpoints import make
 from tokenization.vocabularies.byte import ByteTokenizer
@@ -208,11 +209,11 @@ def like_on(grid):
     """Returns the shapes of a train state, and where they lie on a mesh."""
     weights = params.abstract(MODEL, grid)
     # Muon's state has AdamW's in it, for some leaves
-    optimizer = optimizer_lib.make(optimizer_lib.OptimizerConfig('muon'), 10)
+    optimizer = optimizer_lib.make(optimizer_lib.OptimizerConfig('muon'), 10, params.leaves(MODEL))
     moments = jax.eval_shape(optimizer.init, weights)
     everywhere = NamedSharding(grid, PartitionSpec())
     shape = train.TrainState(jax.ShapeDtypeStruct((), jnp.int32), weights, moments)
-    where = train.optimizer_shardings(weights, moments, grid)
+    where = state_lib.optimizer_shardings(weights, moments, grid)
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         shape,

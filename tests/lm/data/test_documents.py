@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm.data import batches as batches_lib
 from lm.data import documents as data
 from lm.data import packing
 
@@ -58,7 +59,7 @@ def assert_same(one: list[packing.Batch], other: list[packing.Batch]) -> None:
 
 def test_packs_the_example_of_the_docstring():
     documents = [np.array([1, 2, 3]), np.array([], int), np.array([4, 5])]
-    (batch,) = data.evaluation_batches(documents, None, batch_size=2, length=4, bos=9)
+    (batch,) = batches_lib.evaluation_batches(documents, None, batch_size=2, length=4, bos=9)
     np.testing.assert_array_equal(batch['tokens'], [[9, 1, 2, 9], [4, 0, 0, 0]])
     np.testing.assert_array_equal(batch['targets'], [[1, 2, 3, 4], [5, 0, 0, 0]])
     np.testing.assert_array_equal(batch['segments'], [[1, 1, 1, 2], [1, 0, 0, 0]])
@@ -79,7 +80,9 @@ def test_packs_the_example_of_the_docstring():
 )
 def test_evaluation_predicts_every_byte_once_in_order(documents, batch_size, length):
     batches = list(
-        data.evaluation_batches(documents, as_ids, batch_size=batch_size, length=length, bos=BOS)
+        batches_lib.evaluation_batches(
+            documents, as_ids, batch_size=batch_size, length=length, bos=BOS
+        )
     )
     assert predictions(batches) == expected([as_ids(d) for d in documents], BOS)
     assert all(batch['tokens'].shape == (batch_size, length) for batch in batches)
@@ -89,7 +92,7 @@ def test_evaluation_predicts_every_byte_once_in_order(documents, batch_size, len
 
 def test_segments_are_pieces_of_one_document():
     documents = some_documents(30)
-    for batch in data.evaluation_batches(documents, None, batch_size=3, length=16, bos=2000):
+    for batch in batches_lib.evaluation_batches(documents, None, batch_size=3, length=16, bos=2000):
         for tokens, targets, segments, positions in zip(
             *(batch[name] for name in ('tokens', 'targets', 'segments', 'positions'))
         ):
@@ -105,7 +108,7 @@ def test_an_epoch_of_all_shards_is_every_document_once(shard_count):
     documents = some_documents(31)
     seen = []
     for shard in range(shard_count):
-        batches = data.training_batches(
+        batches = batches_lib.training_batches(
             documents,
             None,
             batch_size=4,
@@ -123,7 +126,7 @@ def test_an_epoch_of_all_shards_is_every_document_once(shard_count):
 
 def training(documents, **changes):
     options = {'batch_size': 2, 'length': 8, 'bos': 2000, 'seed': 3, **changes}
-    return data.training_batches(documents, None, **options)
+    return batches_lib.training_batches(documents, None, **options)
 
 
 def take(iterator, count: int) -> list[packing.Batch]:
@@ -168,7 +171,7 @@ def test_restoring_a_state_from_json_continues_exactly(taken):
 @pytest.mark.parametrize('taken', range(0, 7))
 def test_restoring_evaluation_gives_the_rest(taken):
     documents = some_documents(9)
-    dataset = data.evaluation_batches(documents, None, batch_size=2, length=8, bos=2000)
+    dataset = batches_lib.evaluation_batches(documents, None, batch_size=2, length=8, bos=2000)
     whole = list(dataset)
     assert len(whole) >= 6
     iterator = iter(dataset)
@@ -202,10 +205,10 @@ def test_worker_processes_change_nothing():
 def test_evaluation_shards_are_rows_of_the_same_batches():
     documents = some_documents(11)
     options = {'length': 8, 'bos': 2000}
-    whole = list(data.evaluation_batches(documents, None, batch_size=4, **options))
+    whole = list(batches_lib.evaluation_batches(documents, None, batch_size=4, **options))
     parts = [
         list(
-            data.evaluation_batches(
+            batches_lib.evaluation_batches(
                 documents, None, batch_size=2, shard_index=i, shard_count=2, **options
             )
         )

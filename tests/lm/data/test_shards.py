@@ -10,6 +10,7 @@ import grain
 import numpy as np
 import pytest
 
+from lm.data import batches as batches_lib
 from lm.data import documents as data
 from lm.data import shard_index, shards
 
@@ -76,7 +77,7 @@ def test_batches_are_those_of_encoded_documents(tmp_path):
         write(tmp_path / 'shards', documents, 1000),
         data.EncodedDocuments.write(tmp_path / 'memory', documents, 1000),
     )
-    one, other = (list(data.training_batches(source, None, **options)) for source in sources)
+    one, other = (list(batches_lib.training_batches(source, None, **options)) for source in sources)
     assert len(one) == len(other) > 20
     for a, b in zip(one, other):
         assert all((a[name] == b[name]).all() for name in a)

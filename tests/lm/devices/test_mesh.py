@@ -49,7 +49,7 @@ def steps(text, count):
     """Returns the losses of a few steps on a mesh, and the compiled step."""
     devices = jax.devices('cpu')
     grid = mesh.make(text, devices if text else devices[:1])
-    adam = optimizer.make(optimizer.OptimizerConfig(), 100)
+    adam = optimizer.make(optimizer.OptimizerConfig(), 100, params.leaves(CONFIG))
     init = functools.partial(params.init, CONFIG)
     weights = jax.jit(init, out_shardings=params.shardings(CONFIG, grid))(jax.random.key(0))
     state = train.init_state(weights, adam, grid)

@@ -1,12 +1,17 @@
-"""The chunked cross-entropy against the formula on whole logits."""
+"""The chunked cross-entropy against the formula on whole logits; examples of docstrings."""
+
+import doctest
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.losses import cross_entropy
+from lm.losses import cross_entropy, online_softmax
 from lm.losses import next_token as losses
+from lm.losses.loss import Sum
+from lm.model import leaves, params, presets, tables, transformer
+from lm.training import step_log
 
 
 def dense(h, table, targets, softcap):
@@ -57,3 +62,50 @@ def test_memory_does_not_grow_with_the_vocabulary():
 
 def test_bits_per_byte_of_uniform_bytes_is_eight():
     assert losses.bits_per_byte(1000 * np.log(256), 1000) == pytest.approx(8.0)
+
+
+@pytest.mark.parametrize('rows', [50, 31])
+def test_logprobs_of_given_ids_are_those_of_all_logits(rows):
+    keys = jax.random.split(jax.random.key(0), 3)
+    h = jax.random.normal(keys[0], (2, 5, 12))
+    table = jax.random.normal(keys[1], (50, 12))
+    ids = jax.random.randint(keys[2], (2, 5), 0, rows)
+    # as a traced number: one program serves any
+    found = jax.jit(lambda rows: cross_entropy.logprobs(h, table, ids, 3.0, rows))(rows)
+    logits = 3.0 * jnp.tanh(h @ table[:rows].T / 3.0)
+    expected = jnp.take_along_axis(jax.nn.log_softmax(logits), ids[..., None], -1)[..., 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    if rows == 50:
+        np.testing.assert_allclose(cross_entropy.logprobs(h, table, ids, 3.0), found, rtol=1e-6)
+
+
+def test_hidden_states_of_a_batch_give_its_losses():
+    config = presets.tiny(31)
+    weights = params.init(config, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 31)
+    batch = {
+        'tokens': tokens[:, :-1], 'targets': tokens[:, 1:],
+        'segments': jnp.array([[1] * 3 + [2] * 5] * 2),
+        'positions': jnp.array([[*range(3), *range(5)]] * 2),
+    }  # fmt: skip
+    h = losses.hidden(weights, config, {k: x for k, x in batch.items() if k != 'targets'})
+    logits = transformer.forward(
+        weights, config, batch['tokens'], batch['positions'], batch['segments']
+    )
+    np.testing.assert_allclose(
+        tables.unembed(weights['tables'], config, h), logits, rtol=1e-5, atol=1e-5
+    )
+    table = tables.output_table(weights['tables'])
+    nats = losses.token_losses(weights, config, batch).nats
+    np.testing.assert_allclose(-cross_entropy.logprobs(h, table, batch['targets']), nats, rtol=1e-6)
+
+
+def test_a_mean_of_nothing_is_zero():
+    assert Sum(jnp.float32(3), jnp.float32(0.5)).mean == 6.0
+    assert Sum(0.0, 0.0).mean == 0.0
+
+
+@pytest.mark.parametrize('module', [online_softmax, cross_entropy, losses, leaves, step_log])
+def test_examples_in_docstrings(module):
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed

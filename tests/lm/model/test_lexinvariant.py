@@ -13,7 +13,7 @@ from lm.devices import mesh as mesh_lib
 from lm.losses import drawn_cross_entropy
 from lm.losses import next_token as losses
 from lm.model import config as config_lib
-from lm.model import lexinvariant, params, presets, transformer
+from lm.model import lexinvariant, params, presets, tables, transformer
 from lm.model.config import Lexinvariant
 from lm.training import train
 from tests.lm.model.steps import empty, step
@@ -22,7 +22,7 @@ V = 11
 BASE = dataclasses.replace(
     presets.tiny(V), d_model=16, d_ff=16, tied=True, scale_embeddings=True, unroll=1
 )
-LAWS = {
+SPECS = {
     'gaussian': Lexinvariant('gaussian'),
     'permuted': Lexinvariant('permuted'),
     'partial': Lexinvariant('gaussian', 0.5, always=(1, 2), never=(3,)),
@@ -31,8 +31,8 @@ LAWS = {
 KEY = jax.random.key(7)
 
 
-def of_law(law, **fields):
-    return dataclasses.replace(BASE, lexinvariant=law, **fields)
+def with_spec(spec, **fields):
+    return dataclasses.replace(BASE, lexinvariant=spec, **fields)
 
 
 def weights(config):
@@ -56,17 +56,17 @@ def packed():
 
 
 @functools.cache
-def token_losses(law):
-    config = of_law(law)
+def token_losses(spec):
+    config = with_spec(spec)
     return jax.jit(lambda p: losses.token_losses(p, config, packed(), KEY).nats)(weights(config))
 
 
-@pytest.mark.parametrize('law', LAWS.values(), ids=LAWS)
-def test_packed_losses_are_those_of_each_segment_alone_with_its_whole_table(law):
-    config, batch = of_law(law), packed()
+@pytest.mark.parametrize('spec', SPECS.values(), ids=SPECS)
+def test_packed_losses_are_those_of_each_segment_alone_with_its_whole_table(spec):
+    config, batch = with_spec(spec), packed()
     p = weights(config)
     key_B = lexinvariant.sequence_keys(KEY, 3)
-    ours = np.asarray(token_losses(law))
+    ours = np.asarray(token_losses(spec))
     forward = jax.jit(transformer.forward, static_argnums=1)
     for row, segment in ((0, 1), (1, 1), (1, 2), (2, 1), (2, 2), (2, 3)):
         here = batch['segments'][row] == segment
@@ -81,20 +81,20 @@ def test_packed_losses_are_those_of_each_segment_alone_with_its_whole_table(law)
 
 
 def test_two_segments_of_a_row_and_two_rows_have_different_tables():
-    config = of_law(LAWS['gaussian'])
+    config = with_spec(SPECS['gaussian'])
     key_B = lexinvariant.sequence_keys(KEY, 2)
     keys = [*lexinvariant.of_segment(key_B, 1), *lexinvariant.of_segment(key_B, 2)]
-    (tables,) = lexinvariant.draw({}, config, jnp.stack(keys)).values()
-    flat = np.asarray(tables).reshape(4, -1)
+    (drawn,) = lexinvariant.draw({}, config, jnp.stack(keys)).values()
+    flat = np.asarray(drawn).reshape(4, -1)
     correlation = np.corrcoef(flat) - np.eye(4)
     assert np.abs(correlation).max() < 0.3
     assert flat.std() == pytest.approx(config.d_model**-0.5, rel=0.1)
 
 
-@pytest.mark.parametrize('law', [LAWS['gaussian'], LAWS['partial']], ids=['gaussian', 'partial'])
+@pytest.mark.parametrize('spec', [SPECS['gaussian'], SPECS['partial']], ids=['gaussian', 'partial'])
 @pytest.mark.parametrize('softcap', [None, 2.0])
-def test_the_chunked_loss_and_its_gradients_are_the_dense_ones(law, softcap):
-    config, batch = of_law(law, logit_softcap=softcap), packed()
+def test_the_chunked_loss_and_its_gradients_are_the_dense_ones(spec, softcap):
+    config, batch = with_spec(spec, logit_softcap=softcap), packed()
     learned = weights(config)['tables'].get('input_VD')
     h_BLD = jax.random.normal(jax.random.key(1), (3, 9, config.d_model))
     key_B = lexinvariant.sequence_keys(KEY, 3)
@@ -125,10 +125,9 @@ def test_the_chunked_loss_and_its_gradients_are_the_dense_ones(law, softcap):
 
 @pytest.mark.parametrize('kind', ['gaussian', 'permuted'])
 def test_renaming_symbols_and_rows_renames_the_logits_bit_for_bit(kind):
-    config = of_law(Lexinvariant(kind))
+    config = with_spec(Lexinvariant(kind))
     p = weights(config)
-    drawn = lexinvariant.drawn_for(p, config, jax.random.split(KEY, 2))
-    p = lexinvariant.with_tables(p, drawn)
+    p = {**p, 'tables': tables.for_texts(p['tables'], config, jax.random.split(KEY, 2))}
     name = next(n for n in p['tables'] if n.endswith(('BVD', 'BV')))
     tokens = np.random.default_rng(1).integers(0, V, (2, 8))
     renamed = np.random.default_rng(2).permutation(V)
@@ -142,14 +141,14 @@ def test_renaming_symbols_and_rows_renames_the_logits_bit_for_bit(kind):
 
 
 def test_no_parameter_knows_the_vocabulary():
-    small, large = (of_law(LAWS['gaussian'], vocab_size=v) for v in (V, 1013))
+    small, large = (with_spec(SPECS['gaussian'], vocab_size=v) for v in (V, 1013))
     assert params.count(small) == params.count(large) == params.count_body(small)
     assert not any(1013 in x.shape for x in jax.tree.leaves(params.abstract(large)))
     assert not weights(small)['tables']
 
 
 def test_ids_that_training_never_had_just_work():
-    config, wider = (of_law(LAWS['gaussian'], vocab_size=v) for v in (V, V + 5))
+    config, wider = (with_spec(SPECS['gaussian'], vocab_size=v) for v in (V, V + 5))
     p = weights(config)
     rows, more = (
         lexinvariant.draw({}, c, jax.random.split(KEY, 2))['input_BVD'] for c in (config, wider)
@@ -161,7 +160,7 @@ def test_ids_that_training_never_had_just_work():
 
 
 def test_unseen_symbols_are_equally_likely_over_all_draws():
-    config = of_law(LAWS['permuted'], vocab_size=5)
+    config = with_spec(SPECS['permuted'], vocab_size=5)
     every = jnp.asarray(list(itertools.permutations(range(5))), jnp.int32)
     table = {'input_VD': lexinvariant.fixed_table(config, jnp.arange(5)), 'row_BV': every}
     tokens = jnp.broadcast_to(jnp.asarray([1, 3, 1]), (len(every), 3))
@@ -180,13 +179,13 @@ def gradients(config, p):
 
 def test_probability_0_is_the_learned_model_bit_for_bit():
     p = weights(BASE)
-    learned, none = gradients(BASE, p), gradients(of_law(Lexinvariant(probability=0.0)), p)
+    learned, none = gradients(BASE, p), gradients(with_spec(Lexinvariant(probability=0.0)), p)
     jax.tree.map(np.testing.assert_array_equal, none, learned)
 
 
 def test_probability_1_is_the_lexinvariant_model_bit_for_bit():
-    whole = of_law(LAWS['gaussian'])
-    every = of_law(Lexinvariant(probability=0.0, always=tuple(range(V))))  # with an idle table
+    whole = with_spec(SPECS['gaussian'])
+    every = with_spec(Lexinvariant(probability=0.0, always=tuple(range(V))))  # with an idle table
     p = weights(every)
     value, gradient = gradients(every, p)
     expected, expected_gradient = gradients(whole, {**p, 'tables': {}})
@@ -196,7 +195,7 @@ def test_probability_1_is_the_lexinvariant_model_bit_for_bit():
 
 
 def test_types_that_are_always_or_never_drawn():
-    config = of_law(LAWS['partial'])
+    config = with_spec(SPECS['partial'])
     key_B = jax.random.split(KEY, 400)
     drawn = lexinvariant.is_drawn(config, key_B[:, None], jnp.broadcast_to(jnp.arange(V), (400, V)))
     share = np.asarray(drawn.mean(0))
@@ -204,12 +203,11 @@ def test_types_that_are_always_or_never_drawn():
     np.testing.assert_allclose(np.delete(share, [1, 2, 3]), 0.5, atol=0.1)
 
 
-@pytest.mark.parametrize('law', LAWS.values(), ids=LAWS)
-def test_cached_decoding_is_the_full_forward(law):
-    config = of_law(law)
+@pytest.mark.parametrize('spec', SPECS.values(), ids=SPECS)
+def test_cached_decoding_is_the_full_forward(spec):
+    config = with_spec(spec)
     p = weights(config)
-    drawn = lexinvariant.drawn_for(p, config, jax.random.split(KEY, 2))
-    p = lexinvariant.with_tables(p, drawn)
+    p = {**p, 'tables': tables.for_texts(p['tables'], config, jax.random.split(KEY, 2))}
     tokens = jnp.asarray(np.random.default_rng(4).integers(0, V, (2, 7)))
     memory, parts = empty(config, 2, 8), []
     for start, stop in ((0, 4), (4, 5), (5, 7)):
@@ -220,14 +218,16 @@ def test_cached_decoding_is_the_full_forward(law):
 
 
 def test_evaluation_draws_tables_anew_for_each_batch():
-    config = of_law(LAWS['gaussian'])
+    config = with_spec(SPECS['gaussian'])
     mesh = mesh_lib.make(devices=jax.devices()[:1])
 
     def loss(p, batch, key):
         return losses.next_token_loss(p, config, batch, key=key)
 
     batch, p = packed(), weights(config)
-    once, twice = (train.evaluate(loss, p, [batch] * n, mesh)['nats'] for n in (1, 2))
+    once, twice = (
+        train.evaluate(loss, p, [batch] * n, mesh)['nats_per_token'].total for n in (1, 2)
+    )
     assert abs(twice - 2 * once) > 1e-3
 
 
@@ -236,19 +236,19 @@ def test_what_cannot_be_is_refused():
         with pytest.raises(ValueError, match='Lexinvariant'):
             Lexinvariant(**fields)
     with pytest.raises(ValueError, match='tied'):
-        of_law(LAWS['gaussian'], tied=False)
+        with_spec(SPECS['gaussian'], tied=False)
     with pytest.raises(ValueError, match='ids in'):
-        of_law(Lexinvariant(never=(V,)))
-    config = of_law(LAWS['gaussian'])
+        with_spec(Lexinvariant(never=(V,)))
+    config = with_spec(SPECS['gaussian'])
     with pytest.raises(ValueError, match='give a key'):
         losses.token_losses(weights(config), config, packed())
     with pytest.raises(ValueError, match='draw one per sequence'):
         transformer.forward(weights(config), config, jnp.zeros((1, 2), jnp.int32))
 
 
-@pytest.mark.parametrize('law', LAWS.values(), ids=LAWS)
-def test_configs_survive_json(law):
-    config = of_law(law)
+@pytest.mark.parametrize('spec', SPECS.values(), ids=SPECS)
+def test_configs_survive_json(spec):
+    config = with_spec(spec)
     assert config_lib.from_dict(config_lib.to_dict(config)) == config
 
 
@@ -262,8 +262,8 @@ def test_memory_stays_near_that_of_a_learned_table():
     names = ('tokens', 'targets', 'segments', 'positions')
     batch = {**dict.fromkeys(names, shape), 'weights': jax.ShapeDtypeStruct((b, l), jnp.float32)}
 
-    def peak(law):
-        config = dataclasses.replace(learned, lexinvariant=law)
+    def peak(spec):
+        config = dataclasses.replace(learned, lexinvariant=spec)
 
         def loss(p, batch, key):
             return losses.next_token_loss(p, config, batch, 1e-4, key)
@@ -276,5 +276,5 @@ def test_memory_stays_near_that_of_a_learned_table():
         )  # fmt: skip
 
     allowed = 1.3 * peak(None)
-    assert peak(LAWS['gaussian']) <= allowed and peak(LAWS['permuted']) <= allowed
+    assert peak(SPECS['gaussian']) <= allowed and peak(SPECS['permuted']) <= allowed
     assert peak(Lexinvariant(probability=0.2)) <= allowed

@@ -13,8 +13,8 @@ from lm.model.config import Lexinvariant
 
 
 def permuted(**fields):
-    law = Lexinvariant('permuted')
-    return dataclasses.replace(presets.tiny(11), tied=True, lexinvariant=law, **fields)
+    spec = Lexinvariant('permuted')
+    return dataclasses.replace(presets.tiny(11), tied=True, lexinvariant=spec, **fields)
 
 
 @pytest.mark.parametrize('d', [6, 16])

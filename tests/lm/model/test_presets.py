@@ -35,7 +35,7 @@ def config(request):
 
 def test_train_step(config):
     weights = params.abstract(config, MESH)
-    adam = optimizer.make(optimizer.OptimizerConfig(), 100)
+    adam = optimizer.make(optimizer.OptimizerConfig(), 100, params.leaves(config))
     state = train.TrainState(integers(), weights, jax.eval_shape(adam.init, weights))
     names = ('tokens', 'targets', 'positions', 'segments')
     batch = {name: integers(ROWS, LENGTH) for name in names}

@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 
 from lm.checkpoints import restore
-from lm.data import documents as data
+from lm.data import batches as batches_lib
 from lm.devices import mesh
 from lm.losses import next_token as losses
 from lm.model import params, presets
@@ -26,7 +26,7 @@ def as_ids(document: bytes) -> np.ndarray:
 
 
 def batches():
-    return data.training_batches(
+    return batches_lib.training_batches(
         DOCUMENTS, as_ids, batch_size=4, length=16, bos=256, seed=1
     )  # fmt: skip
 
@@ -42,7 +42,9 @@ def run(folder, dataset, steps=12, name='adamw', objective=loss, frozen=()):
     )  # fmt: skip
     init = functools.partial(params.init, CONFIG)
     one = mesh.make(devices=jax.devices()[:1])
-    return train.run(config, init, objective, dataset, folder, one, frozen=frozen)
+    return train.run(
+        config, init, objective, dataset, folder, one, frozen=frozen, leaves=params.leaves(CONFIG)
+    )
 
 
 def kill_after(monkeypatch, batches_read):
@@ -100,15 +102,15 @@ def test_a_checkpoint_of_another_model_is_refused(undisturbed):
     with pytest.raises(ValueError, match='does not fit'):
         train.run(
             train.TrainConfig(steps=12), functools.partial(params.init, other), loss, batches(),
-            undisturbed[0], mesh.make(devices=jax.devices()[:1]),
+            undisturbed[0], mesh.make(devices=jax.devices()[:1]), leaves=params.leaves(other),
         )  # fmt: skip
 
 
 def test_evaluation_sums_each_target_once(undisturbed):
-    dataset = data.evaluation_batches(DOCUMENTS, as_ids, batch_size=4, length=16, bos=256)
+    dataset = batches_lib.evaluation_batches(DOCUMENTS, as_ids, batch_size=4, length=16, bos=256)
     one = mesh.make(devices=jax.devices()[:1])
     sums = train.evaluate(loss, undisturbed[1].params, dataset, one)
-    assert sums['tokens'] == sum(map(len, DOCUMENTS))
+    assert sums['nats_per_token'].count == sum(map(len, DOCUMENTS))
 
 
 def stopped_at(folder, step, factor):

@@ -11,7 +11,7 @@ import pytest
 from lm.data.packing import Shared
 from lm.devices import mesh as mesh_lib
 from lm.losses import next_token as losses
-from lm.model import params
+from lm.model import leaves, params
 from lm.model.config import Config, Lexinvariant
 from lm.training import train
 from tokenization.transfer import hypernetwork
@@ -154,9 +154,23 @@ class TestLosses:
             weights, config, MODEL, KNOWN, 0.5, source, {**batch, 'pieces': pieces_VP}
         )
         np.testing.assert_allclose(moved, own, rtol=1e-5)
-        assert sums['auxiliary'] < 1e-8
+        assert sums['auxiliary'].mean < 1e-8
         ids = {'ids': np.arange(KNOWN)}
-        assert hypernetwork_losses.identity_loss(weights, config, source, ids)[0] < 1e-8
+        assert hypernetwork_losses.identity_loss(weights, config, source, ids).value < 1e-8
+
+    def test_each_reports_its_own_unit(self, untied):
+        config, source, weights = untied
+        ids = {'ids': np.arange(40)}
+        value, sums = hypernetwork_losses.identity_loss(weights, config, source, ids)
+        assert set(sums) == {'squared_distance_per_token'}  # and no nats
+        np.testing.assert_allclose(sums['squared_distance_per_token'].mean, value, rtol=1e-6)
+        pieces_VP = _pieces(64)
+        pieces_VP[-1] = -1
+        batch = {**self._batch(64), 'pieces': pieces_VP}
+        _, sums = hypernetwork_losses.transfer_loss(
+            weights, config, MODEL, KNOWN, 0.5, source, batch
+        )
+        assert set(sums) == {'nats_per_token', 'auxiliary'}
 
     def test_on_a_mesh_as_on_one_device(self):
         model = dataclasses.replace(TIED, vocab_size=KNOWN + 4)
@@ -170,7 +184,7 @@ class TestLosses:
             devices = jax.devices('cpu')[: 1 if grid == 'data=1,model=1' else 8]
             mesh = mesh_lib.make(grid, devices)
             source = jax.device_put(_source(model), params.shardings(model, mesh))
-            placed = params.placed(hypernetwork.leaves(config), mesh)
+            placed = leaves.placed(hypernetwork.leaves(config), mesh)
             start = functools.partial(hypernetwork.init, config)
             weights = jax.jit(start, out_shardings=placed)(source['tables'], jax.random.key(0))
 

@@ -1,0 +1,57 @@
+"""What a loss is: a function of parameters and a batch that says which sums it reports.
+
+The training loop and the evaluation add up whatever sums there are and report each as
+`total / count` under its name. They know no name and no unit: a loss that is no cross-entropy is
+not reported in nats.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+
+class Sum(NamedTuple):
+    """A sum over a batch, and what it is to be divided by: f32 scalars.
+
+    Sums of several batches are added up part by part, so that `total / count` is the mean over all
+    of them.
+    """
+
+    total: Any
+    count: Any
+
+    @property
+    def mean(self) -> float:
+        """`total / count`, on the host; 0 of nothing."""
+        return float(self.total) / (float(self.count) or 1.0)
+
+
+class Loss(NamedTuple):
+    """What a loss returns.
+
+    Attributes:
+      value: what is minimised, an f32 scalar.
+      sums: reported, by name. A name says the unit of the mean: `nats_per_token`,
+        `squared_distance_per_token`.
+    """
+
+    value: jax.Array
+    sums: dict[str, Sum]
+
+
+class LossFn(Protocol):
+    """A loss as the training loop calls it.
+
+    Args:
+      params: what is trained.
+      batch: arrays by name (`lm.data.batches`).
+      key: of the loss's randomness, a new one for each step.
+      frozen: arrays that the loss reads and nothing changes (`lm.training.train.run`).
+      extra: keyword arguments to come; the loop passes none yet.
+    """
+
+    def __call__(
+        self, params: Any, batch: Any, key: jax.Array, /, *frozen: Any, **extra: Any
+    ) -> Loss:
+        """Returns the value to minimise, and the sums to report."""
+        ...
