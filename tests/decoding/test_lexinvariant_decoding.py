@@ -13,7 +13,7 @@ from decoding.generate import generate
 from decoding.model import LM
 from decoding.sample import Sampler, at_position, draw, log_probs
 from decoding.verify import target_only_walk
-from lm.model import lexinvariant, params, transformer
+from lm.model import lexinvariant, params, tables, transformer
 from lm.model.config import Config, Lexinvariant
 
 V, NEW = 13, 12
@@ -59,8 +59,8 @@ def plain_text(kind):
 def test_a_text_keeps_its_table(kind):
     target, plain = make(kind), plain_text(kind)
     config = config_of(kind)
-    drawn = lexinvariant.drawn_for(target.params, config, KEYS)
-    p = lexinvariant.with_tables(target.params, drawn)
+    drawn = tables.for_texts(target.params['tables'], config, KEYS)
+    p = {**target.params, 'tables': drawn}
     forward = jax.jit(transformer.forward, static_argnums=1)
     texts = np.zeros((3, 24), np.int32)
     ends = np.array([len(prompt) for prompt in PROMPTS])
