@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-import tokenization
 from decoding.drafter import Drafter, Model
 from decoding.sample import Sampler
 from lm.checkpoints import bundle
 from lm.model import params as params_lib
+from tokenization import loading
 from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
 from tokenization.tokenizer import Tokenizer
 
@@ -70,7 +70,7 @@ def load(path: epath.PathLike, mesh: Mesh) -> Loaded:
       ValueError: it is damaged, or its model has fewer symbols than its tokenizer.
     """
     loaded = bundle.load(path, mesh)
-    tokenizer = tokenization.load(loaded.tokenizer_path)
+    tokenizer = loading.load(loaded.tokenizer_path)
     symbols = max(tokenizer.vocab_size, -1 if loaded.bos is None else loaded.bos + 1)
     if symbols > loaded.config.vocab_size:
         raise ValueError(

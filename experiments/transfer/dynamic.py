@@ -27,7 +27,7 @@ from lm.model.params import Params
 from lm.training import train
 from tokenization.transfer import dynamic, hypernetwork, row_cache, transfer
 from tokenization.transfer.dynamic import Merged
-from tokenization.transfer.transfer import Source
+from tokenization.transfer.transfer import SourceModel
 from tokenization.vocabularies import boundaries
 
 # Batches from which the number of merges for a share of the greatest reduction is found.
@@ -35,7 +35,7 @@ _SAMPLES = 4
 
 
 def measure(
-    config: Config, source: Source, network: Trained, documents: Sequence[np.ndarray],
+    config: Config, source: SourceModel, network: Trained, documents: Sequence[np.ndarray],
     samples: Sequence[np.ndarray], mesh: Mesh,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Returns a row for each of `config.reductions`, 0 first.
@@ -88,7 +88,7 @@ class _Reader:
     Params are arguments of what is compiled: constants of a large model would not fit into it.
     """
 
-    def __init__(self, source: Source, network: Trained, capacity: int, mesh: Mesh):
+    def __init__(self, source: SourceModel, network: Trained, capacity: int, mesh: Mesh):
         self._source, self._network, self._mesh, self._capacity = source, network, mesh, capacity
         predict = jax.jit(hypernetwork.predict, static_argnums=1)
         read = jax.jit(hypernetwork.read, static_argnums=1)

@@ -22,7 +22,7 @@ from lm.model.params import Params
 from lm.training import train
 from tokenization.tokenizer import Tokenizer
 from tokenization.transfer import heuristics, transfer
-from tokenization.transfer.transfer import Method, Source
+from tokenization.transfer.transfer import Method, SourceModel
 
 # Of text that the neighbours' auxiliary vectors are counted on, and that models are trained on
 # after a transfer.
@@ -54,12 +54,12 @@ def methods(tokenizer: Tokenizer, documents: Sequence[bytes]) -> dict[str, Metho
     }
 
 
-def unmoved(source: Source) -> Moved:
+def unmoved(source: SourceModel) -> Moved:
     """Returns the source as it is, every row of its tables included."""
     return Moved(Fitted(source.config, source.params, 0.0), source.tokenizer, source.bos, 0.0)
 
 
-def move(source: Source, tokenizer: Tokenizer, method: Method, mesh: Mesh) -> Moved:
+def move(source: SourceModel, tokenizer: Tokenizer, method: Method, mesh: Mesh) -> Moved:
     """Returns the model with tables for a target."""
     vocabulary = transfer.vocabulary(source, tokenizer)
     begin = time.monotonic()

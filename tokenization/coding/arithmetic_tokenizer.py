@@ -120,9 +120,7 @@ class ArithmeticTokenizer:
           FileNotFoundError: a file is missing.
           ValueError: a file is damaged or of another kind.
         """
-        fields = read_kind(path)
-        if fields['kind'] != _KIND:
-            raise ValueError(f'{path}: a tokenizer of kind {fields["kind"]!r}, expected {_KIND!r}')
+        fields = read_kind(path, _KIND)
         missing = {'bits_per_token', 'precision'} - fields.keys()
         if missing:
             raise ValueError(f'{path}: tessera.json lacks {sorted(missing)}; save it again')

@@ -18,8 +18,9 @@ import jax
 import numpy as np
 
 from tokenization.coding.next_byte import SYMBOLS, NextByteModel, State
-from tokenization.equal_info.codec import EqualInfoTokenizer
 from tokenization.vocabularies.longest_match import Strings
+from tokenization.vocabularies.table import TableTokenizer
+from tokenization.vocabularies.table_files import Compiled
 
 CELLS = 1 << 16
 _BATCHES = (64, 1024)  # rows of a model call: the few rows of deep levels take the small one
@@ -39,7 +40,7 @@ def compile_equal_info(
     rule: str = 'canonical',
     max_bytes: int = 64,
     bits_per_token: int = 16,
-) -> EqualInfoTokenizer:
+) -> TableTokenizer:
     """Returns the tokenizer whose ids are the codes of 16-bit windows.
 
     Its encoder takes the longest string of the table that matches. For 'canonical' these are the
@@ -85,10 +86,10 @@ def compile_equal_info(
         owner, own = np.where(first >= 0, first, deepest), first >= 0
     owner, written = _with_single_bytes(owner, own)
     table = Strings.of([strings[node] for node in owner])
-    return EqualInfoTokenizer(table, written, bits_per_token, rule, model.digest)
+    return TableTokenizer(table, written, Compiled(bits_per_token, rule, model.digest))
 
 
-def tunstall(model: NextByteModel, size: int = CELLS, max_bytes: int = 64) -> EqualInfoTokenizer:
+def tunstall(model: NextByteModel, size: int = CELLS, max_bytes: int = 64) -> TableTokenizer:
     """Returns the tokenizer of the most probable strings, the 256 single bytes among them.
 
     Closed under prefixes, as a string is less probable than its prefixes. Ids go by rank: single
@@ -132,7 +133,7 @@ def tunstall(model: NextByteModel, size: int = CELLS, max_bytes: int = 64) -> Eq
         texts, p = texts[order], p[order]
     chosen = np.argsort(-np.concatenate(ranks), kind='stable')[:size]
     table = Strings.of([strings[node] for node in chosen])
-    return EqualInfoTokenizer(table, np.ones(len(table), bool), 16, 'tunstall', model.digest)
+    return TableTokenizer(table, np.ones(len(table), bool), Compiled(16, 'tunstall', model.digest))
 
 
 def _check(model: NextByteModel, max_bytes: int) -> None:

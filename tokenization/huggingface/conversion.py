@@ -21,7 +21,7 @@ from tokenizers import models
 
 from tokenization.huggingface import models as conversion_models
 from tokenization.huggingface import steps
-from tokenization.huggingface.json_file import Added, Source
+from tokenization.huggingface.json_file import Added, TokenizerJson
 from tokenization.huggingface.steps import BYTE, SPACE, Kind
 from tokenization.vocabularies import spelling
 
@@ -56,7 +56,7 @@ class Converted(NamedTuple):
     repairs: tuple[str, ...] = ()
 
 
-def convert(source: Source) -> Converted:
+def convert(source: TokenizerJson) -> Converted:
     """Returns the tokenizer over bytes.
 
     Raises:
@@ -95,7 +95,7 @@ def convert(source: Source) -> Converted:
     )  # fmt: skip
 
 
-def _tokens(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[bytes], set[int]]:
+def _tokens(source: TokenizerJson, kind: Kind, repairs: list[str]) -> tuple[list[bytes], set[int]]:
     """Returns the bytes of each id, and the ids without."""
     special = {a.id for a in source.added if a.special}
     if source.unknown is not None:
@@ -137,7 +137,7 @@ def _word(piece: str, continuing: str) -> bytes:
 
 
 def _byte_ids(
-    source: Source, kind: Kind, tokens: list[bytes], repairs: list[str]
+    source: TokenizerJson, kind: Kind, tokens: list[bytes], repairs: list[str]
 ) -> tuple[np.ndarray, int]:
     """Returns the id of each byte and how many were added; appends those to `tokens`."""
     single: dict[bytes, int] = {}
@@ -158,7 +158,9 @@ def _byte_ids(
     return np.array([single[bytes([b])] for b in range(256)], np.int32), len(missing)
 
 
-def _added_tokens(source: Source, kind: Kind, special: set[int], repairs: list[str]) -> list[Added]:
+def _added_tokens(
+    source: TokenizerJson, kind: Kind, special: set[int], repairs: list[str]
+) -> list[Added]:
     """Returns the added tokens that stand for text."""
     kept = [a for a in source.added if a.id not in special]
     if any(a.strips for a in kept):

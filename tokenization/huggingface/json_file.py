@@ -20,7 +20,7 @@ class Added(NamedTuple):
     strips: bool  # takes the blanks beside it with it
 
 
-class Source(NamedTuple):
+class TokenizerJson(NamedTuple):
     """A checked tokenizer.
 
     Attributes:
@@ -51,7 +51,7 @@ class Source(NamedTuple):
     template: tuple[tuple[str, ...], tuple[str, ...]]
 
 
-def parse(text: str) -> Source:
+def parse(text: str) -> TokenizerJson:
     """Returns the tokenizer of a `tokenizer.json`.
 
     Raises:
@@ -69,7 +69,7 @@ def parse(text: str) -> Source:
     kind = _kind(model)
     pieces, scores = _unigram_pieces(model) if kind == 'Unigram' else (_pieces(model), ())
     _check_ids(pieces, added, len(text))
-    return Source(
+    return TokenizerJson(
         model=kind,
         pieces=pieces,
         scores=scores,

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenization.huggingface.json_file import Source
+from tokenization.huggingface.json_file import TokenizerJson
 from tokenization.huggingface.steps import BYTE, SPACE, Kind, stands_alone
 from tokenization.vocabularies import spelling
 
@@ -17,7 +17,7 @@ _UNKNOWN = ' unknown'
 
 
 def model(
-    source: Source, kind: Kind, special: set[int], bytes_256: np.ndarray
+    source: TokenizerJson, kind: Kind, special: set[int], bytes_256: np.ndarray
 ) -> tuple[dict[str, Any], dict[int, int]]:
     """Returns the engine's model.
 
@@ -42,7 +42,7 @@ def model(
     return _bpe(source, pieces)
 
 
-def _bpe(source: Source, pieces: dict[str, int]) -> tuple[dict[str, Any], dict[int, int]]:
+def _bpe(source: TokenizerJson, pieces: dict[str, int]) -> tuple[dict[str, Any], dict[int, int]]:
     merges = [(a, b) for a, b in source.merges if {a, b, a + b} <= pieces.keys()]
     described = {
         'type': 'BPE',
@@ -60,7 +60,9 @@ def _bpe(source: Source, pieces: dict[str, int]) -> tuple[dict[str, Any], dict[i
     return described, dict(enumerate(pieces.values()))
 
 
-def _unigram(source: Source, pieces: dict[str, int]) -> tuple[dict[str, Any], dict[int, int]]:
+def _unigram(
+    source: TokenizerJson, pieces: dict[str, int]
+) -> tuple[dict[str, Any], dict[int, int]]:
     shown = {piece for piece in pieces if not BYTE.fullmatch(piece)}
     vocabulary: list[tuple[str, float]] = [
         (piece if piece in shown else f' {i}', score)
@@ -75,7 +77,7 @@ def _unigram(source: Source, pieces: dict[str, int]) -> tuple[dict[str, Any], di
 
 
 def _word_piece(
-    source: Source, pieces: dict[str, int], space: int
+    source: TokenizerJson, pieces: dict[str, int], space: int
 ) -> tuple[dict[str, Any], dict[int, int]]:
     within = {p: i for p, i in pieces.items() if p.startswith(source.continuing)}
     start = {p if stands_alone(p) else SPACE + p: i for p, i in pieces.items() if p not in within}

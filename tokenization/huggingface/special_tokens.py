@@ -6,14 +6,14 @@ from typing import Any
 
 from etils import epath
 
-from tokenization.huggingface.json_file import Source
+from tokenization.huggingface.json_file import TokenizerJson
 
 ROLES = ('bos', 'eos', 'unk', 'pad')
 # BERT's names, where a model has no others.
 _OTHERWISE = {'bos': 'cls', 'eos': 'sep'}
 
 
-def roles(source: Source, names: Mapping[str, str]) -> dict[str, int]:
+def roles(source: TokenizerJson, names: Mapping[str, str]) -> dict[str, int]:
     """Returns the id of each role that the tokenizer has.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from tokenization.huggingface.json_file import Source
+from tokenization.huggingface.json_file import TokenizerJson
 
 SPACE = '▁'
 BYTE = re.compile('<0x([0-9A-F]{2})>')
@@ -24,7 +24,7 @@ _IDEOGRAPHS = (
 )
 
 
-def kind_of(source: Source) -> Kind:
+def kind_of(source: TokenizerJson) -> Kind:
     """Returns how a vocabulary spells bytes; raises ValueError if that cannot be told."""
     names = {step['type'] for step in source.pre_tokenizers}
     spaces = 'Metaspace' in names or any(is_space_rule(step) for step in source.normalizers)
@@ -40,7 +40,9 @@ def kind_of(source: Source) -> Kind:
     )
 
 
-def lossless(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[dict], list[dict], str]:
+def lossless(
+    source: TokenizerJson, kind: Kind, repairs: list[str]
+) -> tuple[list[dict], list[dict], str]:
     """Returns the steps that lose nothing, and what the original puts before a text."""
     prefix = ''
     # What cuts a text before a step that puts a space before each part.

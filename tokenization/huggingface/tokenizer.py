@@ -42,9 +42,11 @@ class HuggingFaceTokenizer:
 
     source: str
     roles: tuple[tuple[str, int], ...]
-    parsed: dataclasses.InitVar[tokenizer_json.Source | None] = None  # of `source`, if at hand
+    parsed: dataclasses.InitVar[tokenizer_json.TokenizerJson | None] = (
+        None  # of `source`, if at hand
+    )
 
-    def __post_init__(self, parsed: tokenizer_json.Source | None) -> None:
+    def __post_init__(self, parsed: tokenizer_json.TokenizerJson | None) -> None:
         if parsed is not None:
             vars(self)['_converted'] = conversion.convert(parsed)
         size = self.vocab_size  # converts
@@ -174,11 +176,7 @@ class HuggingFaceTokenizer:
         Raises:
           FileNotFoundError, ValueError: a file is missing or damaged; names it.
         """
-        fields = read_kind(path)
-        if fields['kind'] != 'huggingface':
-            raise ValueError(
-                f'{path}: a tokenizer of kind {fields["kind"]!r}; "huggingface" wanted'
-            )
+        fields = read_kind(path, 'huggingface')
         special = fields.get('special')
         if not isinstance(special, dict) or not all(type(i) is int for i in special.values()):
             raise ValueError(f'{path}: tessera.json: "special" is not an object of roles and ids')

@@ -13,7 +13,7 @@ from tokenization.tokenizer import Tokenizer
 PADDING = -1
 
 
-class Source(Tokenizer, Protocol):
+class PieceTokenizer(Tokenizer, Protocol):
     """A tokenizer that also takes a string whole, without splitting it into words first."""
 
     def encode_piece(self, data: bytes) -> list[int]:
@@ -25,7 +25,7 @@ class Source(Tokenizer, Protocol):
         ...
 
 
-def decompose(source: Source, tokens: Iterable[bytes], length: int = 7) -> np.ndarray:
+def decompose(source: PieceTokenizer, tokens: Iterable[bytes], length: int = 7) -> np.ndarray:
     """Returns the pieces of each token, int32 `[V, length]`, padded with -1.
 
     Ids from `source.vocab_size` on are bytes without a row in the source's table: vocab_size +

@@ -13,12 +13,12 @@ import numpy as np
 from lm.model.params import Params
 from tokenization.tokenizer import Tokenizer
 from tokenization.transfer import transfer
-from tokenization.transfer.transfer import Method, Source, Vocabulary
+from tokenization.transfer.transfer import Method, SourceModel, Vocabulary
 
 _PIECES = 32
 
 
-def random(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
+def random(source: SourceModel, vocabulary: Vocabulary, key: jax.Array) -> Params:
     """Draws rows with the source's mean and deviation in each dimension."""
     result = {}
     for i, (name, rows_VD) in enumerate(_rows(source).items()):
@@ -29,14 +29,14 @@ def random(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
     return result
 
 
-def mean(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
+def mean(source: SourceModel, vocabulary: Vocabulary, key: jax.Array) -> Params:
     """Gives every token the mean row of the source."""
     del key
     shape = len(vocabulary.tokens), 1
     return {name: jnp.tile(rows_VD.mean(0), shape) for name, rows_VD in _rows(source).items()}
 
 
-def mean_of_pieces(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
+def mean_of_pieces(source: SourceModel, vocabulary: Vocabulary, key: jax.Array) -> Params:
     """Gives a token the mean row of its pieces (Fast Vocabulary Transfer, Gee et al. 2022).
 
     Pieces are those of the source's tokenizer; a byte that it lacks counts as the mean row.
@@ -52,7 +52,7 @@ def mean_of_pieces(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Pa
     }
 
 
-def lexical_copy(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
+def lexical_copy(source: SourceModel, vocabulary: Vocabulary, key: jax.Array) -> Params:
     """Copies the rows of tokens that the source has; draws the others as `random` does."""
     at_V = same_token(source.tokenizer, vocabulary.tokens)
     drawn, rows = random(source, vocabulary, key), _rows(source)
@@ -74,7 +74,7 @@ def neighbours(vectors: Callable[[Sequence[bytes]], np.ndarray], most: int = 16)
       most: tokens in a mixture at most.
     """
 
-    def tables(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
+    def tables(source: SourceModel, vocabulary: Vocabulary, key: jax.Array) -> Params:
         del key
         at_V = same_token(source.tokenizer, vocabulary.tokens)
         vector_VA = vectors(vocabulary.tokens)
@@ -146,7 +146,7 @@ def same_token(source: Tokenizer, tokens: Sequence[bytes]) -> np.ndarray:
     return np.array([ids.get(token, -1) if token else -1 for token in tokens])
 
 
-def _rows(source: Source) -> dict[str, jax.Array]:
+def _rows(source: SourceModel) -> dict[str, jax.Array]:
     """Returns the rows of the source's own ids, without padding and special ones."""
     v = source.tokenizer.vocab_size
     return {name: x[:v].astype(jnp.float32) for name, x in source.params['tables'].items()}

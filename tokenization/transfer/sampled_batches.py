@@ -14,7 +14,7 @@ import numpy as np
 from lm.data.documents import Documents, allow_workers
 from lm.data.packing import Batch, Shared
 from tokenization.transfer import substrings
-from tokenization.transfer.decompose import Source, decompose
+from tokenization.transfer.decompose import PieceTokenizer, decompose
 from tokenization.transfer.sampled import SampledTokenizer, sample
 
 # Batches whose texts a tokenizer is drawn from.
@@ -52,7 +52,7 @@ class Settings(NamedTuple):
 
 
 def sampled_batches(
-    documents: Documents, source: Source, settings: Settings, workers: int = 0
+    documents: Documents, source: PieceTokenizer, settings: Settings, workers: int = 0
 ) -> grain.IterDataset:
     """Returns the batches of training with random tokenizers.
 
@@ -88,7 +88,7 @@ def sampled_batches(
 class SampledBatches:
     """The random-access source of `sampled_batches`."""
 
-    def __init__(self, documents: Documents, source: Source, settings: Settings):
+    def __init__(self, documents: Documents, source: PieceTokenizer, settings: Settings):
         """Checks the sizes; raises ValueError, naming the one that cannot work."""
         for name in ('batch_size', 'text_bytes', 'pieces', 'steps'):
             if getattr(settings, name) < 1:

@@ -12,7 +12,7 @@ import numpy as np
 import regex
 
 from tokenization.vocabularies import spelling
-from tokenization.vocabularies.bpe import GPT2_PATTERN
+from tokenization.vocabularies.patterns import GPT2_PATTERN
 
 LONGEST = 15
 STRIDE = 4

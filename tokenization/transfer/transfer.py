@@ -19,7 +19,7 @@ from tokenization.transfer import decompose, hypernetwork
 from tokenization.transfer.hypernetwork import HypernetworkConfig
 
 
-class Source(NamedTuple):
+class SourceModel(NamedTuple):
     """A trained model.
 
     Attributes:
@@ -30,7 +30,7 @@ class Source(NamedTuple):
 
     config: Config
     params: Params
-    tokenizer: decompose.Source
+    tokenizer: decompose.PieceTokenizer
     bos: int
 
 
@@ -47,10 +47,10 @@ class Vocabulary(NamedTuple):
 
 
 # The tables of a model for a vocabulary of V rows: `input_VD` and, of untied models, `output_VD`.
-Method = Callable[[Source, Vocabulary, jax.Array], Params]
+Method = Callable[[SourceModel, Vocabulary, jax.Array], Params]
 
 
-def vocabulary(source: Source, target: Tokenizer) -> Vocabulary:
+def vocabulary(source: SourceModel, target: Tokenizer) -> Vocabulary:
     """Returns the rows that a model needs for `target`: one per id, and one for BOS behind them.
 
     Special tokens are matched by their roles. What `target` never writes has no use: a special
@@ -91,7 +91,9 @@ def token_table(tokenizer: Tokenizer) -> tuple[bytes, ...]:
     return tuple(data(i) for i in range(tokenizer.vocab_size))
 
 
-def with_tables(source: Source, vocabulary: Vocabulary, tables: Params) -> tuple[Config, Params]:
+def with_tables(
+    source: SourceModel, vocabulary: Vocabulary, tables: Params
+) -> tuple[Config, Params]:
     """Returns the model with other tables.
 
     Rows of special tokens are the source's, to the bit; those that no text uses are the source's
@@ -109,7 +111,7 @@ def with_tables(source: Source, vocabulary: Vocabulary, tables: Params) -> tuple
     return config, {'body': source.params['body'], 'tables': result}
 
 
-def pieces(source: Source, vocabulary: Vocabulary, length: int) -> np.ndarray:
+def pieces(source: SourceModel, vocabulary: Vocabulary, length: int) -> np.ndarray:
     """Returns each token's pieces in the source's vocabulary, int32 `[V, length]`."""
     return decompose.decompose(source.tokenizer, vocabulary.tokens, length)
 
@@ -117,7 +119,7 @@ def pieces(source: Source, vocabulary: Vocabulary, length: int) -> np.ndarray:
 def predicted(weights: Params, config: HypernetworkConfig) -> Method:
     """Returns the method of a trained hypernetwork."""
 
-    def tables(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
+    def tables(source: SourceModel, vocabulary: Vocabulary, key: jax.Array) -> Params:
         del key
         pieces_VP = jnp.asarray(pieces(source, vocabulary, config.pieces))
         predict = jax.jit(hypernetwork.predict, static_argnums=1)

@@ -7,13 +7,15 @@ import numpy as np
 from etils import epath
 
 from lm.files import atomic
-from tokenization.tokenizer import OneByOne, check_ids, read_kind, write_kind
+from tokenization.tokenizer import EncodesOneByOne, check_ids, read_kind, write_kind
 
 ASCII = bytes(range(128))
 
+_KIND = 'characters'
+
 
 @dataclasses.dataclass(frozen=True)
-class CharacterTokenizer(OneByOne):
+class AlphabetTokenizer(EncodesOneByOne):
     """One id per byte of an alphabet. Text with any other byte is refused, not changed.
 
     Attributes:
@@ -57,15 +59,12 @@ class CharacterTokenizer(OneByOne):
     def save(self, path: epath.PathLike) -> None:
         """Writes the folder `path`."""
         with atomic.new_folder(path) as folder:
-            write_kind(folder, 'characters', alphabet=list(self.alphabet))
+            write_kind(folder, _KIND, alphabet=list(self.alphabet))
 
     @classmethod
-    def load(cls, path: epath.PathLike) -> 'CharacterTokenizer':
+    def load(cls, path: epath.PathLike) -> 'AlphabetTokenizer':
         """Returns the tokenizer saved in `path`; raises ValueError if there is none such."""
-        fields = read_kind(path)
-        if fields['kind'] != 'characters':
-            raise ValueError(f'{path}: a tokenizer of kind {fields["kind"]!r}, expected characters')
-        alphabet = fields.get('alphabet')
+        alphabet = read_kind(path, _KIND).get('alphabet')
         if not isinstance(alphabet, list):  # `bytes` of a number is so many zeros
             raise ValueError(f'{path}: no alphabet of distinct bytes: expected a list')
         try:

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from tokenizers import Regex, pre_tokenizers
 
-from tokenization.vocabularies.bpe import GPT2_PATTERN
+from tokenization.vocabularies.patterns import GPT2_PATTERN
 
 Boundary = Literal['pretokens', 'word', 'word_hyphen', 'sentence']
 MayMerge = Callable[[bytes, bytes], bool]

@@ -22,24 +22,9 @@ from etils import epath
 from tokenizers import models, pre_tokenizers, trainers
 
 from lm.files import atomic
-from tokenization.tokenizer import OneByOne, check_ids, read_kind, write_kind
+from tokenization.tokenizer import EncodesOneByOne, check_ids, read_kind, write_kind
 from tokenization.vocabularies import spelling
-
-# The split of GPT-2: contractions, words and numbers with the space before them, signs, blanks.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Those of tiktoken's files: GPT2_PATTERN for `gpt2`, `r50k_base` and `p50k_base`, CL100K_PATTERN
-# for `cl100k_base` (GPT-4; Llama 3 splits alike), O200K_PATTERN for `o200k_base` (GPT-4o).
-CL100K_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
-_UPPER, _LOWER = r'\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}', r'\p{Ll}\p{Lm}\p{Lo}\p{M}'
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-O200K_PATTERN = (
-    rf'[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_SHORT}'
-    rf'|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_SHORT}'
-    r'|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
+from tokenization.vocabularies.patterns import GPT2_PATTERN
 
 _RANKS = 'ranks.tiktoken'
 
@@ -51,7 +36,7 @@ _ONE_CLASS = re.compile(r'\s+|\w+|[^\w\s]+')
 
 
 @dataclasses.dataclass(frozen=True)
-class BPETokenizer(OneByOne):
+class BPETokenizer(EncodesOneByOne):
     """A byte-level BPE vocabulary; equal ones encode equally.
 
     Attributes:
@@ -186,9 +171,7 @@ class BPETokenizer(OneByOne):
         Raises:
           FileNotFoundError, ValueError: a file is missing or damaged; names file and line.
         """
-        fields = read_kind(path)
-        if fields['kind'] != 'bpe':
-            raise ValueError(f'{path}: a tokenizer of kind {fields["kind"]!r}, expected "bpe"')
+        fields = read_kind(path, 'bpe')
         if not isinstance(fields.get('pattern'), str):
             raise ValueError(f'{path}: tessera.json lacks the field "pattern"')
         loaded = cls.from_tiktoken_file(epath.Path(path) / _RANKS, fields['pattern'])

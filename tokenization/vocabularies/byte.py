@@ -4,10 +4,10 @@ import numpy as np
 from etils import epath
 
 from lm.files import atomic
-from tokenization.tokenizer import OneByOne, check_ids, read_kind, write_kind
+from tokenization.tokenizer import EncodesOneByOne, check_ids, read_kind, write_kind
 
 
-class ByteTokenizer(OneByOne):
+class ByteTokenizer(EncodesOneByOne):
     """256 ids, each of which is the byte of that value."""
 
     @property
@@ -39,9 +39,7 @@ class ByteTokenizer(OneByOne):
     @classmethod
     def load(cls, path: epath.PathLike) -> 'ByteTokenizer':
         """Returns the tokenizer saved in `path`; raises ValueError if it is of another kind."""
-        kind = read_kind(path)['kind']
-        if kind != 'byte':
-            raise ValueError(f'{path}: a tokenizer of kind {kind!r}, expected "byte"')
+        read_kind(path, 'byte')
         return cls()
 
     def __eq__(self, other: object) -> bool:

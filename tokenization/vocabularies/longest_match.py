@@ -7,6 +7,7 @@ not be closed under prefixes.
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 
@@ -52,6 +53,17 @@ class Strings:
     def sizes(self) -> np.ndarray:
         """Bytes of each string, int64 `[strings]`."""
         return np.diff(self.offsets)
+
+    def first_of_each(self) -> np.ndarray:
+        """Returns which strings are neither empty nor equal to an earlier one, bool `[strings]`."""
+        data, offsets = self.flat.tobytes(), self.offsets.tolist()
+        seen: dict[bytes, int] = {}
+        for i, (start, end) in enumerate(itertools.pairwise(offsets)):
+            seen.setdefault(data[start:end], i)
+        seen.pop(b'', None)
+        first = np.zeros(len(self), bool)
+        first[list(seen.values())] = True
+        return first
 
     def join(self, ids: np.ndarray) -> bytes:
         """Returns the strings of some ids, int32 `[T]` and in range, one after the other."""

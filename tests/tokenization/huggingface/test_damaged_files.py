@@ -10,7 +10,8 @@ import pytest
 from tests.tokenization.huggingface.originals import MAKERS, NORMAL, UNKNOWN, USER, write
 from tokenization.huggingface import sentencepiece
 from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
-from tokenization.vocabularies.bpe import GPT2_PATTERN, BPETokenizer
+from tokenization.vocabularies.bpe import BPETokenizer
+from tokenization.vocabularies.patterns import GPT2_PATTERN
 
 JUNK: list = [None, True, -1, 0, 3, 1e300, 2**63, '', 'a', '▁', '\ud800', [], {}, [[]], '(']
 JUNK += ['ByteLevel', 'Metaspace', 'Split', 'Sequence', 'Replace', '<0x41>', ' unknown']

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-import tokenization
 from tests.tokenization.huggingface.originals import MAKERS, lines
+from tokenization import loading
 from tokenization.huggingface import comparison as segmentation
 from tokenization.huggingface import tokenizer as huggingface
 from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
@@ -166,7 +166,7 @@ def test_missing_bytes_are_added_last(originals, converted):
 def test_saved_and_pickled(converted, name, tmp_path):
     tokenizer = converted[name]
     tokenizer.save(tmp_path / 'x')
-    loaded = tokenization.load(tmp_path / 'x')
+    loaded = loading.load(tmp_path / 'x')
     assert loaded == tokenizer == pickle.loads(pickle.dumps(tokenizer))
     documents = [b'import os', '漢 é'.encode()]
     for ids, same in zip(loaded.encode_batch(documents), tokenizer.encode_batch(documents)):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from experiments import corpora
 from tokenization.transfer import sampled, substrings
-from tokenization.vocabularies.bpe import GPT2_PATTERN
+from tokenization.vocabularies.patterns import GPT2_PATTERN
 
 WORDS = ['the', ' the', ' café', ' 漢字かな', '    ', '\n', ' 123456789', 'x' * 40, '!?']
 texts = st.lists(

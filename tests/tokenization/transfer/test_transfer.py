@@ -11,7 +11,7 @@ from lm.model import params, transformer
 from lm.model.config import Config
 from tokenization.transfer import heuristics, hypernetwork, transfer
 from tokenization.transfer.hypernetwork import HypernetworkConfig
-from tokenization.transfer.transfer import Source, Vocabulary
+from tokenization.transfer.transfer import SourceModel, Vocabulary
 from tokenization.vocabularies.bpe import BPETokenizer
 from tokenization.vocabularies.byte import ByteTokenizer
 
@@ -27,7 +27,7 @@ def source():
     tokenizer = BPETokenizer.train([TEXT], 300)
     v = tokenizer.vocab_size
     config = Config(v + 3, 16, 1, 2, 2, 8, 32, max_length=16)  # BOS, and two rows of padding
-    return Source(config, params.init(config, jax.random.key(0)), tokenizer, v)
+    return SourceModel(config, params.init(config, jax.random.key(0)), tokenizer, v)
 
 
 @pytest.fixture(scope='module')

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from experiments import corpora
-from tokenization.vocabularies import bpe, spelling
+from tokenization.vocabularies import bpe, patterns, spelling
 from tokenization.vocabularies.byte import ByteTokenizer
 
 VOCABULARY = 800
@@ -140,7 +140,7 @@ def test_save_load_and_pickle(tokenizer, tmp_path):
 def test_reads_rank_files_of_tiktoken(tmp_path, tokenizer):
     lines = [base64.b64encode(t) + b' %d' % i for i, t in enumerate(tokenizer.tokens)]
     (tmp_path / 'x.tiktoken').write_bytes(b'\r\n'.join(reversed(lines)))
-    read = bpe.BPETokenizer.from_tiktoken_file(tmp_path / 'x.tiktoken', bpe.GPT2_PATTERN)
+    read = bpe.BPETokenizer.from_tiktoken_file(tmp_path / 'x.tiktoken', patterns.GPT2_PATTERN)
     assert read == tokenizer
 
 
@@ -195,9 +195,15 @@ def test_a_pattern_that_would_lose_text_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ('pattern', 'words'),
     [
-        (bpe.GPT2_PATTERN, ['Don', "'t", ' stop', '12345', '!?', '\n \n ', ' CamelCase']),
-        (bpe.CL100K_PATTERN, ['Don', "'t", ' stop', '123', '45', '!?\n', ' \n', ' ', ' CamelCase']),
-        (bpe.O200K_PATTERN, ["Don't", ' stop', '123', '45', '!?\n', ' \n', ' ', ' Camel', 'Case']),
+        (patterns.GPT2_PATTERN, ['Don', "'t", ' stop', '12345', '!?', '\n \n ', ' CamelCase']),
+        (
+            patterns.CL100K_PATTERN,
+            ['Don', "'t", ' stop', '123', '45', '!?\n', ' \n', ' ', ' CamelCase'],
+        ),
+        (
+            patterns.O200K_PATTERN,
+            ["Don't", ' stop', '123', '45', '!?\n', ' \n', ' ', ' Camel', 'Case'],
+        ),
     ],
 )
 def test_patterns_of_known_files(pattern, words):

@@ -8,17 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenization import tokenizer as tokenizer_lib
+from tokenization import loading
 from tokenization.vocabularies.bpe import BPETokenizer
 from tokenization.vocabularies.byte import ByteTokenizer
-from tokenization.vocabularies.longest_match import Strings
-from tokenization.vocabularies.string_table import StringTable, extended_vocabulary
+from tokenization.vocabularies.extension import extended_vocabulary
+from tokenization.vocabularies.table import TableTokenizer
 
 SINGLES = [bytes([byte]) for byte in range(256)]
 # Special ids, and two ids with the same bytes.
-TABLE = StringTable(
-    Strings.of([b'', b'the', *SINGLES, b'', b' the', b'the', b' then', b'\xff\xfe'])
-)
+TABLE = TableTokenizer.of([b'', b'the', *SINGLES, b'', b' the', b'the', b' then', b'\xff\xfe'])
 TEXT = b'the cat and then the other cat, the cats; then the end\n' * 3
 
 
@@ -36,8 +34,8 @@ def test_round_trip(parts):
 
 def test_saved_and_loaded(tmp_path):
     TABLE.save(tmp_path / 'table')
-    loaded = tokenizer_lib.load(tmp_path / 'table')
-    assert isinstance(loaded, StringTable) and loaded.vocab_size == TABLE.vocab_size
+    loaded = loading.load(tmp_path / 'table')
+    assert isinstance(loaded, TableTokenizer) and loaded.vocab_size == TABLE.vocab_size
     np.testing.assert_array_equal(loaded.encode(TEXT), TABLE.encode(TEXT))
     assert [loaded.token_bytes(i) for i in (0, 1, 258, 261)] == [b'', b'the', b'', b' then']
 
@@ -50,22 +48,22 @@ def test_damaged_files_are_refused(tmp_path, name):
     for damaged in (b'', whole[:-1], whole + b'1234', whole[8:]):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match='SHA-256 differs'):
-            StringTable.load(tmp_path / 'table')
+            TableTokenizer.load(tmp_path / 'table')
         # written by somebody who knows how
         folder = tmp_path / 'table'
         content = (folder / 'sizes.bin').read_bytes() + (folder / 'strings.bin').read_bytes()
         forged = {'kind': 'string_table', 'sha256': hashlib.sha256(content).hexdigest()}
         (folder / 'tessera.json').write_text(json.dumps(forged))
         with pytest.raises(ValueError, match=r'multiple of 4|the sizes are|single byte'):
-            StringTable.load(tmp_path / 'table')
+            TableTokenizer.load(tmp_path / 'table')
     file.unlink()
     with pytest.raises(FileNotFoundError, match=name):
-        StringTable.load(tmp_path / 'table')
+        TableTokenizer.load(tmp_path / 'table')
 
 
 def test_single_bytes_must_be_there():
     with pytest.raises(ValueError, match='the single byte 7 has no id'):
-        StringTable(Strings.of([byte for byte in SINGLES if byte != b'\x07']))
+        TableTokenizer.of([byte for byte in SINGLES if byte != b'\x07'])
 
 
 def test_an_extended_vocabulary_keeps_ids_and_ends_with_whole_words():
