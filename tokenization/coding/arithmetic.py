@@ -1,18 +1,27 @@
-"""An integer arithmetic coder for many rows at once: one `lax.scan` step per symbol.
+"""A batched integer arithmetic coder: one `lax.scan` step codes one symbol of every row.
 
-The interval of a row is [base, base + range], held in its last 32 bits; a symbol with cumulative
-frequencies [lower, upper) out of 2**precision narrows it to
+A row's interval is [base, base + range], of which the last 32 bits are kept. With size = range + 1
+and precision P, a symbol whose cumulative frequencies are [lower, upper) out of 2**P updates it to
 
-    base + floor(size * lower / 2**precision)   and   base + floor(size * upper / 2**precision) - 1
+    base'          = base + floor(size * lower / 2**P)
+    base' + range' = base + floor(size * upper / 2**P) - 1
 
-with size = range + 1 (Delétang et al. 2024, appendix A, in integers; Lester et al. 2024, section
-2.2). When the range has fallen below 2**16 the top 16 bits of the base are final but for a carry:
-they leave as one word, at most one per symbol. A scan over symbols therefore records one integer
-per row and step, and the carries are added afterwards (`tokenization.coding.streams`).
+(Delétang et al. 2024, appendix A, in integers; Lester et al. 2024, section 2.2). Once the range is
+below 2**16, the top 16 bits of the base are final except for a carry. They are emitted as one
+word, at most one per symbol, and the interval is widened by 16 bits:
 
-All sums are uint32 and exact, so streams are the same on every device. A stream is the shortest
-bit string whose dyadic interval lies inside the final one: whatever bits follow it, it decodes to
-the same symbols. It says nothing about its own length.
+    P = 2, a symbol with [lower, upper) = [1, 2)    base      range
+    start                                           00000000  ffffffff
+    after 1 symbol                                  40000000  3fffffff
+    after 8 symbols, the range is below 2**16       55550000  0000ffff
+    the word 5555 is emitted                        00000000  ffffffff
+
+A scan over symbols therefore records one integer per row and step; the carries are added
+afterwards (`tokenization.coding.streams`).
+
+All sums are exact, in uint32, so streams are identical on every device. A stream is the shortest
+bit string whose dyadic interval (all numbers that begin with these bits) lies inside the final
+one, so it decodes to the same symbols whatever bits follow it. It does not hold its own length.
 """
 
 import functools
@@ -30,7 +39,7 @@ _WORD = 16
 
 @struct.dataclass
 class Encoder:
-    """Intervals of B rows: the last 32 bits of the base, and the size minus 1; uint32."""
+    """Intervals of B rows: the last 32 bits of the base, and range = size - 1; uint32."""
 
     base_B: jax.Array
     range_B: jax.Array
@@ -38,9 +47,9 @@ class Encoder:
 
 @struct.dataclass
 class Decoder:
-    """Intervals of B rows as seen from the code: code minus base, and the size minus 1; uint32.
+    """Intervals of B rows relative to the code: offset = code - base, range = size - 1; uint32.
 
-    `read_B` (int32) counts the words taken from the row's window of words.
+    `read_B` (int32) counts the words of each row that have been read.
     """
 
     offset_B: jax.Array
@@ -49,14 +58,14 @@ class Decoder:
 
 
 def init_encoder(batch: int) -> Encoder:
-    """Returns `batch` rows whose interval is everything."""
+    """Returns `batch` rows with the full interval."""
     return Encoder(jnp.zeros(batch, jnp.uint32), jnp.full(batch, 0xFFFFFFFF, jnp.uint32))
 
 
 def init_decoder(batch: int) -> Decoder:
-    """Returns `batch` rows that still need `fill` before their first symbol."""
-    everything = jnp.full(batch, 0xFFFFFFFF, jnp.uint32)
-    return Decoder(jnp.zeros(batch, jnp.uint32), everything, jnp.zeros(batch, jnp.int32))
+    """Returns `batch` rows; `fill` them before the first symbol."""
+    full = jnp.full(batch, 0xFFFFFFFF, jnp.uint32)
+    return Decoder(jnp.zeros(batch, jnp.uint32), full, jnp.zeros(batch, jnp.int32))
 
 
 def fill(decoder: Decoder, words_BW: jax.Array | np.ndarray) -> Decoder:
@@ -73,12 +82,12 @@ def encode_step(
     Args:
       encoder: B rows.
       lower_B: cumulative frequency below the symbol.
-      upper_B: cumulative frequency up to and with it: lower < upper <= 2**precision.
+      upper_B: the same including the symbol: lower < upper <= 2**precision.
       precision: at most 16.
 
     Returns:
-      The encoder, and a record uint32[B] for `streams.to_streams`: the word, whether it left, and
-      whether a carry goes into the words that left before.
+      The encoder, and a record uint32[B] for `streams.to_streams`: the word, whether it was
+      emitted, and whether a carry goes into the words before it.
     """
     below_B = _scale(encoder.range_B, lower_B, precision)
     range_B = _scale(encoder.range_B, upper_B, precision) - 1 - below_B
@@ -93,8 +102,8 @@ def encode_step(
 
 
 def find_symbol(decoder: Decoder, cdf_BV: jax.Array, precision: int) -> jax.Array:
-    """Returns int32[B]: the symbol of each row's CDF (`[B, V + 1]`) that the code lies in."""
-    # Gathers are cheap on a CPU: a search there is 5 times as fast as a count over 256 symbols.
+    """Returns int32[B]: the symbol of each row's CDF (`[B, V + 1]`) whose interval has the code."""
+    # Gathers are cheap on a CPU: there a binary search is 5 times as fast as counting 256 bounds.
     return jax.lax.platform_dependent(
         decoder,
         cdf_BV,
@@ -104,7 +113,7 @@ def find_symbol(decoder: Decoder, cdf_BV: jax.Array, precision: int) -> jax.Arra
 
 
 def _count_below(decoder: Decoder, cdf_BV: jax.Array, precision: int) -> jax.Array:
-    # The ends decide nothing: 0 is never above the code and the total always is.
+    # The ends need no comparison: 0 is never above the code, and the total always is.
     edge_BV = _scale(decoder.range_B[:, None], cdf_BV[:, 1:-1], precision)
     return jnp.sum(edge_BV <= decoder.offset_B[:, None], axis=-1, dtype=jnp.int32)
 
@@ -129,7 +138,7 @@ def decode_step(
     Args:
       decoder: B rows.
       lower_B: cumulative frequency below the symbol.
-      upper_B: cumulative frequency up to and with it.
+      upper_B: the same including the symbol.
       words_BW: 16-bit words of each row's code; zeros are read past the end.
       precision: at most 16.
     """
@@ -148,7 +157,7 @@ def select(active_B: jax.Array, new: Any, old: Any) -> Any:
 
 
 def bounds(cdf_BV: jax.Array, symbol_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns int32[B] twice: the cumulative frequencies below and up to one symbol per row."""
+    """Returns the cumulative frequencies below and including one symbol per row, both int32[B]."""
     lower_B1 = jnp.take_along_axis(cdf_BV, symbol_B[:, None], 1)
     upper_B1 = jnp.take_along_axis(cdf_BV, symbol_B[:, None] + 1, 1)
     return lower_B1[:, 0], upper_B1[:, 0]
@@ -157,9 +166,9 @@ def bounds(cdf_BV: jax.Array, symbol_B: jax.Array) -> tuple[jax.Array, jax.Array
 def _scale(range_B: jax.Array, frequency_B: jax.Array, precision: int) -> jax.Array:
     """Returns floor((range + 1) * frequency / 2**precision), modulo 2**32.
 
-    The size has 33 bits: 17 high ones times a frequency, shifted, reach 2**32 only for the total
-    at the full size; that 0 becomes right again by the `- 1` of every upper end. The 16 low ones
-    times a frequency stay below 2**32.
+    The size has up to 33 bits. The product of its 17 high bits and a frequency, shifted, reaches
+    2**32 only for the total at the full size; there it wraps to 0, which the `- 1` of every upper
+    end corrects. The product of its 16 low bits and a frequency stays below 2**32.
     """
     frequency_B = frequency_B.astype(jnp.uint32)
     low_B = (range_B + 1) & 0xFFFF
@@ -198,7 +207,7 @@ def _decode_scan(
             cdf_BV = jnp.broadcast_to(cdf_TBV[0], (B, cdf_TBV.shape[-1]))
         symbol_B = find_symbol(decoder, cdf_BV, precision)
         lower_B, upper_B = bounds(cdf_BV, symbol_B)
-        # A row past its end goes on reading zeros; only its symbols are masked.
+        # A row past its end keeps reading zeros; only its symbols are masked.
         narrowed = decode_step(decoder, lower_B, upper_B, words_BW, precision)
         return narrowed, jnp.where(t < length_B, symbol_B, 0)
 
@@ -209,12 +218,12 @@ def _decode_scan(
 def encode_symbols(
     lower_TB: np.ndarray, upper_TB: np.ndarray, length_B: np.ndarray, precision: int
 ) -> tuple[list[bytes], np.ndarray]:
-    """Returns the streams of B rows of symbols that are given by their cumulative frequencies.
+    """Returns the streams of B rows of symbols, given as cumulative frequencies.
 
     Args:
       lower_TB: integers `[T, B]`: cumulative frequency below symbol t of row b.
-      upper_TB: integers `[T, B]`: cumulative frequency up to and with it.
-      length_B: symbols of each row; what a row holds beyond is not read.
+      upper_TB: integers `[T, B]`: the same including the symbol.
+      length_B: symbols of each row; later entries of the row are ignored.
       precision: frequencies are out of 2**precision; at most 16.
 
     Returns:
@@ -247,10 +256,20 @@ def decode_symbols(
 ) -> np.ndarray:
     """Returns the symbols of B streams, int32 `[T, B]`, zero after the end of a row.
 
+    >>> cdf_V = np.array([0, 1, 3, 4])  # three symbols, out of 2**2
+    >>> symbol_TB = np.array([[1], [1], [0], [2]])
+    >>> length_B = np.array([4])
+    >>> lower_TB, upper_TB = cdf_V[symbol_TB], cdf_V[symbol_TB + 1]
+    >>> codes, bits_B = encode_symbols(lower_TB, upper_TB, length_B, precision=2)
+    >>> codes, bits_B  # 011011, as the symbols' interval is [27/64, 28/64)
+    ([b'l'], array([6]))
+    >>> decode_symbols(cdf_V[None, None], codes, length_B, precision=2).ravel()
+    array([1, 1, 0, 2], dtype=int32)
+
     Args:
-      cdf_TBV: int32 `[T, B, V + 1]`: the CDF of every symbol; `[1, 1, V + 1]`: one for all, and T
-        is the greatest length.
-      codes: B streams from `encode_symbols`; bits after the end of one change nothing.
+      cdf_TBV: int32 `[T, B, V + 1]`: the CDF of every symbol; or `[1, 1, V + 1]`, one CDF for all,
+        in which case T is the greatest length.
+      codes: B streams from `encode_symbols`; bits after the end of a stream change nothing.
       length_B: symbols of each row.
       precision: frequencies are out of 2**precision; at most 16.
 

@@ -1,4 +1,4 @@
-"""Bytes as tokens: the vocabulary that every other one is compared with."""
+"""Bytes as tokens: the baseline of every comparison."""
 
 import numpy as np
 from etils import epath
@@ -8,7 +8,11 @@ from tokenization.tokenizer import EncodesOneByOne, check_ids, read_kind, write_
 
 
 class ByteTokenizer(EncodesOneByOne):
-    """256 ids, each of which is the byte of that value."""
+    """256 ids: each byte is its own id.
+
+    >>> ByteTokenizer().encode(b'Hi')
+    array([ 72, 105], dtype=int32)
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -38,7 +42,7 @@ class ByteTokenizer(EncodesOneByOne):
 
     @classmethod
     def load(cls, path: epath.PathLike) -> 'ByteTokenizer':
-        """Returns the tokenizer saved in `path`; raises ValueError if it is of another kind."""
+        """Returns the tokenizer saved in `path`; raises ValueError for another kind."""
         read_kind(path, 'byte')
         return cls()
 

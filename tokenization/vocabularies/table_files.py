@@ -4,8 +4,8 @@
     equal_info     table.npz, with the arrays `flat`, `offsets` and `written`; how it was compiled
                    in tessera.json
 
-Both keep a SHA-256 in `tessera.json`. It finds damage, not malice: what the arrays must satisfy is
-checked all the same.
+Both keep a SHA-256 in `tessera.json`. It detects damage but not malice, so the arrays themselves
+are checked as well.
 """
 
 import hashlib

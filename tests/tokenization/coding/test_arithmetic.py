@@ -1,4 +1,4 @@
-"""The coder against big integers and fractions, and round trips of symbols and of bytes."""
+"""The coder against big integers and fractions, and round trips of symbols and bytes."""
 
 import math
 from fractions import Fraction
@@ -16,7 +16,7 @@ T, B = 40, 4  # one shape for all tests of symbols, so that each function compil
 
 
 def reference(intervals: list[tuple[int, int]], precision: int) -> tuple[int, int]:
-    """The same interval arithmetic on one ever longer integer: returns (low, size) over 2**bits."""
+    """The same intervals in one integer that grows by `bits`: returns (low, size) over 2**bits."""
     low, size, bits = 0, 1 << 32, 32
     for lower, upper in intervals:
         low += size * lower >> precision
@@ -27,7 +27,7 @@ def reference(intervals: list[tuple[int, int]], precision: int) -> tuple[int, in
 
 
 def shortest(low: int, size: int, bits: int) -> tuple[int, int]:
-    """Returns (value, length) of the shortest bit string whose cell lies in [low, low + size)."""
+    """Returns (value, length) of the shortest bit string whose interval is in [low, low + size)."""
     for length in range(bits + 1):
         shift = bits - length
         value = -(-low >> shift)
@@ -47,7 +47,7 @@ def as_bits(stream: bytes, length: int) -> int:
 def random_case(seed: int, V: int, precision: int, concentration: float):
     rng = np.random.default_rng(seed)
     cdf_TBV = cdf.quantize(rng.dirichlet(np.full(V, concentration), size=(T, B)), precision)
-    # Half the symbols from the distribution, half uniform: improbable ones have to work.
+    # Half the symbols from the distribution, half uniform: improbable ones must work too.
     draw_TB = rng.integers(2**precision, size=(T, B))
     likely_TB = np.sum(cdf_TBV <= draw_TB[..., None], axis=-1) - 1
     symbol_TB = np.where(rng.random((T, B)) < 0.5, likely_TB, rng.integers(V, size=(T, B)))
@@ -80,7 +80,7 @@ def test_streams_are_those_of_big_integers_and_come_back(seed, concentration, pr
 
 @pytest.mark.parametrize('precision', [14, 16])
 def test_length_is_within_two_bits_of_the_exact_probability(precision):
-    """Lester et al. 2024: at most -log2 p + 2; integer intervals add what their rounding loses."""
+    """Lester et al. 2024: at most -log2 p + 2 bits, plus the loss by rounding to integers."""
     for seed in range(5):
         cdf_TBV, symbol_TB, _ = random_case(seed, 7, precision, 1.0)
         lower_TB, upper_TB = ends(cdf_TBV, symbol_TB)
@@ -126,7 +126,7 @@ def test_a_carry_runs_through_a_long_row_of_ones(last):
 
 @pytest.mark.parametrize('precision', [14, 16])
 def test_extreme_frequencies(precision):
-    """One symbol has all but 255 units; 60 bytes of it cost a bit or two, any other P bits."""
+    """One symbol has all but 255 units: 60 of it cost a bit or two, any other costs P bits."""
     cdf_V = cdf.quantize(np.eye(256)[100], precision)
     assert cdf_V[101] - cdf_V[100] == 2**precision - 255
     symbol_TB = np.full((T, B), 100)
@@ -224,12 +224,12 @@ def test_streams_do_not_depend_on_the_other_rows_or_on_what_follows_them(name):
 
 
 def programs() -> int:
-    """How many programs `byte_coder._run` was compiled to so far, over all models."""
+    """Returns the number of programs compiled for `byte_coder._run`, over all models."""
     return byte_coder._run._cache_size()  # type: ignore[attr-defined]
 
 
 def test_one_program_codes_and_decodes():
-    """The contract for float models: not two programs that ought to agree, but one."""
+    """The contract for float models: one program, not two that should agree."""
     model = toy.float_model(seed=1)
     before = programs()
     round_trip(model, [toy.sample(model, 1100)])
@@ -240,9 +240,9 @@ def test_bytes_cost_what_the_model_says():
     model = toy.table_model()
     text = toy.sample(model, 500)
     (code,) = byte_coder.encode_bytes(model, [text], batch=BATCH)
-    cdf_NV = np.asarray(model.cdf(np.array([256, *text[:-1]])))
+    cdf_JV = np.asarray(model.cdf(np.array([256, *text[:-1]])))
     symbols = np.frombuffer(text, np.uint8).astype(int)
-    frequency = cdf_NV[np.arange(500), symbols + 1] - cdf_NV[np.arange(500), symbols]
+    frequency = cdf_JV[np.arange(500), symbols + 1] - cdf_JV[np.arange(500), symbols]
     ideal = -np.log2(frequency / 2**14).sum()
     assert ideal <= 8 * len(code) <= ideal * 1.001 + 2 + 8
 

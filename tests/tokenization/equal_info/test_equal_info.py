@@ -79,7 +79,7 @@ def test_same_codes_as_the_streaming_encoder(name):
     config = WindowConfig(16, 'canonical', 'every', MAX_BYTES, batch=8)
     tok = compiled('canonical', name)
     for text, (codes, counts) in zip(documents, windows.encode(model, documents, config)):
-        # The last window alone may stand for more than was left of the text.
+        # Only the last window may decode to more than the rest of the text.
         whole = codes[:-1].astype(np.int32) @ [256, 1]
         ids = tok.encode(text)
         np.testing.assert_array_equal(ids[: len(whole)], whole)
@@ -144,7 +144,7 @@ def test_tunstall_holds_the_most_probable_strings():
 
     ranked = [probability(string) for string in strings[256:]]
     assert all(a >= b for a, b in itertools.pairwise(ranked))
-    # No extension of a chosen string by a likely byte was left out though it is more probable.
+    # No more probable extension of a chosen string by a likely byte was left out.
     for string in strings[:600]:
         for byte in b'the cat.\n':
             longer = string + bytes([byte])

@@ -1,4 +1,4 @@
-"""Longest match over any vocabulary, and vocabularies that are extended."""
+"""Longest match over any vocabulary, and extended vocabularies."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ def test_damaged_files_are_refused(tmp_path, name):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match='SHA-256 differs'):
             TableTokenizer.load(tmp_path / 'table')
-        # written by somebody who knows how
+        # written by an attacker who fixes the digest
         folder = tmp_path / 'table'
         content = (folder / 'sizes.bin').read_bytes() + (folder / 'strings.bin').read_bytes()
         forged = {'kind': 'string_table', 'sha256': hashlib.sha256(content).hexdigest()}
@@ -75,7 +75,7 @@ def test_an_extended_vocabulary_keeps_ids_and_ends_with_whole_words():
     new = [table.token_bytes(i) for i in range(base.vocab_size, table.vocab_size)]
     assert len(new) == len(set(new) - set(base.tokens)) > 5
     assert all(b' ' not in token[1:] and token in TEXT for token in new)
-    # the most frequent come first: a smaller one is a beginning of a larger one
+    # the most frequent come first: a smaller vocabulary is a prefix of a larger one
     smaller = extended_vocabulary(base, [TEXT], base.vocab_size + 3)
     assert [smaller.token_bytes(base.vocab_size + i) for i in range(3)] == new[:3]
     assert extended_vocabulary(base, [TEXT], base.vocab_size).vocab_size == base.vocab_size
