@@ -1,4 +1,4 @@
-"""Files of every kind that the product reads: how a test makes, signs and uses them."""
+"""Makes, signs and uses files of every kind that the product reads."""
 
 import base64
 import hashlib
@@ -46,14 +46,14 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         change(fields)
         file.write_text(json.dumps(fields))
     except (ValueError, TypeError, AttributeError, RecursionError):
-        pass  # no object any more
+        pass  # no longer an object
 
 
 def use_tokenizer(folder: Path) -> None:
     tokenizer = loading.load(folder)
     text = bytes(range(128)) if isinstance(tokenizer, AlphabetTokenizer) else TEXT
     ids = tokenizer.encode(text)
-    if not isinstance(tokenizer, ArithmeticTokenizer):  # compiles for each model
+    if not isinstance(tokenizer, ArithmeticTokenizer):  # compiles once per model
         assert tokenizer.decode(ids) == text
 
 
@@ -91,7 +91,7 @@ def sign_ngram(folder: Path) -> None:
             digest = ngram.NGram(*map(tuple, levels)).digest
             edit(folder / 'ngram.json', lambda fields: fields.update(digest=digest))
     except Exception:
-        pass  # not to be read: nothing to sign
+        pass  # unreadable: nothing to sign
 
 
 def make_ngram(folder: Path) -> None:
@@ -107,7 +107,7 @@ def make_huggingface(name: str) -> Callable[[Path], Any]:
 
 
 def make_vocabulary(folder: Path) -> None:
-    """GPT-2's two files, with those that name special tokens."""
+    """Makes GPT-2's two files, and those that name special tokens."""
     folder.mkdir()
     letters = dict(spelling.byte_of_letter())
     (folder / 'vocab.json').write_text(json.dumps(letters | {'he': 256, '<|endoftext|>': 257}))
@@ -161,7 +161,7 @@ def use_encoded(folder: Path) -> None:
 
 
 def make_shards(folder: Path) -> None:
-    """One shard in each split, of a byte tokenizer."""
+    """Makes one shard of a byte tokenizer in each split."""
     folder.mkdir()
     splits = {}
     for split in shard_text.SPLITS:

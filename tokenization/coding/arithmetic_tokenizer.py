@@ -14,9 +14,10 @@ import numpy as np
 from etils import epath
 
 from lm.files import atomic
-from tokenization.coding import arithmetic, byte_coder
+from tokenization.coding import byte_coder
 from tokenization.coding.next_byte import NextByteModel
 from tokenization.coding.ngram import NGram
+from tokenization.coding.symbols import encode_symbols
 from tokenization.tokenizer import check_ids, read_kind, write_kind
 
 _KIND = 'arithmetic'
@@ -142,7 +143,7 @@ class ArithmeticTokenizer:
             lower_TB[:length, row], upper_TB[:length, row] = self.ngram.intervals(
                 document, self.precision
             )
-        codes, _ = arithmetic.encode_symbols(lower_TB, upper_TB, length_B, self.precision)
+        codes, _ = encode_symbols(lower_TB, upper_TB, length_B, self.precision)
         return codes[: len(documents)]
 
     def _to_ids(self, data: bytes) -> np.ndarray:

@@ -60,7 +60,7 @@ def to_streams(
 
 
 def to_words(streams: list[bytes]) -> np.ndarray:
-    """Returns the 16-bit words of B streams, uint32 `[B, W]`, filled up with zeros."""
+    """Returns the 16-bit words of B streams, uint32 `[B, W]`, zero-padded."""
     W = max(((len(stream) + 1) // 2 for stream in streams), default=0)
     padded = b''.join(stream.ljust(2 * W, b'\0') for stream in streams)
     return np.frombuffer(padded, '>u2').reshape(len(streams), W).astype(np.uint32)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.tokenization import toy
 from tokenization.coding import arithmetic, byte_coder, cdf
+from tokenization.coding.symbols import decode_symbols, encode_symbols
 
 T, B = 40, 4  # one shape for all tests of symbols, so that each function compiles once
 
@@ -66,15 +67,13 @@ def ends(cdf_TBV: np.ndarray, symbol_TB: np.ndarray) -> tuple[np.ndarray, np.nda
 def test_streams_are_those_of_big_integers_and_come_back(seed, concentration, precision):
     cdf_TBV, symbol_TB, length_B = random_case(seed, 7, precision, concentration)
     lower_TB, upper_TB = ends(cdf_TBV, symbol_TB)
-    codes, bits_B = arithmetic.encode_symbols(lower_TB, upper_TB, length_B, precision)
+    codes, bits_B = encode_symbols(lower_TB, upper_TB, length_B, precision)
     for b in range(B):
         pairs = [(int(lower_TB[t, b]), int(upper_TB[t, b])) for t in range(length_B[b])]
         assert (as_bits(codes[b], bits_B[b]), bits_B[b]) == reference(pairs, precision)
     used_TB = np.arange(T)[:, None] < length_B
     for tail in (b'', b'\xff' * 9):
-        found_TB = arithmetic.decode_symbols(
-            cdf_TBV, [code + tail for code in codes], length_B, precision
-        )
+        found_TB = decode_symbols(cdf_TBV, [code + tail for code in codes], length_B, precision)
         np.testing.assert_array_equal(found_TB, symbol_TB * used_TB)
 
 
@@ -84,7 +83,7 @@ def test_length_is_within_two_bits_of_the_exact_probability(precision):
     for seed in range(5):
         cdf_TBV, symbol_TB, _ = random_case(seed, 7, precision, 1.0)
         lower_TB, upper_TB = ends(cdf_TBV, symbol_TB)
-        _, bits_B = arithmetic.encode_symbols(lower_TB, upper_TB, np.full(B, T), precision)
+        _, bits_B = encode_symbols(lower_TB, upper_TB, np.full(B, T), precision)
         for b in range(B):
             low, size = Fraction(0), Fraction(1)
             for lower, upper in zip(lower_TB[:, b].tolist(), upper_TB[:, b].tolist()):
@@ -115,12 +114,12 @@ def test_a_carry_runs_through_a_long_row_of_ones(last):
     symbol_TB[-1] = last
     cdf_TBV = np.broadcast_to(cdf_V, (T, B, 4))
     lower_TB, upper_TB = cdf_V[symbol_TB], cdf_V[symbol_TB + 1]
-    codes, bits_B = arithmetic.encode_symbols(lower_TB, upper_TB, np.full(B, T), 16)
+    codes, bits_B = encode_symbols(lower_TB, upper_TB, np.full(B, T), 16)
     start = b'\x7f' + b'\xff' * 60 if last == 0 else b'\x80' + b'\0' * 60
     assert codes[0].startswith(start)
     pairs = list(zip(lower_TB[:, 0].tolist(), upper_TB[:, 0].tolist()))
     assert (as_bits(codes[0], bits_B[0]), bits_B[0]) == reference(pairs, 16)
-    found_TB = arithmetic.decode_symbols(cdf_TBV, codes, np.full(B, T), 16)
+    found_TB = decode_symbols(cdf_TBV, codes, np.full(B, T), 16)
     np.testing.assert_array_equal(found_TB, symbol_TB)
 
 
@@ -134,20 +133,20 @@ def test_extreme_frequencies(precision):
     symbol_TB[::2, 2] = 0
     symbol_TB[-1, 3] = 99
     lower_TB, upper_TB = cdf_V[symbol_TB], cdf_V[symbol_TB + 1]
-    codes, bits_B = arithmetic.encode_symbols(lower_TB, upper_TB, np.full(B, T), precision)
+    codes, bits_B = encode_symbols(lower_TB, upper_TB, np.full(B, T), precision)
     assert bits_B[0] <= 2 and bits_B[1] <= precision * T + 2
     for shape in ((T, B, 257), (1, 1, 257)):
         cdf_TBV = np.broadcast_to(cdf_V, shape)
-        found_TB = arithmetic.decode_symbols(cdf_TBV, codes, np.full(B, T), precision)
+        found_TB = decode_symbols(cdf_TBV, codes, np.full(B, T), precision)
         np.testing.assert_array_equal(found_TB, symbol_TB)
 
 
 def test_rows_do_not_see_each_other():
     cdf_TBV, symbol_TB, length_B = random_case(0, 7, 14, 1.0)
     lower_TB, upper_TB = ends(cdf_TBV, symbol_TB)
-    codes, bits_B = arithmetic.encode_symbols(lower_TB, upper_TB, length_B, 14)
+    codes, bits_B = encode_symbols(lower_TB, upper_TB, length_B, 14)
     order = np.array([2, 0, 3, 1])
-    moved, moved_bits_B = arithmetic.encode_symbols(
+    moved, moved_bits_B = encode_symbols(
         lower_TB[:, order], upper_TB[:, order], length_B[order], 14
     )
     assert moved == [codes[row] for row in order]
@@ -177,7 +176,7 @@ def test_both_searches_find_the_symbol(V):
 )
 def test_bad_symbols_are_refused(lower, upper, length, message):
     with pytest.raises(ValueError, match=message):
-        arithmetic.encode_symbols(np.array([[lower]]), np.array([[upper]]), np.array([length]), 14)
+        encode_symbols(np.array([[lower]]), np.array([[upper]]), np.array([length]), 14)
 
 
 MODELS = {
