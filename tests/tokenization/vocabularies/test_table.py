@@ -13,6 +13,7 @@ from tokenization.vocabularies.bpe import BPETokenizer
 from tokenization.vocabularies.byte import ByteTokenizer
 from tokenization.vocabularies.extension import extended_vocabulary
 from tokenization.vocabularies.table import TableTokenizer
+from tokenization.vocabularies.table_files import Compiled
 
 SINGLES = [bytes([byte]) for byte in range(256)]
 # Special ids, and two ids with the same bytes.
@@ -64,6 +65,18 @@ def test_damaged_files_are_refused(tmp_path, name):
 def test_single_bytes_must_be_there():
     with pytest.raises(ValueError, match='the single byte 7 has no id'):
         TableTokenizer.of([byte for byte in SINGLES if byte != b'\x07'])
+
+
+def test_ids_of_8_bits_are_for_compiled_tables_of_65536_codes():
+    with pytest.raises(ValueError, match='only the codes of a compiled table'):
+        TABLE.in_bytes()
+    compiled = TableTokenizer(TABLE.strings, TABLE.written, Compiled(16, 'tunstall', 'x'))
+    with pytest.raises(ValueError, match='263 codes: tokens of 8 bits need all 65536'):
+        compiled.in_bytes()
+    with pytest.raises(ValueError, match='bits_per_token 9'):
+        TableTokenizer(TABLE.strings, TABLE.written, Compiled(9, 'tunstall', 'x'))
+    with pytest.raises(ValueError, match=r'expected bool \[263\]'):
+        TableTokenizer(TABLE.strings, TABLE.written[1:])
 
 
 def test_an_extended_vocabulary_keeps_ids_and_ends_with_whole_words():
