@@ -5,9 +5,9 @@ import os
 import jax
 from etils import epath
 
-import tokenization
 from lm.checkpoints import bundle
 from lm.devices import mesh
+from tokenization import loading
 from tokenization.coding import neural
 from tokenization.coding.next_byte import NextByteModel
 from tokenization.coding.ngram import NGram
@@ -28,7 +28,7 @@ def open_byte_model(path: epath.PathLike, precision: int = 16) -> NextByteModel:
         return NGram.load(folder).model(precision)
     # One device: the order of float sums, and with it the code, depends on the device count.
     loaded = bundle.load(folder, mesh.make(devices=jax.devices()[:1]))
-    if not isinstance(tokenization.load(loaded.tokenizer_path), ByteTokenizer):
+    if not isinstance(loading.load(loaded.tokenizer_path), ByteTokenizer):
         raise ValueError(f'{path}: only a model over bytes can code a file')
     return neural.model(loaded.params, loaded.config, loaded.config.max_length - 1, precision)
 

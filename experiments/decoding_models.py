@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-import tokenization
 from decoding import model as model_lib
 from decoding.drafter import Drafter
 from decoding.model import LM
@@ -17,6 +16,7 @@ from decoding.sample import Sampler
 from lm.checkpoints import bundle
 from lm.model import params as params_lib
 from lm.model.config import Config
+from tokenization import loading
 from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
 from tokenization.tokenizer import Tokenizer
 
@@ -75,7 +75,7 @@ def load(path: epath.PathLike, mesh: Mesh) -> Loaded:
       ValueError: the bundle is damaged, or its model has fewer ids than its tokenizer.
     """
     loaded = bundle.load(path, mesh)
-    tokenizer = tokenization.load(loaded.tokenizer_path)
+    tokenizer = loading.load(loaded.tokenizer_path)
     symbols = max(tokenizer.vocab_size, -1 if loaded.bos is None else loaded.bos + 1)
     if symbols > loaded.config.vocab_size:
         raise ValueError(

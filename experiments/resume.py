@@ -13,7 +13,6 @@ from typing import Any
 import jax
 from etils import epath
 
-import tokenization
 from experiments import report
 from experiments.corpora import Corpus
 from experiments.shard_text import ShardText
@@ -22,6 +21,7 @@ from lm.data.shards import ShardedDocuments
 from lm.devices import processes
 from lm.files import json_fields
 from lm.training.metrics import ProgressLine
+from tokenization import loading
 from tokenization.tokenizer import Tokenizer
 
 _ENCODE_AT_ONCE = 128
@@ -90,7 +90,7 @@ def tokenizer_once(folder: epath.Path, make: Callable[[], Tokenizer]) -> Tokeniz
     if processes.is_first() and not folder.exists():
         make().save(folder)
     processes.wait(os.fspath(folder))
-    return tokenization.load(folder)
+    return loading.load(folder)
 
 
 def encoded_once(

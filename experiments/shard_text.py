@@ -9,10 +9,10 @@ from typing import Any
 
 from etils import epath
 
-import tokenization
 from experiments.file_documents import contiguous
 from lm.data import shard_index
 from lm.data.shards import ShardedDocuments
+from tokenization import loading
 from tokenization.tokenizer import Tokenizer
 
 SPLITS = ('train', 'valid', 'test')
@@ -42,7 +42,7 @@ class ShardText(Sequence[bytes]):
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the ids."""
-        return tokenization.load(epath.Path(self.folder) / TOKENIZER)
+        return loading.load(epath.Path(self.folder) / TOKENIZER)
 
     def made_by(self, tokenizer: Tokenizer) -> bool:
         """Returns whether this is the whole split and `tokenizer` made its ids."""
@@ -89,7 +89,7 @@ def open_splits(folder: epath.PathLike) -> tuple[ShardText, ...]:
     """Returns the splits of a folder of shards; checks that it is complete.
 
     Raises:
-      FileNotFoundError, ValueError: as in `ShardedDocuments`, `tokenization.load` and
+      FileNotFoundError, ValueError: as in `ShardedDocuments`, `tokenization.loading.load` and
         `check_tokenizer`.
     """
     splits = tuple(ShardText(str(folder), name) for name in SPLITS)

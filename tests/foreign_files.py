@@ -1,4 +1,4 @@
-"""Files of every kind that the product reads: how a test makes, signs and uses them."""
+"""Makes, signs and uses files of every kind that the product reads."""
 
 import base64
 import hashlib
@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import tokenization
 from decoding import calibrate
 from experiments import resume, shard_text
 from lm.checkpoints import bundle
@@ -21,16 +20,18 @@ from lm.model import params, presets
 from lm.training import metrics
 from tests.tokenization import toy
 from tests.tokenization.huggingface import originals
+from tokenization import loading
 from tokenization.coding import container, ngram
 from tokenization.coding.arithmetic_tokenizer import ArithmeticTokenizer
-from tokenization.equal_info.codec import EqualInfoTokenizer
 from tokenization.huggingface.tokenizer import HuggingFaceTokenizer, load_folder
 from tokenization.vocabularies import spelling
-from tokenization.vocabularies.alphabet import CharacterTokenizer
-from tokenization.vocabularies.bpe import GPT2_PATTERN, BPETokenizer
+from tokenization.vocabularies.alphabet import AlphabetTokenizer
+from tokenization.vocabularies.bpe import BPETokenizer
 from tokenization.vocabularies.byte import ByteTokenizer
 from tokenization.vocabularies.longest_match import Strings
-from tokenization.vocabularies.string_table import StringTable
+from tokenization.vocabularies.patterns import GPT2_PATTERN
+from tokenization.vocabularies.table import TableTokenizer
+from tokenization.vocabularies.table_files import Compiled
 
 Path = pathlib.Path
 FIXTURES = Path(__file__).parent
@@ -45,14 +46,14 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         change(fields)
         file.write_text(json.dumps(fields))
     except (ValueError, TypeError, AttributeError, RecursionError):
-        pass  # no object any more
+        pass  # no longer an object
 
 
 def use_tokenizer(folder: Path) -> None:
-    tokenizer = tokenization.load(folder)
-    text = bytes(range(128)) if isinstance(tokenizer, CharacterTokenizer) else TEXT
+    tokenizer = loading.load(folder)
+    text = bytes(range(128)) if isinstance(tokenizer, AlphabetTokenizer) else TEXT
     ids = tokenizer.encode(text)
-    if not isinstance(tokenizer, ArithmeticTokenizer):  # compiles for each model
+    if not isinstance(tokenizer, ArithmeticTokenizer):  # compiles once per model
         assert tokenizer.decode(ids) == text
 
 
@@ -65,7 +66,8 @@ def make_bundle(folder: Path) -> None:
 
 def make_equal_info(folder: Path) -> None:
     strings = Strings.of([*BYTES, b'th', b'the', b'the '])
-    EqualInfoTokenizer(strings, np.ones(len(strings), bool), 16, 'tunstall', 'x').save(folder)
+    compiled = Compiled(16, 'tunstall', 'x')
+    TableTokenizer(strings, np.ones(len(strings), bool), compiled).save(folder)
 
 
 def sign_table(folder: Path) -> None:
@@ -89,7 +91,7 @@ def sign_ngram(folder: Path) -> None:
             digest = ngram.NGram(*map(tuple, levels)).digest
             edit(folder / 'ngram.json', lambda fields: fields.update(digest=digest))
     except Exception:
-        pass  # not to be read: nothing to sign
+        pass  # unreadable: nothing to sign
 
 
 def make_ngram(folder: Path) -> None:
@@ -97,7 +99,7 @@ def make_ngram(folder: Path) -> None:
 
 
 def make_string_table(folder: Path) -> None:
-    StringTable(Strings.of([*BYTES, b'th', b'the', b''])).save(folder)
+    TableTokenizer.of([*BYTES, b'th', b'the', b'']).save(folder)
 
 
 def make_huggingface(name: str) -> Callable[[Path], Any]:
@@ -105,7 +107,7 @@ def make_huggingface(name: str) -> Callable[[Path], Any]:
 
 
 def make_vocabulary(folder: Path) -> None:
-    """GPT-2's two files, with those that name special tokens."""
+    """Makes GPT-2's two files, and those that name special tokens."""
     folder.mkdir()
     letters = dict(spelling.byte_of_letter())
     (folder / 'vocab.json').write_text(json.dumps(letters | {'he': 256, '<|endoftext|>': 257}))
@@ -159,7 +161,7 @@ def use_encoded(folder: Path) -> None:
 
 
 def make_shards(folder: Path) -> None:
-    """One shard in each split, of a byte tokenizer."""
+    """Makes one shard of a byte tokenizer in each split."""
     folder.mkdir()
     splits = {}
     for split in shard_text.SPLITS:
@@ -220,7 +222,7 @@ def make_questions(folder: Path) -> None:
 TOKENIZERS = {
     'byte': lambda folder: ByteTokenizer().save(folder),
     'bpe': lambda folder: BPETokenizer((*BYTES, b'th')).save(folder),
-    'characters': lambda folder: CharacterTokenizer().save(folder),
+    'characters': lambda folder: AlphabetTokenizer().save(folder),
     'equal_info': make_equal_info,
     'string_table': make_string_table,
     'arithmetic': lambda folder: ArithmeticTokenizer(ngram.count([TEXT], 2)).save(folder),

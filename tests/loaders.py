@@ -1,4 +1,4 @@
-"""Every reader of files that the product has: what it reads, and how a test calls it."""
+"""One row per reader of files: how a test makes its files, changes them and reads them."""
 
 import pathlib
 from collections.abc import Callable
@@ -17,17 +17,17 @@ Mutate = Callable[[bytes, Any], bytes]
 
 
 class Loader(NamedTuple):
-    """A reader.
+    """A reader of files.
 
     Attributes:
-      make: writes what it reads into a folder.
-      load: reads the folder, and uses what it has read.
-      files: what is changed, and how.
-      inputs: number of changed folders that are tried.
-      sign: mends the checksums that the folder keeps of itself, so that changes go deeper.
-      refuses: whether it ends in an error for anything; else what is damaged is made anew.
-      threads: whether other threads than Python's read: tracemalloc ends the process if they
-        allocate while it stops.
+      make: writes a sound folder.
+      load: reads the folder, and uses the result.
+      files: name of a file -> how it is changed.
+      inputs: number of changed folders to try.
+      sign: updates the folder's checksums of itself, so that changes get past them.
+      refuses: whether damage raises an error; if not, damaged files are written anew.
+      threads: whether threads other than Python's read. If they allocate while tracemalloc stops,
+        it ends the process.
     """
 
     make: Callable[[Path], Any]
@@ -44,8 +44,8 @@ NPZ = mutations.npz
 
 
 def loaders() -> dict[str, Loader]:
-    """All of them, by name."""
-    # bundles last: what Orbax has begun when a restore fails may go on for a moment
+    """Returns all readers, by name."""
+    # Bundles come last: after a failed restore, Orbax may go on reading for a moment.
     return {**_of_tokenizers(), **_of_vocabularies(), **_of_data(), **_of_models()}
 
 

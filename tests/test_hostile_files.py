@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 import tensorstore
 
-import tokenization
 from lm.checkpoints import bundle
 from lm.files import array_files
 from lm.model import params, presets
 from tests.tokenization import toy
+from tokenization import loading
 from tokenization.coding import container
 from tokenization.coding.ngram import NGram
-from tokenization.equal_info.codec import EqualInfoTokenizer
-from tokenization.vocabularies.alphabet import CharacterTokenizer
+from tokenization.vocabularies.alphabet import AlphabetTokenizer
 from tokenization.vocabularies.bpe import BPETokenizer
 from tokenization.vocabularies.byte import ByteTokenizer
 from tokenization.vocabularies.longest_match import Strings
+from tokenization.vocabularies.table import TableTokenizer
+from tokenization.vocabularies.table_files import Compiled
 
 CONFIG = presets.tiny(40)
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -77,10 +78,10 @@ def test_a_text_of_the_likeliest_bytes_alone_is_read():
 @pytest.mark.usefixtures('little_memory')
 @pytest.mark.parametrize('alphabet', [10**10, 2**70, '9' * 9, {'a': 1}, [256], [[1]]])
 def test_an_alphabet_is_a_list_of_bytes(tmp_path, alphabet):
-    CharacterTokenizer().save(tmp_path / 'x')
+    AlphabetTokenizer().save(tmp_path / 'x')
     edit(tmp_path / 'x' / 'tessera.json', alphabet=alphabet)
     with pytest.raises(ValueError, match='no alphabet'):
-        tokenization.load(tmp_path / 'x')
+        loading.load(tmp_path / 'x')
 
 
 @pytest.mark.parametrize('offsets', [[1, 2], [0, 2**40], [0, 5, 3, 4], [0, -8, 4], [], [[0]]])
@@ -160,7 +161,7 @@ def test_a_pattern_that_breaks_its_engine(tmp_path, pattern):
     BPETokenizer(tuple(BYTES)).save(tmp_path / 'x')
     edit(tmp_path / 'x' / 'tessera.json', pattern=pattern)
     with pytest.raises(ValueError, match=r'attern|regex|Parsing'):
-        tokenization.load(tmp_path / 'x').encode(b'a' * 40 + b'!')
+        loading.load(tmp_path / 'x').encode(b'a' * 40 + b'!')
 
 
 def parameters(path):
@@ -225,7 +226,8 @@ def _checked(data):
 
 def test_a_table_is_checked_beneath_its_own_digest(tmp_path):
     strings = Strings.of(BYTES)
-    EqualInfoTokenizer(strings, np.ones(256, bool), 16, 'tunstall', 'x').save(tmp_path / 'x')
+    compiled = Compiled(16, 'tunstall', 'x')
+    TableTokenizer(strings, np.ones(256, bool), compiled).save(tmp_path / 'x')
     file = io.BytesIO()
     np.savez(file, flat=strings.flat, offsets=strings.offsets * 2**30, written=np.ones(256, bool))
     (tmp_path / 'x' / 'table.npz').write_bytes(file.getvalue())
@@ -234,4 +236,4 @@ def test_a_table_is_checked_beneath_its_own_digest(tmp_path):
         table_sha256=hashlib.sha256(file.getvalue()).hexdigest(),
     )
     with pytest.raises(ValueError, match='offsets'):
-        tokenization.load(tmp_path / 'x')
+        loading.load(tmp_path / 'x')

@@ -1,4 +1,3 @@
-"""Between raw bytes and the symbols that a model reads and writes."""
+"""Tokenizers: from raw bytes to the symbols that a model reads and writes, and back."""
 
 from tokenization.tokenizer import Tokenizer as Tokenizer
-from tokenization.tokenizer import load as load

@@ -1,4 +1,8 @@
-"""What every tokenizer is: bytes to ids and back, exactly."""
+"""The protocol of tokenizers, and the helpers that all kinds share.
+
+The dict of kinds and `load` are in `tokenization.loading`: this module knows no kind, so that
+every kind may import it.
+"""
 
 import json
 from collections.abc import Sequence
@@ -43,17 +47,18 @@ class Tokenizer(Protocol):
         """Returns the bytes of one id.
 
         Raises:
-          ValueError: the id is out of range, or does not stand for fixed bytes by itself.
+          ValueError: the id is out of range, or has no bytes of its own. An id of an arithmetic
+            code, for example, decodes to bytes only together with the ids before it.
         """
         ...
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes the tokenizer into the folder `path`, so that `load(path)` gives it back."""
+        """Writes the tokenizer into the folder `path`; `loading.load(path)` returns it."""
         ...
 
 
-class OneByOne:
-    """Batches as loops: for tokenizers whose documents gain nothing from each other's company."""
+class EncodesOneByOne:
+    """A mixin that implements batches as loops, for tokenizers that gain nothing from batching."""
 
     def encode_batch(self: Any, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Returns `encode` of each document."""
@@ -65,7 +70,17 @@ class OneByOne:
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Returns `ids` as an int64 vector; raises ValueError, naming the first id out of range."""
+    """Returns `ids` as an int64 vector.
+
+    >>> check_ids(np.array([0, 2]), vocab_size=3)
+    array([0, 2])
+    >>> check_ids(np.array([0, 3]), vocab_size=3)
+    Traceback (most recent call last):
+    ValueError: id 3 at position 1 is out of range: the vocabulary is [0, 3)
+
+    Raises:
+      ValueError: `ids` is not a vector of integers, or an id is out of range; names the first.
+    """
     ids = np.asarray(ids)
     if not ids.size:
         return np.zeros(0, np.int64)
@@ -83,19 +98,29 @@ def check_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def write_kind(path: epath.PathLike, kind: str, **fields: object) -> epath.Path:
-    """Makes the folder `path`, writes the file that names its tokenizer, returns the folder."""
+    """Creates the folder `path`, writes its `tessera.json`, and returns the folder.
+
+    Args:
+      path: the tokenizer's folder.
+      kind: a key of `loading.KINDS`.
+      **fields: other JSON fields of the file.
+    """
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _FILE).write_text(json.dumps({'kind': kind, **fields}, indent=2) + '\n')
     return folder
 
 
-def read_kind(path: epath.PathLike) -> dict:
-    """Returns what `write_kind` wrote.
+def read_kind(path: epath.PathLike, *expected: str) -> dict:
+    """Returns the fields that `write_kind` wrote, the kind among them.
+
+    Args:
+      path: the tokenizer's folder.
+      *expected: the kinds that the caller can read; none given: any.
 
     Raises:
       FileNotFoundError: `path` holds no tokenizer.
-      ValueError: the file there is not one of ours.
+      ValueError: the file there is damaged, or names a kind that is not expected.
     """
     file = epath.Path(path) / _FILE
     if not file.is_file():
@@ -103,34 +128,8 @@ def read_kind(path: epath.PathLike) -> dict:
     fields = json_fields.read(file)
     if not isinstance(fields.get('kind'), str):
         raise ValueError(f'{file}: no field "kind": not a tokenizer written by this project')
+    if expected and fields['kind'] not in expected:
+        raise ValueError(
+            f'{path}: a tokenizer of kind {fields["kind"]!r}, expected {" or ".join(expected)}'
+        )
     return fields
-
-
-def load(path: epath.PathLike) -> Tokenizer:
-    """Returns the tokenizer saved in the folder `path`; never executes code from there."""
-    from tokenization.coding import arithmetic_tokenizer
-    from tokenization.equal_info import codec as equal_info
-    from tokenization.huggingface import tokenizer as huggingface
-    from tokenization.vocabularies import alphabet as characters
-    from tokenization.vocabularies import bpe, byte, string_table
-
-    kind = read_kind(path)['kind']
-    match kind:
-        case 'byte':
-            return byte.ByteTokenizer.load(path)
-        case 'bpe':
-            return bpe.BPETokenizer.load(path)
-        case 'characters':
-            return characters.CharacterTokenizer.load(path)
-        case 'equal_info':
-            return equal_info.EqualInfoTokenizer.load(path)
-        case 'arithmetic':
-            return arithmetic_tokenizer.ArithmeticTokenizer.load(path)
-        case 'huggingface':
-            return huggingface.HuggingFaceTokenizer.load(path)
-        case 'string_table':
-            return string_table.StringTable.load(path)
-    raise ValueError(
-        f'{path}: unknown tokenizer kind {kind!r}; this version knows byte, bpe, characters, '
-        'equal_info, arithmetic, huggingface and string_table'
-    )

@@ -15,6 +15,7 @@ from etils import epath
 from experiments import report
 from experiments.bench_arithmetic.config import Config
 from tokenization.coding import arithmetic, cdf
+from tokenization.coding.symbols import decode_symbols, encode_symbols
 
 try:
     import constriction
@@ -127,10 +128,10 @@ def given_cdf(name: str, case: Case) -> Side:
 
     def encode() -> list[bytes]:
         lower_TB, upper_TB = bounds(cdf_TBV, case.symbol_TB)
-        return arithmetic.encode_symbols(lower_TB, upper_TB, length_B, case.precision)[0]
+        return encode_symbols(lower_TB, upper_TB, length_B, case.precision)[0]
 
     def decode(codes: list[bytes]) -> np.ndarray:
-        return arithmetic.decode_symbols(device_TBV, codes, length_B, case.precision)
+        return decode_symbols(device_TBV, codes, length_B, case.precision)
 
     lower_TB, upper_TB = bounds(cdf_TBV, case.symbol_TB)
     ideal_B = (case.precision - np.log2(upper_TB - lower_TB)).sum(axis=0)
@@ -148,10 +149,10 @@ def given_floats(name: str, case: Case) -> Side:
 
     def encode() -> list[bytes]:
         lower_TB, upper_TB = gather(quantize(p_TBV), symbol_TB)
-        return arithmetic.encode_symbols(lower_TB, upper_TB, length_B, case.precision)[0]
+        return encode_symbols(lower_TB, upper_TB, length_B, case.precision)[0]
 
     def decode(codes: list[bytes]) -> np.ndarray:
-        return arithmetic.decode_symbols(quantize(p_TBV), codes, length_B, case.precision)
+        return decode_symbols(quantize(p_TBV), codes, length_B, case.precision)
 
     ideal_B = float_ideal(case)
     return Side(name, encode, decode, lambda code: 8 * len(code), ideal_B, case.symbol_TB)

@@ -1,6 +1,5 @@
 """The seven representations of the comparison."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,11 +11,11 @@ from experiments.equal_info.models import FirstModels
 from lm.training.metrics import ProgressLine
 from tokenization.coding.arithmetic_tokenizer import ArithmeticTokenizer
 from tokenization.coding.next_byte import NextByteModel
-from tokenization.equal_info.codec import EqualInfoTokenizer
 from tokenization.equal_info.compiler import compile_equal_info, tunstall
 from tokenization.tokenizer import Tokenizer
 from tokenization.vocabularies.bpe import BPETokenizer
 from tokenization.vocabularies.byte import ByteTokenizer
+from tokenization.vocabularies.table import TableTokenizer
 
 
 class Codec(NamedTuple):
@@ -24,7 +23,7 @@ class Codec(NamedTuple):
     token on validation text."""
 
     model: NextByteModel
-    tokenizer: EqualInfoTokenizer
+    tokenizer: TableTokenizer
     bytes_per_code: float
 
 
@@ -43,7 +42,7 @@ def build(
     config: Config, first: FirstModels, codec: Codec, train: Sequence[bytes], out: epath.Path
 ) -> dict[str, Tokenizer]:
     """Returns the tokenizer of each row, loading those that an earlier run saved in `out`."""
-    in_bytes = dataclasses.replace(codec.tokenizer, bits_per_token=8)
+    in_bytes = codec.tokenizer.in_bytes()
     size = config.window_bytes
     makers: dict[str, Callable[[], Tokenizer]] = {
         'bytes': ByteTokenizer,

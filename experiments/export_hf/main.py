@@ -6,11 +6,11 @@ import time
 from etils import epath
 from rich.console import Console
 
-import tokenization
 from experiments.export_hf.config import Config
 from lm.checkpoints import bundle
 from lm.huggingface import checkpoint as huggingface
 from lm.model import params as params_lib
+from tokenization import loading
 from tokenization.huggingface import json_file as tokenizer_json
 from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
 
@@ -20,7 +20,7 @@ def main(config: Config, out: epath.Path) -> dict[str, float]:
     begin = time.monotonic()
     huggingface.check_replaceable(out)
     loaded = bundle.load(config.bundle)
-    tokenizer = tokenization.load(loaded.tokenizer_path)
+    tokenizer = loading.load(loaded.tokenizer_path)
     ids = {} if loaded.bos is None else {'bos_token_id': loaded.bos}
     files: dict[str, str] = {}
     if isinstance(tokenizer, HuggingFaceTokenizer):

@@ -25,7 +25,7 @@ from lm.model.config import Lexinvariant
 from lm.model.leaves import Params
 from lm.training import train
 from tokenization.tokenizer import Tokenizer
-from tokenization.vocabularies.alphabet import CharacterTokenizer
+from tokenization.vocabularies.alphabet import AlphabetTokenizer
 from tokenization.vocabularies.bpe import BPETokenizer
 
 CHARACTERS, BPE = 'characters', 'bpe'
@@ -74,7 +74,7 @@ def texts(
     found = {}
     for tokenizer_name, domain in dict.fromkeys((n.tokenizer, n.domain) for n in names):
         corpus = domains[domain]
-        tokenizer: Tokenizer = CharacterTokenizer()
+        tokenizer: Tokenizer = AlphabetTokenizer()
         if tokenizer_name == BPE:
             train_bpe = lambda train=corpus.train: BPETokenizer.train(train, config.bpe_size)  # noqa: E731
             tokenizer = resume.tokenizer_once(out / 'tokenizers' / domain, train_bpe)

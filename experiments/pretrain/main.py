@@ -6,13 +6,13 @@ from etils import epath
 from jax.sharding import Mesh
 from rich.console import Console
 
-import tokenization
 from experiments import corpora, language_model, report, resume
 from experiments.pretrain.config import Config
 from experiments.shard_text import ShardText
 from lm.checkpoints import bundle
 from lm.losses import next_token as losses
 from lm.model import params
+from tokenization import loading
 from tokenization.tokenizer import Tokenizer
 from tokenization.vocabularies.bpe import BPETokenizer
 from tokenization.vocabularies.byte import ByteTokenizer
@@ -60,7 +60,7 @@ def open_tokenizer(config: Config, train: Sequence[bytes], out: epath.Path) -> T
         return ByteTokenizer()
     if config.tokenizer != 'bpe':
         folder = epath.Path(config.tokenizer)
-        return tokenization.load(folder / 'tokenizer' if (folder / 'params').exists() else folder)
+        return loading.load(folder / 'tokenizer' if (folder / 'params').exists() else folder)
     return resume.tokenizer_once(
         out / 'tokenizer', lambda: BPETokenizer.train(train, config.vocab_size)
     )

@@ -16,13 +16,13 @@ import jax
 from etils import epath
 from rich.console import Console
 
-import tokenization
 from experiments import corpora
 from experiments.tokenize import beam, plan
 from experiments.tokenize.config import Config
 from experiments.tokenize.plan import Task
 from lm.data.shard_index import Index, Shard
 from lm.training.metrics import ProgressLine
+from tokenization import loading
 from tokenization.tokenizer import Tokenizer
 from tokenization.vocabularies.byte import ByteTokenizer
 
@@ -62,7 +62,7 @@ def open_tokenizer(name: str) -> Tokenizer:
     if name == 'bytes':
         return ByteTokenizer()
     folder = epath.Path(name)
-    return tokenization.load(folder / 'tokenizer' if (folder / 'params').exists() else folder)
+    return loading.load(folder / 'tokenizer' if (folder / 'params').exists() else folder)
 
 
 def peak_megabytes() -> float:

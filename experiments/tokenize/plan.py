@@ -18,13 +18,13 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 from etils import epath
 
-import tokenization
 from experiments import shard_text
 from experiments.corpora import Corpus
 from lm.data import shard_index, shards
 from lm.data.documents import id_dtype
 from lm.data.shard_index import Index, Shard
 from lm.files import json_fields
+from tokenization import loading
 from tokenization.tokenizer import Tokenizer
 
 _SAMPLE = 64  # documents per split that are checked before the work starts
@@ -192,7 +192,7 @@ def write(task: Task) -> Shard:
     Raises:
       OSError, ValueError: as the documents, the tokenizer and `lm.data.shards.write_shard` do.
     """
-    tokenizer = tokenization.load(epath.Path(task.out) / shard_text.TOKENIZER)
+    tokenizer = loading.load(epath.Path(task.out) / shard_text.TOKENIZER)
     shard = shards.write_shard(task.path, _encoded(tokenizer, task), tokenizer.vocab_size)
     shard_index.write_json(task.part, shard._asdict())
     return shard

@@ -26,7 +26,7 @@ from lm.model.leaves import Params
 from lm.training import train
 from tokenization.transfer import dynamic, hypernetwork, row_cache, transfer
 from tokenization.transfer.dynamic import Merged
-from tokenization.transfer.transfer import Source
+from tokenization.transfer.transfer import SourceModel
 from tokenization.vocabularies import boundaries
 
 # Batches that determine the number of merges for a fraction of the maximal reduction.
@@ -34,7 +34,7 @@ _SAMPLES = 4
 
 
 def measure(
-    config: Config, source: Source, network: Trained, documents: Sequence[np.ndarray],
+    config: Config, source: SourceModel, network: Trained, documents: Sequence[np.ndarray],
     samples: Sequence[np.ndarray], mesh: Mesh,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Returns a row for each of `config.reductions`, preceded by 0.
@@ -87,7 +87,7 @@ class _Reader:
     Params are arguments of the compiled functions, since they are too large for constants.
     """
 
-    def __init__(self, source: Source, network: Trained, capacity: int, mesh: Mesh):
+    def __init__(self, source: SourceModel, network: Trained, capacity: int, mesh: Mesh):
         self._source, self._network, self._mesh, self._capacity = source, network, mesh, capacity
         predict = jax.jit(hypernetwork.predict, static_argnums=1)
         read = jax.jit(hypernetwork.read, static_argnums=1)

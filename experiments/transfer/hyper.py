@@ -20,7 +20,7 @@ from tokenization.transfer import hypernetwork
 from tokenization.transfer import losses as hypernetwork_losses
 from tokenization.transfer.hypernetwork import HypernetworkConfig
 from tokenization.transfer.sampled_batches import Settings, sampled_batches
-from tokenization.transfer.transfer import Source
+from tokenization.transfer.transfer import SourceModel
 
 # Bytes of text per token of a row; few rows are left shorter than their length.
 _BYTES_PER_TOKEN = 6
@@ -34,7 +34,9 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def fit(config: Config, source: Source, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Trained:
+def fit(
+    config: Config, source: SourceModel, corpus: Corpus, out: epath.Path, mesh: Mesh
+) -> Trained:
     """Trains a hypernetwork in two stages, resuming from the checkpoints in `out`."""
     begin = time.monotonic()
     shape = hypernetwork.for_model(config.hypernetwork, source.config, source.tokenizer.vocab_size)
@@ -77,7 +79,7 @@ def _rows(config: TrainConfig, vocab_size: int) -> grain.IterDataset:
 
 
 def sampled(
-    config: Config, source: Source, corpus: Corpus, shape: HypernetworkConfig
+    config: Config, source: SourceModel, corpus: Corpus, shape: HypernetworkConfig
 ) -> grain.IterDataset:
     """Returns batches, each with its own sampled tokenizer."""
     run = config.transfer

@@ -20,7 +20,7 @@ from lm.checkpoints import bundle
 from lm.model.config import Config as ModelConfig
 from tokenization.tokenizer import Tokenizer
 from tokenization.transfer import transfer
-from tokenization.transfer.transfer import Method, Source
+from tokenization.transfer.transfer import Method, SourceModel
 
 # methods also evaluated after continued training: the hypernetwork, and its initialisation
 TRAINED_ON = (HYPERNETWORK, 'mean_of_pieces')
@@ -74,7 +74,7 @@ class _Setting(NamedTuple):
     """Arguments shared by all measurements."""
 
     config: Config
-    source: Source
+    source: SourceModel
     corpus: Corpus
     texts: list[bytes]
     out: epath.Path

@@ -23,7 +23,7 @@ from lm.model.leaves import Params
 from lm.training import train
 from tokenization.tokenizer import Tokenizer
 from tokenization.transfer import heuristics, transfer
-from tokenization.transfer.transfer import Method, Source
+from tokenization.transfer.transfer import Method, SourceModel
 
 # Bytes of text for the auxiliary vectors of `neighbours`, and for continued training.
 CONTEXT_BYTES, SHOT_BYTES = 2_000_000, 4_000_000
@@ -54,12 +54,12 @@ def methods(tokenizer: Tokenizer, documents: Sequence[bytes]) -> dict[str, Metho
     }
 
 
-def unmoved(source: Source) -> Moved:
+def unmoved(source: SourceModel) -> Moved:
     """Returns the source unchanged, with all rows of its tables."""
     return Moved(Fitted(source.config, source.params, 0.0), source.tokenizer, source.bos, 0.0)
 
 
-def move(source: Source, tokenizer: Tokenizer, method: Method, mesh: Mesh) -> Moved:
+def move(source: SourceModel, tokenizer: Tokenizer, method: Method, mesh: Mesh) -> Moved:
     """Returns the model with tables for a target, made by `method`."""
     vocabulary = transfer.vocabulary(source, tokenizer)
     begin = time.monotonic()

@@ -5,18 +5,18 @@ from typing import cast
 from etils import epath
 from jax.sharding import Mesh
 
-import tokenization
 from experiments import language_model, resume
 from experiments.corpora import Corpus
 from experiments.transfer.config import Config
 from lm.checkpoints import bundle
+from tokenization import loading
 from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
 from tokenization.transfer import decompose
-from tokenization.transfer.transfer import Source
+from tokenization.transfer.transfer import SourceModel
 from tokenization.vocabularies.bpe import BPETokenizer
 
 
-def open_source(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> Source:
+def open_source(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> SourceModel:
     """Returns the source: the config's bundle, or a model trained here, now or by an earlier run.
 
     Raises:
@@ -26,7 +26,7 @@ def open_source(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> 
     if config.bundle is None:
         _train(config, corpus, out, mesh)
     loaded = bundle.load(config.bundle or out / 'source' / 'bundle', mesh)
-    tokenizer = tokenization.load(loaded.tokenizer_path)
+    tokenizer = loading.load(loaded.tokenizer_path)
     bos = loaded.bos
     if bos is None and isinstance(tokenizer, HuggingFaceTokenizer):
         bos = tokenizer.special.get('eos')  # Qwen has no BOS; EOS separates documents
@@ -36,7 +36,7 @@ def open_source(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> 
     if not hasattr(tokenizer, 'encode_piece'):
         raise ValueError(f'--bundle {config.bundle}: its tokenizer cannot decompose tokens; '
                          'expected BPE, bytes or an imported one')  # fmt: skip
-    return Source(loaded.config, loaded.params, cast(decompose.Source, tokenizer), bos)
+    return SourceModel(loaded.config, loaded.params, cast(decompose.PieceTokenizer, tokenizer), bos)
 
 
 def _train(config: Config, corpus: Corpus, out: epath.Path, mesh: Mesh) -> None:

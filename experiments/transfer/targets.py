@@ -15,12 +15,12 @@ from experiments.transfer.config import Config, Target
 from lm.training.metrics import ProgressLine
 from tokenization.coding import ngram
 from tokenization.equal_info import compiler
-from tokenization.equal_info.codec import EqualInfoTokenizer
 from tokenization.tokenizer import Tokenizer
-from tokenization.vocabularies import bpe
+from tokenization.vocabularies import patterns
 from tokenization.vocabularies.bpe import BPETokenizer
 from tokenization.vocabularies.byte import ByteTokenizer
 from tokenization.vocabularies.longest_match import Strings
+from tokenization.vocabularies.table import TableTokenizer
 
 _FOLDER = pathlib.Path(__file__).parent
 _FILES = {'gpt2': ('gpt2', 'r50k_base'), 'cl100k': ('cl100k', 'cl100k_base')}
@@ -31,12 +31,12 @@ def build(config: Config, corpus: Corpus, out: epath.Path) -> dict[Target, Token
     """Returns the targets, loading those that an earlier run saved in `out`."""
     makers: dict[Target, Callable[[], Tokenizer]] = {
         'bpe_same': lambda: BPETokenizer.train(
-            _half(corpus.train), config.vocab_size, bpe.CL100K_PATTERN
+            _half(corpus.train), config.vocab_size, patterns.CL100K_PATTERN
         ),
         'bpe_4x': lambda: BPETokenizer.train(corpus.train, 4 * config.vocab_size),
         'bpe_code': lambda: BPETokenizer.train(_code(corpus), config.vocab_size),
-        'gpt2': lambda: _released(config, 'gpt2', bpe.GPT2_PATTERN),
-        'cl100k': lambda: _released(config, 'cl100k', bpe.CL100K_PATTERN),
+        'gpt2': lambda: _released(config, 'gpt2', patterns.GPT2_PATTERN),
+        'cl100k': lambda: _released(config, 'cl100k', patterns.CL100K_PATTERN),
         'bytes': ByteTokenizer,
         'equal_info': lambda: distinct(_equal_info(corpus.train)),
     }
@@ -66,12 +66,12 @@ def _released(config: Config, target: str, pattern: str) -> BPETokenizer:
     )
 
 
-def _equal_info(documents: Sequence[bytes]) -> EqualInfoTokenizer:
+def _equal_info(documents: Sequence[bytes]) -> TableTokenizer:
     model = ngram.count(documents, _NGRAM_ORDER).model()
     return compiler.compile_equal_info(model, 'canonical', _WINDOW_BYTES)
 
 
-def distinct(codec: EqualInfoTokenizer) -> EqualInfoTokenizer:
+def distinct(codec: TableTokenizer) -> TableTokenizer:
     """Returns the codec without the codes that it never writes, so that each string has one id.
 
     A model transferred to it thus splits no probability between two ids of one string.

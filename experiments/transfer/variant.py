@@ -19,11 +19,11 @@ from experiments.transfer.measure import Moved
 from lm.checkpoints import bundle
 from tokenization.tokenizer import Tokenizer
 from tokenization.transfer import transfer
-from tokenization.transfer.transfer import Source
+from tokenization.transfer.transfer import SourceModel
 
 
 def rows(
-    config: Config, source: Source, found: dict[Target, Tokenizer], out: epath.Path, mesh: Mesh
+    config: Config, source: SourceModel, found: dict[Target, Tokenizer], out: epath.Path, mesh: Mesh
 ) -> list[dict[str, Any]]:
     """Returns bits per byte of held-out prose of base and variant, before and after a transfer.
 

@@ -41,7 +41,7 @@ class Saves(Protocol):
 
 
 class Bundle(NamedTuple):
-    """A loaded model; `tokenization.load(bundle.tokenizer_path)` gives its tokenizer.
+    """A loaded model; `tokenization.loading.load(bundle.tokenizer_path)` gives its tokenizer.
 
     Attributes:
       config, params: the model.

@@ -18,7 +18,7 @@ from experiments.lexinvariant import (
     tasks,
 )
 from lm.model import params
-from tokenization.vocabularies.alphabet import CharacterTokenizer
+from tokenization.vocabularies.alphabet import AlphabetTokenizer
 
 SETTINGS = config.SCALES['tiny']
 SOURCE = b'''import os
@@ -157,12 +157,12 @@ def test_the_paper_scale_is_of_the_papers_size():
 
 
 def test_characters_refuse_what_they_do_not_have(tmp_path):
-    tokenizer = CharacterTokenizer(b'abc')
+    tokenizer = AlphabetTokenizer(b'abc')
     assert tokenizer.encode(b'cab').tolist() == [2, 0, 1]
     assert tokenizer.decode(np.array([2, 0])) == b'ca' and tokenizer.token_bytes(1) == b'b'
     with pytest.raises(ValueError, match='byte 0x7a at 2'):
         tokenizer.encode(b'abz')
     tokenizer.save(tmp_path / 'saved')
-    assert CharacterTokenizer.load(tmp_path / 'saved') == tokenizer
+    assert AlphabetTokenizer.load(tmp_path / 'saved') == tokenizer
     with pytest.raises(ValueError, match='distinct'):
-        CharacterTokenizer(b'aa')
+        AlphabetTokenizer(b'aa')

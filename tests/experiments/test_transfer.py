@@ -31,7 +31,7 @@ from tokenization.equal_info.compiler import compile_equal_info
 from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
 from tokenization.transfer import heuristics, hypernetwork
 from tokenization.transfer.hypernetwork import HypernetworkConfig
-from tokenization.transfer.transfer import Source
+from tokenization.transfer.transfer import SourceModel
 from tokenization.vocabularies.bpe import BPETokenizer
 from tokenization.vocabularies.byte import ByteTokenizer
 
@@ -49,7 +49,7 @@ def source():
     tokenizer = BPETokenizer.train([TEXT], 290)
     v = tokenizer.vocab_size
     model = ModelConfig(v + 1, 16, 1, 2, 2, 8, 16, max_length=32)
-    return Source(model, params.init(model, jax.random.key(0)), tokenizer, v)
+    return SourceModel(model, params.init(model, jax.random.key(0)), tokenizer, v)
 
 
 @pytest.fixture(scope='module')
@@ -98,7 +98,7 @@ class TestDynamic:
 def _imported(source):
     """Returns the model with BOS among the tokenizer's ids, as in Hugging Face models."""
     model = dataclasses.replace(source.config, vocab_size=source.bos + 30)
-    return Source(model, params.init(model, jax.random.key(0)), source.tokenizer, 5)
+    return SourceModel(model, params.init(model, jax.random.key(0)), source.tokenizer, 5)
 
 
 @pytest.mark.parametrize('kind', ['trained', 'imported'])

@@ -13,7 +13,6 @@ import time
 import jax
 import pytest
 
-import tokenization
 from experiments import corpora, language_model
 from experiments.language_model import Fitted
 from lm.checkpoints import bundle
@@ -21,6 +20,7 @@ from lm.devices import mesh, processes
 from lm.files import provenance
 from lm.losses import next_token as losses
 from lm.training import metrics
+from tokenization import loading
 
 STEPS = 40
 MINUTE = 60
@@ -114,7 +114,7 @@ def test_a_killed_run_of_two_processes_goes_on_as_if_nothing_had_happened(folder
     # one process can load the bundle that two have written
     loaded = bundle.load(whole / 'bundle', mesh.make(devices=jax.devices()[:1]))
     text = corpora.first_bytes(corpora.open_corpus(str(folder / 'text' / '*.txt')).valid, 2_000)
-    ids = tokenization.load(loaded.tokenizer_path).encode_batch(text)
+    ids = loading.load(loaded.tokenizer_path).encode_batch(text)
     here = mesh.make(devices=jax.devices()[:1])
     fitted = Fitted(loaded.config, loaded.params, 0.0)
     nats = language_model.nats(fitted, language_model.evaluation(ids, 256, 2, 16), here)

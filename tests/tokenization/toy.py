@@ -21,11 +21,11 @@ def table_model(
     The state is the last byte, int32[B], and so is the mark.
     """
     rng = np.random.default_rng(seed)
-    p_NV = rng.dirichlet(np.full(SYMBOLS, concentration), size=SYMBOLS + 1)
-    table_NV = jnp.asarray(cdf.quantize(p_NV, precision))
+    p_JV = rng.dirichlet(np.full(SYMBOLS, concentration), size=SYMBOLS + 1)
+    table_JV = jnp.asarray(cdf.quantize(p_JV, precision))
     return NextByteModel(
         start=lambda batch: jnp.full(batch, _START, jnp.int32),
-        cdf=lambda last_B: table_NV[last_B],
+        cdf=lambda last_B: table_JV[last_B],
         step=lambda last_B, byte_B: byte_B.astype(jnp.int32),
         mark=lambda last_B: last_B,
         rewind=lambda last_B, mark_B: mark_B,

@@ -1,1 +1,1 @@
-"""Arithmetic coding: models of the next byte, coders, containers."""
+"""Arithmetic coding: next-byte models, coders and a file format."""

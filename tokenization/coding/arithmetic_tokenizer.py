@@ -1,8 +1,8 @@
-"""Arithmetic-coded text as tokens: the representation that a second model cannot learn.
+"""Arithmetic-coded text as tokens: a representation that a language model does not learn from.
 
 Lester et al. 2024 (Training LLMs over Neurally Compressed Text, section 3.3) call it AC: one stream
-per document, cut into groups of 8 or 16 bits. It is the baseline that Equal-Info windows are
-measured against; here the first model is a byte n-gram.
+per document, cut into groups of 8 or 16 bits. It is the baseline of Equal-Info windows. Here the
+first model, which gives the coder its probabilities, is a byte n-gram.
 """
 
 import dataclasses
@@ -14,9 +14,10 @@ import numpy as np
 from etils import epath
 
 from lm.files import atomic
-from tokenization.coding import arithmetic, byte_coder
+from tokenization.coding import byte_coder
 from tokenization.coding.next_byte import NextByteModel
 from tokenization.coding.ngram import NGram
+from tokenization.coding.symbols import encode_symbols
 from tokenization.tokenizer import check_ids, read_kind, write_kind
 
 _KIND = 'arithmetic'
@@ -29,8 +30,9 @@ _SHORTEST = 256
 class ArithmeticTokenizer:
     """A `Tokenizer` whose ids are the arithmetic code of the whole document.
 
-    The ids are the bytes, or pairs of bytes with the first one high, of the document's length as a
-    LEB128 varint and its code; a pair that is not full ends in zeros. No bytes are no ids.
+    A document becomes its length in bytes, as a LEB128 varint, and its arithmetic code. The ids are
+    the bytes of both, or pairs of bytes, first byte high, padded with a zero byte. An empty
+    document has no ids.
 
     Attributes:
       ngram: the first model, which reads the document without ever being reset.
@@ -58,11 +60,11 @@ class ArithmeticTokenizer:
         return self.encode_batch([data])[0]
 
     def encode_batch(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        """Returns `encode` of each document; many at once are faster than one by one."""
+        """Returns `encode` of each document, faster than one by one."""
         codes = [b''] * len(documents)
         order = sorted(range(len(documents)), key=lambda row: len(documents[row]))
         while order:
-            # The longest that are left, as many as fit; few shapes, so that few are compiled.
+            # The longest that remain, as many as fit; few shapes, so that few programs compile.
             T = max(_SHORTEST, 1 << max(len(documents[order[-1]]) - 1, 0).bit_length())
             size = 1 if len(documents) == 1 else max(1, min(_BATCH, _SYMBOLS_AT_ONCE // T))
             rows, order = order[-size:], order[:-size]
@@ -78,13 +80,13 @@ class ArithmeticTokenizer:
         """Returns the document.
 
         Raises:
-          ValueError: an id is out of range; or the ids are not those of a document: truncated,
-            damaged, or not written by `encode`.
+          ValueError: an id is out of range, or `encode` of no document gives these ids: they are
+            truncated or damaged.
         """
         return self.decode_batch([ids])[0]
 
     def decode_batch(self, sequences: Sequence[np.ndarray]) -> list[bytes]:
-        """Returns `decode` of each sequence of ids; many at once are faster than one by one."""
+        """Returns `decode` of each sequence of ids, faster than one by one."""
         sequences = [np.asarray(ids) for ids in sequences]
         lengths, codes = [], []
         for ids in sequences:
@@ -93,18 +95,18 @@ class ArithmeticTokenizer:
             codes.append(code)
         batch = 1 if len(sequences) == 1 else _BATCH
         documents = byte_coder.decode_bytes(self._model, codes, lengths, batch=batch)
-        # Only a document's own ids may stand for it, so the ids tell whether they are complete.
+        # Each document has exactly one code: encoding it again shows whether ids are complete.
         for ids, document, own in zip(sequences, documents, self.encode_batch(documents)):
             if not np.array_equal(ids, own):
                 raise ValueError(
-                    f'{len(ids)} ids are not the code of any document (one of {len(document)} '
-                    f'bytes, as they begin, has {len(own)} ids): truncated or damaged'
+                    f'{len(ids)} ids are not the code of any document: they start like one of '
+                    f'{len(document)} bytes, which has {len(own)} ids; truncated or damaged'
                 )
         return documents
 
     def token_bytes(self, token: int) -> bytes:
-        """Always raises ValueError: what an id stands for depends on all the ids before it."""
-        raise ValueError(f'id {token}: an arithmetic code has no fixed bytes for an id by itself')
+        """Always raises ValueError: the bytes of an id depend on all the ids before it."""
+        raise ValueError(f'id {token}: in an arithmetic code, single ids have no fixed bytes')
 
     def save(self, path: epath.PathLike) -> None:
         """Writes the n-gram and the settings into the folder `path`."""
@@ -120,9 +122,7 @@ class ArithmeticTokenizer:
           FileNotFoundError: a file is missing.
           ValueError: a file is damaged or of another kind.
         """
-        fields = read_kind(path)
-        if fields['kind'] != _KIND:
-            raise ValueError(f'{path}: a tokenizer of kind {fields["kind"]!r}, expected {_KIND!r}')
+        fields = read_kind(path, _KIND)
         missing = {'bits_per_token', 'precision'} - fields.keys()
         if missing:
             raise ValueError(f'{path}: tessera.json lacks {sorted(missing)}; save it again')
@@ -143,7 +143,7 @@ class ArithmeticTokenizer:
             lower_TB[:length, row], upper_TB[:length, row] = self.ngram.intervals(
                 document, self.precision
             )
-        codes, _ = arithmetic.encode_symbols(lower_TB, upper_TB, length_B, self.precision)
+        codes, _ = encode_symbols(lower_TB, upper_TB, length_B, self.precision)
         return codes[: len(documents)]
 
     def _to_ids(self, data: bytes) -> np.ndarray:
@@ -159,18 +159,22 @@ class ArithmeticTokenizer:
         data = ids.astype(f'>u{self.bits_per_token // 8}').tobytes()
         length, size = _read_varint(data)
         code = data[size:]
-        # No byte has all of the probability, so a code of n bits holds a bounded number of bytes.
+        # No byte has probability 1, so a code of n bits holds a bounded number of bytes.
         least = -math.log2(1 - 254 / 2**self.precision)  # 255, and 1 for rounding
         if length * least > 8 * len(code) + 32:
             raise ValueError(
-                f'{len(ids)} ids cannot hold the {length} bytes that they announce: truncated or '
+                f'{len(ids)} ids cannot hold the {length} bytes that they declare: truncated or '
                 'damaged'
             )
         return length, code
 
 
 def _varint(number: int) -> bytes:
-    """Returns LEB128: seven bits a byte, lowest first, the top bit says that more follow."""
+    r"""Returns a number in LEB128: 7 bits per byte, lowest first, top bit set if more follow.
+
+    >>> _varint(300)  # 2 * 128 + 44
+    b'\xac\x02'
+    """
     groups = bytearray()
     while number >= 128:
         groups.append(number & 127 | 128)
@@ -179,10 +183,10 @@ def _varint(number: int) -> bytes:
 
 
 def _read_varint(data: bytes) -> tuple[int, int]:
-    """Returns the number that `data` starts with, and how many bytes it takes."""
+    """Returns the number at the start of `data`, and its size in bytes."""
     number = 0
     for index, byte in enumerate(data[:10]):
         number |= (byte & 127) << 7 * index
         if byte < 128:
             return number, index + 1
-    raise ValueError('the ids end, or go on, within the length of their document: truncated')
+    raise ValueError('the ids do not start with the length of a document: truncated or damaged')

@@ -1,12 +1,11 @@
 """Byte strings to arithmetic-coded streams and back, with the probabilities of any model.
 
-Float models give other probabilities when anything about their computation changes: the batch
-size, the order of a sum, what the compiler fused with it (specialised kernels included). Encoding
-and decoding are therefore **one compiled function**, `_run`: every step computes the CDF, takes the
-byte that is given or the one that the code points at, and narrows the intervals of an encoder and
-of a decoder by it. Which of the two counts is an argument, not another program. What is wasted is
-small beside any model, and a stream is decodable wherever the same executable, batch size and
-order of documents give the same results twice.
+The last bits of a float model's probabilities change with anything about the computation: the batch
+size, the order of a sum, the compiler's fusions. Encoding and decoding are therefore **one compiled
+function**, `_run`. Every step computes the CDF, takes either the given byte or the byte
+that the code points at, and narrows the intervals of an encoder and of a decoder to it. The mode is
+an argument, so both modes run the same program; the wasted work is small beside any model. A stream
+can be decoded wherever the same executable, batch size and order of documents are deterministic.
 """
 
 import functools
@@ -22,7 +21,7 @@ from tokenization.coding.next_byte import NextByteModel
 from tokenization.coding.streams import to_streams, to_words
 
 BATCH = 256
-_STEPS = 1024  # steps between two visits of the host, at most
+_STEPS = 1024  # at most, between two transfers to the host
 
 Progress = Callable[[int], None]
 
@@ -36,13 +35,13 @@ def encode_bytes(
 ) -> list[bytes]:
     """Returns one stream per document: the shortest code, padded with zero bits to whole bytes.
 
-    A document longer than `model.context` is read in pieces of that many bytes: the model forgets
-    at the seams, the interval does not. Streams do not hold the documents' lengths.
+    A document longer than `model.context` is read in pieces of that many bytes: between them the
+    model is reset, the interval is not. Streams do not hold the documents' lengths.
 
     Args:
-      model: read with `batch` rows, unused ones included.
-      documents: any bytes; rows wait for the longest of their batch.
-      batch: part of the contract with `decode_bytes` if the model computes with floats.
+      model: gives the probabilities; it always runs with `batch` rows, unused ones included.
+      documents: any bytes; a batch takes as long as its longest document.
+      batch: `decode_bytes` needs the same if the model computes with floats.
       progress: called with the number of bytes coded since its last call.
     """
     lengths = [len(document) for document in documents]
@@ -62,11 +61,11 @@ def decode_bytes(
     batch: int = BATCH,
     progress: Progress | None = None,
 ) -> list[bytes]:
-    """Returns the documents that `encode_bytes` coded; the bits after a stream's end are ignored.
+    """Returns the documents that `encode_bytes` encoded; bits after a stream's end are ignored.
 
-    For a model that computes with floats, the streams must be those of one call of `encode_bytes`,
-    all of them, in the same order, with the same `batch`. Damaged streams decode to other bytes
-    without complaint: see `tokenization.coding.container` for checks.
+    For a model that computes with floats, pass all the streams of one call of `encode_bytes`, in
+    the same order, with the same `batch`. Damaged streams decode to other bytes without an error:
+    see `tokenization.coding.container` for checksums.
 
     Args:
       model: the model that encoded them.
@@ -76,7 +75,7 @@ def decode_bytes(
       progress: called with the number of bytes decoded since its last call.
 
     Raises:
-      ValueError: not one length for each stream, or a negative one.
+      ValueError: the numbers of streams and lengths differ, or a length is negative.
     """
     if len(streams) != len(lengths):
         raise ValueError(f'{len(streams)} streams and {len(lengths)} lengths; expected one each')
@@ -161,9 +160,9 @@ def _run(
     steps: jax.Array,
     decoding: jax.Array,
 ) -> tuple[Any, arithmetic.Encoder, arithmetic.Decoder, jax.Array, jax.Array]:
-    """Codes `steps` bytes of every row; `length_B` counts from here, rows beyond it idle.
+    """Codes `steps` bytes of every row; a row idles after its next `length_B` bytes.
 
-    Returns the states, the bytes given or found, and the encoder's records, both `[T, B]`.
+    Returns the states, the bytes given or decoded, and the encoder's records, both `[T, B]`.
     """
 
     def body(t: jax.Array, carry: Any) -> Any:
@@ -184,7 +183,7 @@ def _run(
         )
 
     records = jnp.zeros(byte_TB.shape, jnp.uint32)
-    # The window of words starts at the next unread one.
+    # `words_BW` starts at the first unread word.
     decoder = arithmetic.Decoder(decoder.offset_B, decoder.range_B, jnp.zeros_like(decoder.read_B))
     return jax.lax.fori_loop(0, steps, body, (state, encoder, decoder, byte_TB, records))
 
@@ -195,8 +194,8 @@ def _rewind(model: NextByteModel, state: Any, mark: Any) -> Any:
 
 
 def _batches(lengths: list[int], batch: int) -> Iterator[list[int]]:
-    # Documents of like length share a batch, so that few rows idle; a stable sort, because the
-    # decoder has to find the same rows from the same lengths.
+    # Documents of similar length share a batch, so that few rows idle. The sort is stable, because
+    # the decoder must arrive at the same batches from the same lengths.
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     for first in range(0, len(order), batch):
         yield order[first : first + batch]
@@ -216,7 +215,7 @@ def _padded(lengths: list[int], batch: int) -> np.ndarray:
 
 
 def _window(words_BW: np.ndarray, read_B: np.ndarray) -> np.ndarray:
-    """Returns the next `_STEPS` words of each row, zeros past the end: one step takes one."""
+    """Returns the next `_STEPS` words of each row, zeros past the end; a step reads at most one."""
     index_BW = read_B.astype(np.int64)[:, None] + np.arange(_STEPS)
     inside_BW = index_BW < words_BW.shape[1]
     if not inside_BW.any():

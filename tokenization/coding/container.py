@@ -1,4 +1,4 @@
-"""A file of arithmetic-coded text that says what it is and notices when it is damaged.
+"""The `.tess` file format: arithmetic-coded text with checksums and the digest of its model.
 
     header   magic, version | precision, lanes, chunk size, model digest, made with | CRC
     group    count > 0, then per chunk: text bytes, code bytes, CRC of the text, CRC of the code
@@ -7,9 +7,9 @@
     trailer  count = 0, text bytes in all | CRC
 
 All numbers are little-endian, all CRCs are CRC-32. The text is cut into chunks of one size (the
-last may be shorter), each coded by itself; `lanes` of them make a group, one batch of the model.
-Nothing is trusted before its CRC was checked, and text is written only when it has the CRC of the
-text that was read. Memory is bounded by a group, whatever the length of the file.
+last may be shorter), and each is coded by itself; `lanes` of them make a group, one batch of the
+model. Every CRC is checked before the data is used, and decoded text is written only if it has the
+CRC of the original. Memory is bounded by a group, not by the length of the file.
 """
 
 import io
@@ -42,14 +42,14 @@ class ContainerError(ValueError):
 
 
 class Header(NamedTuple):
-    """What a container says of itself.
+    """The header of a container.
 
     Attributes:
       precision: bits of the CDF.
       lanes: chunks in a group; the batch size of the model, on both sides.
       chunk: text bytes in a chunk.
       digest: hex SHA-256, `NextByteModel.digest` of the model that wrote it.
-      made_with: backend and JAX version that wrote it; a float model may need the same.
+      made_with: backend and JAX version that wrote it; to decode, a float model may need both.
     """
 
     precision: int
@@ -79,7 +79,7 @@ def compress(
 
     Args:
       reader: any bytes; need not seek.
-      writer: the caller gives it its final name only after this function has returned.
+      writer: a file that gets its final name only after this function has returned.
       model: gives the probabilities; needed again to read the container.
       lanes: chunks coded at once.
       chunk: bytes in a chunk; the model starts afresh in each.
@@ -116,8 +116,8 @@ def decompress(
 ) -> int:
     """Reads a container to its end and writes its text; returns the number of bytes written.
 
-    Every byte written was checked, but an error may come after some of them: give the result its
-    final name only after this function has returned.
+    Every byte written has been checked, but an error may follow it: give the result its final name
+    only after this function has returned.
 
     Args:
       reader: positioned at the first byte of the container; need not seek.
@@ -127,13 +127,13 @@ def decompress(
 
     Raises:
       ContainerError: the container is foreign, damaged or truncated, was made with another model,
-        or this machine computes other probabilities than the one that made it.
+        or this machine computes different probabilities than the one that made it.
     """
     header = read_header(reader)
     if header.digest != model.digest or header.precision != model.precision:
         raise ContainerError(
-            f'this file was made with the model {header.digest} at {header.precision} bits; '
-            f'given was {model.digest} at {model.precision} bits. It can only be read with the '
+            f'this file was made with the model {header.digest} at {header.precision} bits, but '
+            f'the given model is {model.digest} at {model.precision} bits; decompress it with the '
             'model that it was made with'
         )
     total = done = 0
@@ -151,8 +151,8 @@ def decompress(
         for number, (text, entry) in enumerate(zip(texts, entries), start=done):
             if zlib.crc32(text) != entry.text_crc:
                 raise ContainerError(
-                    f'chunk {number}: the decoded text is not the one that was encoded, though its '
-                    'code is undamaged: the probabilities computed here differ from those at '
+                    f'chunk {number}: the decoded text is not the original, although its code is '
+                    'undamaged: the probabilities computed here differ from those at '
                     f'encoding. Made with {header.made_with}; this is {_made_with()}'
                 )
             total += _write(writer, text)
@@ -176,7 +176,7 @@ def unpack(container: bytes, model: NextByteModel) -> bytes:
 
 
 def read_header(reader: BinaryIO) -> Header:
-    """Reads the header; raises ContainerError if it is not a sound one of a known version."""
+    """Reads the header; raises ContainerError if it is damaged or of an unknown version."""
     start = _read(reader, _START.size)
     if start[: len(MAGIC)] != MAGIC[: len(start)] or not start:
         raise ContainerError(
@@ -186,7 +186,7 @@ def read_header(reader: BinaryIO) -> Header:
         raise ContainerError('truncated within its header')
     version = start[-1]
     if version != VERSION:
-        raise ContainerError(f'container version {version}; this program reads {VERSION} only')
+        raise ContainerError(f'container version {version}; this program reads {VERSION}')
     rest = _read_exactly(reader, _FIELDS.size + _CRC.size, 'its header')
     _check_crc(start + rest, 'the header')
     precision, lanes, chunk, digest, made_with = _FIELDS.unpack(rest[: _FIELDS.size])
@@ -213,7 +213,7 @@ def _pack_header(header: Header) -> bytes:
 
 
 def _read_table(reader: BinaryIO, header: Header, done: int) -> list[_Entry]:
-    """Returns the entries of the next group, none if it is the trailer; only its count is read."""
+    """Returns the entries of the next group; none at the trailer, whose count alone is read."""
     where = f'the table after chunk {done}'
     head = _read_exactly(reader, _COUNT.size, where)
     (count,) = _COUNT.unpack(head)
@@ -224,12 +224,12 @@ def _read_table(reader: BinaryIO, header: Header, done: int) -> list[_Entry]:
     table = _read_exactly(reader, count * _CHUNK.size + _CRC.size, where)
     _check_crc(head + table, where)
     entries = [_Entry(*fields) for fields in _CHUNK.iter_unpack(table[: -_CRC.size])]
-    # Every byte value keeps a frequency of 1 at least, and an interval of 2**16 or more is rounded
-    # by 1 at most: no byte costs less than this many bits, so
-    # that a short code cannot announce a long text.
+    # The other 255 byte values have a frequency of at least 1 each, and an interval of at least
+    # 2**16 is rounded by at most 1. So no byte costs fewer bits than this, and a short code cannot
+    # declare a long text.
     least = -math.log2(1 - 254 / 2 ** max(header.precision, 8))
     for entry in entries:
-        # A byte costs 16 bits at most, and the end of a code 17.
+        # A byte costs at most 16 bits, and the end of a code 17.
         cheap = entry.text * least > 8 * entry.code + 32
         if entry.text > header.chunk or entry.code > 2 * entry.text + 3 or cheap:
             raise ContainerError(f'{where}: {entry.text} bytes in {entry.code} are out of range')
@@ -241,9 +241,11 @@ def _check_end(reader: BinaryIO, total: int) -> None:
     _check_crc(_COUNT.pack(0) + trailer, 'the trailer')
     (expected,) = _TOTAL.unpack(trailer[: _TOTAL.size])
     if total != expected:
-        raise ContainerError(f'{total} bytes of text, the trailer says {expected}: groups are lost')
+        raise ContainerError(
+            f'{total} bytes of text, but the trailer says {expected}: groups are lost'
+        )
     if reader.read(1):
-        raise ContainerError('bytes follow the trailer: not a container alone')
+        raise ContainerError('bytes follow the trailer: the file holds more than a container')
 
 
 def _made_with() -> str:
@@ -266,7 +268,7 @@ def _write(writer: BinaryIO, data: bytes) -> int:
 
 
 def _read(reader: BinaryIO, size: int) -> bytes:
-    """Returns `size` bytes, fewer only at the end: a pipe may give less at once."""
+    """Returns `size` bytes, or fewer at the end; a pipe may return fewer per read."""
     parts = []
     while size and (part := reader.read(size)):
         parts.append(part)

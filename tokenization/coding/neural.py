@@ -19,7 +19,7 @@ BOS = SYMBOLS
 class State:
     """The bytes that B rows have read, the distribution of the next, and the parameters.
 
-    The parameters travel with the state so that jitted functions get them as arguments, not as
+    The parameters are part of the state so that jitted functions get them as arguments, not as
     constants compiled into the program.
 
     Attributes:
@@ -38,18 +38,18 @@ class State:
 def model(params: Params, config: Config, context: int, precision: int = 14) -> NextByteModel:
     """Returns the transformer as a next-byte model; a mark is (symbols read, CDF).
 
-    The first byte is predicted from the input-only id `BOS`. Frequencies are integers made from
-    float logits: they repeat exactly on one machine, at one batch size, through one compiled
-    program; `tokenization.coding.next_byte` says what coders owe to that.
+    The first byte is predicted from the input-only id `BOS`. Frequencies are integers computed from
+    float logits, so they are reproducible only on one machine, at one batch size and through one
+    compiled program; see `tokenization.coding.next_byte`.
 
     Args:
-      params: of a model over 256 bytes and BOS, or more ids that are never predicted.
+      params: of a model over 256 bytes and BOS; further ids are never predicted.
       config: its config.
-      context: bytes that may be read after a reset; the size of the cache.
+      context: the greatest number of bytes read after a reset; sets the size of the cache.
       precision: bits of the CDF.
 
     Raises:
-      ValueError: the vocabulary has no BOS, or the model is not meant for so long a context.
+      ValueError: the vocabulary has no BOS, or the context exceeds the model's.
     """
     if config.vocab_size <= BOS:
         raise ValueError(f'vocab_size {config.vocab_size}: a byte model needs {BOS + 1} or more')

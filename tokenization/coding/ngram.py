@@ -1,16 +1,24 @@
 """An interpolated Witten-Bell byte n-gram: exact, deterministic, trained in seconds.
 
-With n(c, s) the count of byte s after the context c, N(c) = sum_s n(c, s), T(c) the number of
-distinct bytes seen after c, and c' the context without its oldest byte,
+Let n(c, s) be the count of byte s after the context c, N(c) = sum_s n(c, s), T(c) the number of
+distinct bytes seen after c, and c' the context without its oldest byte. Then
 
-    p(s | c) = (n(c, s) + T(c) p(s | c')) / (N(c) + T(c)),    p(s | nothing) from 1/256.
+    p(s | c) = (n(c, s) + T(c) p(s | c')) / (N(c) + T(c))
+
+and p(s | c') = 1/256 for the empty context c. In `aab`, the empty context has n(a) = 2, n(b) = 1,
+N = 3 and T = 2, so that p(a) = (2 + 2/256) / 5; the context `a` has n(a, a) = n(a, b) = 1, so that
+p(a | a) = (1 + 2 p(a)) / 4:
+
+>>> aab = count([b'aab'], order=1)
+>>> 2 ** aab.log2_probabilities(b'aa')
+array([0.4015625 , 0.45078125])
 
 Source: Witten and Bell, The zero-frequency problem (IEEE Trans. Inf. Theory, 1991), method C, in
 the interpolated form of Chen and Goodman (1998).
 
-Contexts form a trie read backwards, most recent byte first. A node of level k (a context of k
-bytes) is known by the key `parent * 256 + byte`; keys are sorted, and a node's number is the rank
-of its key, so that any order needs no integer wider than 32 bits:
+Contexts form a trie, read backwards from the most recent byte. A node of level k (a context of k
+bytes) has the key `parent * 256 + byte`. Keys are sorted, and a node's number is the rank of its
+key, so that no order needs integers wider than 32 bits:
 
     level 1 keys:  byte                    'e', 'h'      -> nodes 0, 1
     level 2 keys:  node_1 * 256 + older    'he', 'th'    -> nodes 0, 1   (oldest byte first)
@@ -31,17 +39,17 @@ from tokenization.coding.next_byte import SYMBOLS, NextByteModel
 
 MAX_ORDER = 5
 _VERSION = 1
-_MOST_NODES = (1 << 24) - 1  # of a level: a node and a byte make a key of 32 bits
+_MOST_NODES = (1 << 24) - 1  # per level: a node and a byte make a key of 32 bits
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NGram:
-    """Counts of bytes after contexts of 0 to `order` bytes; level k is index k of each tuple.
+    """Counts of bytes after contexts of 0 to `order` bytes; index k of each tuple is level k.
 
     Attributes:
       children: sorted keys of the nodes of each level, uint32; level 0 is the root alone.
       pairs: sorted keys `node * 256 + symbol` of the counts of each level, uint32.
-      counts: how often each pair was seen, uint32.
+      counts: occurrences of each pair, uint32.
     """
 
     children: tuple[np.ndarray, ...]
@@ -67,7 +75,7 @@ class NGram:
     def rows(self, precision: int) -> np.ndarray:
         """Returns lower bounds of the integer CDF, uint16 `[nodes of all levels, 256]`.
 
-        Computed at the first call on the host, in float64, then kept; 512 bytes a node.
+        Computed on the host in float64 at the first call, then cached; 512 bytes per node.
         """
         if precision not in self._rows:
             self._rows[precision] = witten_bell.lower_bounds(
@@ -76,18 +84,18 @@ class NGram:
         return self._rows[precision]
 
     def model(self, precision: int = 14) -> NextByteModel:
-        """Returns the jit-able next-byte model; its context is unlimited."""
+        """Returns the next-byte model, of unlimited context."""
         rows = self.rows(precision)
-        # The rows are hashed too: they come from floats, and a coder must see the same integers.
+        # The rows are hashed too: they were computed in floats, and coders need the same integers.
         digest = hashlib.sha256(f'{self.digest} {precision}'.encode() + rows.tobytes()).hexdigest()
         return ngram_model.model(self.children, rows, precision, digest)
 
     def log2_probabilities(self, data: bytes, reset_every: int | None = None) -> np.ndarray:
-        """Returns log2 p of every byte of one document, float64 `[len(data)]`, not quantised.
+        """Returns log2 p of every byte of one document, float64 `[len(data)]`, unquantised.
 
         Args:
           data: the document.
-          reset_every: the context is empty again after so many bytes; None for never.
+          reset_every: the context is emptied after every so many bytes; None for never.
         """
         symbols = np.frombuffer(data, np.uint8)
         p = np.full(len(symbols), 1 / SYMBOLS)
@@ -110,7 +118,7 @@ class NGram:
     def intervals(self, data: bytes, precision: int = 14) -> tuple[np.ndarray, np.ndarray]:
         """Returns lower and upper CDF bounds of every byte of one document, int32 `[len(data)]`.
 
-        The same integers as `model(precision)` gives when it reads the document byte by byte.
+        They equal those of `model(precision)` when it reads the document byte by byte.
         """
         symbols = np.frombuffer(data, np.uint8).astype(np.int64)
         row, base = np.zeros(len(symbols), np.int64), 0
@@ -161,7 +169,7 @@ class NGram:
         found = ngram.digest
         if found != digest:
             raise ValueError(
-                f'{array_file}: its digest is {found[:12]}, {head_file.name} says '
+                f'{array_file}: its digest is {found[:12]}, but {head_file.name} says '
                 f'{digest[:12]}: a damaged or foreign file; train the n-gram again'
             )
         try:
@@ -171,7 +179,7 @@ class NGram:
         return ngram
 
     def check(self) -> None:
-        """Raises ValueError unless the arrays are a trie with counts, as `count` makes it."""
+        """Raises ValueError unless the arrays are a trie with counts, as `count` returns it."""
         parents = 1
         for level, (keys, pairs, counts) in enumerate(
             zip(self.children, self.pairs, self.counts, strict=True)
@@ -181,16 +189,16 @@ class NGram:
                     raise ValueError(f'level {level}: expected uint32 vectors, got {array.dtype}')
             for array, nodes in ((keys, parents), (pairs, len(keys))):
                 if np.any(array[1:] <= array[:-1]) or np.any(array >> 8 >= nodes):
-                    raise ValueError(f'level {level}: keys out of order or of no node')
+                    raise ValueError(f'level {level}: keys out of order, or without a parent')
             if len(keys) > _MOST_NODES or (not level and keys.tolist() != [0]):
                 raise ValueError(f'level {level}: {len(keys)} nodes are out of range')
             seen = np.bincount(pairs >> 8, minlength=len(keys))
             if counts.shape != pairs.shape or not (np.all(counts) and np.all(seen)):
-                raise ValueError(f'level {level}: a context that was never seen')
+                raise ValueError(f'level {level}: a context without counts')
             parents = len(keys)
 
     def _nodes(self, symbols: np.ndarray, reset_every: int | None) -> list[np.ndarray]:
-        """Returns, per level, the node of the context of each position; -1 where there is none."""
+        """Returns, per level, the node of each position's context; -1 if it was not counted."""
         position = np.arange(len(symbols))
         read = position if reset_every is None else position % reset_every
         nodes = [np.zeros(len(symbols), np.int64)]
@@ -205,12 +213,12 @@ class NGram:
 
 
 def count(documents: Iterable[bytes], order: int = 3, min_count: int = 1) -> NGram:
-    """Returns the n-gram of some documents; contexts never cross from one into the next.
+    """Returns the n-gram of some documents; contexts do not cross from one into the next.
 
     Args:
-      documents: the training text; all of it is held in memory, at about 30 bytes a byte.
+      documents: the training text, held in memory; takes about 30 bytes per byte of text.
       order: context bytes, 1 to 5.
-      min_count: contexts seen fewer times are left out (a shorter one serves), to save memory.
+      min_count: to save memory, contexts seen fewer times are replaced by shorter ones.
 
     Raises:
       ValueError: the order is out of range, there is no text, or it has too many contexts.
@@ -244,7 +252,7 @@ def count(documents: Iterable[bytes], order: int = 3, min_count: int = 1) -> NGr
 
 
 def _distinct(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the distinct keys in order, and their counts."""
+    """Returns the distinct keys, sorted, and their counts."""
     ordered = np.sort(key)
     first = np.ones(len(key), bool)
     first[1:] = ordered[1:] != ordered[:-1]

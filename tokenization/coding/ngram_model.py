@@ -1,4 +1,4 @@
-"""The byte n-gram as a `NextByteModel`: a walk down the sorted keys of the trie, in jit."""
+"""The byte n-gram as a `NextByteModel`: jitted binary searches in the trie's sorted keys."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,56 +14,56 @@ UNLIMITED = (1 << 31) - 1
 
 
 @struct.dataclass
-class State:
-    """What B rows have read, and the tables.
+class NGramState:
+    """The last bytes of B rows, and the tables.
 
-    The tables travel with the state so that a jitted function gets them as arguments: as
-    constants of the program they would be compiled in, at hundreds of megabytes.
+    The tables are part of the state so that jitted functions get them as arguments, not as
+    constants of hundreds of megabytes compiled into the program.
 
     Attributes:
       history_BL: the last `order` bytes, most recent first, int32.
       length_B: how many of them there are, int32.
       children: sorted keys of each level of the trie, uint32.
-      rows_NV: lower bounds of the CDF of every node, uint16 `[nodes, 256]`.
+      rows_JV: lower bounds of the CDF of every node, uint16 `[nodes, 256]`.
     """
 
     history_BL: jax.Array
     length_B: jax.Array
     children: tuple[jax.Array, ...]
-    rows_NV: jax.Array
+    rows_JV: jax.Array
 
 
 def model(
-    children: Sequence[np.ndarray], rows_NV: np.ndarray, precision: int, digest: str
+    children: Sequence[np.ndarray], rows_JV: np.ndarray, precision: int, digest: str
 ) -> NextByteModel:
     """Returns the model of `NGram.model`; a mark is the pair (history, length)."""
     order = len(children) - 1
-    keys, rows = tuple(map(jnp.asarray, children)), jnp.asarray(rows_NV)
+    keys, rows = tuple(map(jnp.asarray, children)), jnp.asarray(rows_JV)
 
-    def start(batch: int) -> State:
+    def start(batch: int) -> NGramState:
         history, length = jnp.zeros((batch, order), jnp.int32), jnp.zeros(batch, jnp.int32)
-        return State(history, length, keys, rows)
+        return NGramState(history, length, keys, rows)
 
-    def cdf(state: State) -> jax.Array:
-        lower = state.rows_NV[_node(state)].astype(jnp.int32)
+    def cdf(state: NGramState) -> jax.Array:
+        lower = state.rows_JV[_node(state)].astype(jnp.int32)
         return jnp.pad(lower, ((0, 0), (0, 1)), constant_values=1 << precision)
 
-    def step(state: State, byte: jax.Array) -> State:
+    def step(state: NGramState, byte: jax.Array) -> NGramState:
         history = jnp.concatenate([byte[:, None], state.history_BL[:, :-1]], axis=1)
         return dataclasses.replace(
             state, history_BL=history, length_B=jnp.minimum(state.length_B + 1, order)
         )
 
-    def mark(state: State) -> tuple[jax.Array, jax.Array]:
+    def mark(state: NGramState) -> tuple[jax.Array, jax.Array]:
         return state.history_BL, state.length_B
 
-    def rewind(state: State, mark: tuple[jax.Array, jax.Array]) -> State:
+    def rewind(state: NGramState, mark: tuple[jax.Array, jax.Array]) -> NGramState:
         return dataclasses.replace(state, history_BL=mark[0], length_B=mark[1])
 
     return NextByteModel(start, cdf, step, mark, rewind, precision, UNLIMITED, digest)
 
 
-def _node(state: State) -> jax.Array:
+def _node(state: NGramState) -> jax.Array:
     """Returns the node of the longest context that was seen in training, int32 `[B]`."""
     node = jnp.zeros_like(state.length_B)  # within its level
     row = node  # among all levels

@@ -1,4 +1,7 @@
-"""From the counts of a byte n-gram (`tokenization.coding.ngram`) to its probabilities."""
+"""Witten-Bell interpolation: from the counts of a byte n-gram to its probabilities.
+
+The formula and the layout of the arrays are in `tokenization.coding.ngram`.
+"""
 
 from collections.abc import Sequence
 
@@ -20,34 +23,38 @@ def lower_bounds(
 
     Args:
       children, pairs, counts: as in `ngram.NGram`.
-      precision: bits of the CDF, at most 16, so that lower bounds fit 16 bits.
+      precision: bits of the CDF, at most 16, so that lower bounds fit uint16.
 
     Returns:
       uint16 `[nodes of all levels, 256]`.
     """
     rows = np.empty((sum(map(len, children)), SYMBOLS), np.uint16)
-    parent_NV = np.full((1, SYMBOLS), 1 / SYMBOLS)
+    parent_JV = np.full((1, SYMBOLS), 1 / SYMBOLS)
     base = 0
     for keys, pair, count in zip(children, pairs, counts):
-        p_NV = np.empty((len(keys), SYMBOLS))
+        p_JV = np.empty((len(keys), SYMBOLS))
         for start in range(0, len(keys), _CHUNK):
             stop = min(start + _CHUNK, len(keys))
-            lower_NV = parent_NV[keys[start:stop] >> 8]
-            p_NV[start:stop] = _interpolate(pair, count, start, stop, lower_NV)
-            bounds = cdf.quantize(p_NV[start:stop], precision)
+            lower_JV = parent_JV[keys[start:stop] >> 8]
+            p_JV[start:stop] = _interpolate(pair, count, start, stop, lower_JV)
+            bounds = cdf.quantize(p_JV[start:stop], precision)
             rows[base + start : base + stop] = bounds[:, :SYMBOLS]
-        parent_NV, base = p_NV, base + len(keys)
+        parent_JV, base = p_JV, base + len(keys)
     return rows
 
 
 def totals(pair: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns N(c) and T(c) of every node of one level, float64 (exact below 2**53)."""
+    """Returns N(c) and T(c) of every node c of one level, float64 (exact below 2**53)."""
     node = pair >> 8
     return np.bincount(node, weights=count), np.bincount(node).astype(np.float64)
 
 
 def find(keys: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where each key is among the sorted `keys`, and whether it is there."""
+    """Returns the index of each key in the sorted `keys`, and whether it is found.
+
+    >>> find(np.array([2, 5, 7]), np.array([5, 6]))
+    (array([1, 2]), array([ True, False]))
+    """
     if not len(keys):
         return np.zeros(len(key), np.int64), np.zeros(len(key), bool)
     index = np.minimum(np.searchsorted(keys, key), len(keys) - 1)
@@ -55,12 +62,12 @@ def find(keys: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _interpolate(
-    pair: np.ndarray, count: np.ndarray, start: int, stop: int, lower_NV: np.ndarray
+    pair: np.ndarray, count: np.ndarray, start: int, stop: int, lower_JV: np.ndarray
 ) -> np.ndarray:
-    """Returns p(. | c) of the nodes `start` to `stop` of a level, given p(. | c') of each."""
+    """Returns p(. | c) of the nodes `start` to `stop` of a level, given each p(. | c')."""
     first, last = np.searchsorted(pair, np.array([start << 8, stop << 8], np.uint64))
-    count_NV = np.zeros((stop - start, SYMBOLS))
-    count_NV.reshape(-1)[pair[first:last] - np.uint32(start << 8)] = count[first:last]
-    types_N1 = np.count_nonzero(count_NV, axis=1)[:, None].astype(np.float64)
-    total_N1 = count_NV.sum(axis=1, keepdims=True)  # whole numbers: any order gives the same
-    return (count_NV + types_N1 * lower_NV) / (total_N1 + types_N1)
+    count_JV = np.zeros((stop - start, SYMBOLS))
+    count_JV.reshape(-1)[pair[first:last] - np.uint32(start << 8)] = count[first:last]
+    types_J1 = np.count_nonzero(count_JV, axis=1)[:, None].astype(np.float64)
+    total_J1 = count_JV.sum(axis=1, keepdims=True)  # integers: exact in any order
+    return (count_JV + types_J1 * lower_JV) / (total_J1 + types_J1)

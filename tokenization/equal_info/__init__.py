@@ -1,1 +1,1 @@
-"""Equal-Info windows: text cut into tokens of equal information."""
+"""Equal-Info windows: text segmented into tokens that cost equally many bits."""

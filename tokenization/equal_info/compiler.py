@@ -1,13 +1,17 @@
-"""From a next-byte model to a fixed table of strings: the compiled Equal-Info codec.
+"""Compiles a next-byte model into a table of strings, the Equal-Info codec.
 
-With windows of 16 bits and a model that forgets at every window, code -> string is a function of
-65,536 values. `compile_equal_info` finds it once, level by level over the live prefixes, whose
-interval holds a whole cell. From then on encoding is longest match and decoding a look-up, without
-the model.
+With 16-bit windows and a model that is reset at every window, code -> string is a function of
+65,536 values (`tokenization.equal_info.rules` defines codes, cells and intervals).
+`compile_equal_info` tabulates it breadth-first over the live prefixes: those whose interval holds
+a whole cell. From then on encoding is longest match and decoding a look-up, without the model.
 
-`tunstall` spends the same number of ids on the most probable strings instead (Tunstall, Synthesis
-of noiseless compression codes, 1967, with a model of context in place of a memoryless source, and
-a longest match in place of a complete tree).
+`tunstall` fills a table of the same size with the most probable strings instead: starting from the
+256 single bytes, it keeps adding the string s with the greatest
+
+    p(s) = p(s_1) p(s_2 | s_1) ... p(s_n | s_1 ... s_{n-1})
+
+(Tunstall, Synthesis of noiseless compression codes, 1967, with a model of context instead of a
+memoryless source, and longest match instead of a complete tree).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,16 +22,22 @@ import jax
 import numpy as np
 
 from tokenization.coding.next_byte import SYMBOLS, NextByteModel, State
-from tokenization.equal_info.codec import EqualInfoTokenizer
 from tokenization.vocabularies.longest_match import Strings
+from tokenization.vocabularies.table import TableTokenizer
+from tokenization.vocabularies.table_files import Compiled
 
 CELLS = 1 << 16
-_BATCHES = (64, 1024)  # rows of a model call: the few rows of deep levels take the small one
+_BATCHES = (64, 1024)  # rows of a model call; deep levels have few and take the small batch
 
 
 class _Level(NamedTuple):
-    """The live prefixes of one length: their bytes uint8 `[M, n]`, and intervals [low, low + size)
-    in units of 2**-(16+P), uint64 `[M]`: of 32 bits at most, times 16 of the CDF, so exact."""
+    """The J live prefixes of one length n.
+
+    Attributes:
+      texts: their bytes, uint8 `[J, n]`.
+      low, size: their intervals [low, low + size) in units of 2**-(16+P), uint64 `[J]`. These have
+        at most 32 bits, so that products with the CDF's 16 bits are exact.
+    """
 
     texts: np.ndarray
     low: np.ndarray
@@ -39,28 +49,28 @@ def compile_equal_info(
     rule: str = 'canonical',
     max_bytes: int = 64,
     bits_per_token: int = 16,
-) -> EqualInfoTokenizer:
+) -> TableTokenizer:
     """Returns the tokenizer whose ids are the codes of 16-bit windows.
 
-    Its encoder takes the longest string of the table that matches. For 'canonical' these are the
-    windows of `windows.encode`, but for the last one of a document. For 'delay' a match may be
-    longer than what the streaming rule takes, where a code comes back on the way down to its cell;
-    what a code decodes to is the same.
+    Its encoder takes the longest string of the table that matches. Under 'canonical' these are the
+    windows of `windows.encode`, except for a document's last one. Under 'delay' a match may be
+    longer than a window of the streaming rule, because the code of a prefix may recur for longer
+    prefixes; both decode a code to the same string.
 
-    A single byte that no code stands for takes over the lowest code whose string has another one.
+    A single byte without a code replaces the string of the lowest code that is never written.
 
     Args:
       model: read from its start for every prefix.
-      rule: 'canonical' or 'delay', see `window_rules`.
-      max_bytes: of the longest string.
+      rule: 'canonical' or 'delay', see `tokenization.equal_info.rules`.
+      max_bytes: size of the longest string.
       bits_per_token: 16, or 8 for two ids per code.
 
     Raises:
-      ValueError: unknown rule; the model's context is too short; or no code is to spare for a
+      ValueError: the rule is unknown; the model's context is too short; or no code is free for a
         missing single byte.
     """
     if rule not in ('canonical', 'delay'):
-        raise ValueError(f'rule {rule!r}: expected canonical or delay, which can be decoded')
+        raise ValueError(f'rule {rule!r}: expected canonical or delay, which are lossless')
     _check(model, max_bytes)
     root = _Level(
         np.zeros((1, 0), np.uint8),
@@ -85,22 +95,22 @@ def compile_equal_info(
         owner, own = np.where(first >= 0, first, deepest), first >= 0
     owner, written = _with_single_bytes(owner, own)
     table = Strings.of([strings[node] for node in owner])
-    return EqualInfoTokenizer(table, written, bits_per_token, rule, model.digest)
+    return TableTokenizer(table, written, Compiled(bits_per_token, rule, model.digest))
 
 
-def tunstall(model: NextByteModel, size: int = CELLS, max_bytes: int = 64) -> EqualInfoTokenizer:
-    """Returns the tokenizer of the most probable strings, the 256 single bytes among them.
+def tunstall(model: NextByteModel, size: int = CELLS, max_bytes: int = 64) -> TableTokenizer:
+    """Returns the tokenizer of the 256 single bytes and the most probable longer strings.
 
-    Closed under prefixes, as a string is less probable than its prefixes. Ids go by rank: single
-    bytes first, in order, then by falling probability.
+    The strings are closed under prefixes, as a prefix is at least as probable as the string. Single
+    bytes come first, in order; the others follow by decreasing probability.
 
     Args:
-      model: gives the probability of a string that starts a window.
+      model: gives the probability of a string, read from the model's start.
       size: number of strings, 256 to 65,536.
-      max_bytes: of the longest string.
+      max_bytes: size of the longest string.
 
     Raises:
-      ValueError: the size or the model's context does not fit.
+      ValueError: the size is out of range, or the model's context is too short.
     """
     if not SYMBOLS <= size <= CELLS:
         raise ValueError(f'size {size}: expected {SYMBOLS} to {CELLS} strings')
@@ -112,7 +122,7 @@ def tunstall(model: NextByteModel, size: int = CELLS, max_bytes: int = 64) -> Eq
     while len(texts) and texts.shape[1] < max_bytes:
         parts = []
         for rows, cdf in _cdfs(model, texts, max_bytes):
-            if p[rows][0] <= threshold:  # rows go by falling p: all that follow are out, too
+            if p[rows][0] <= threshold:  # rows have decreasing p: no later one can pass
                 break
             child = p[rows, None] * (np.diff(cdf) / float(1 << model.precision))
             row, byte = np.nonzero(child >= threshold)
@@ -132,7 +142,7 @@ def tunstall(model: NextByteModel, size: int = CELLS, max_bytes: int = 64) -> Eq
         texts, p = texts[order], p[order]
     chosen = np.argsort(-np.concatenate(ranks), kind='stable')[:size]
     table = Strings.of([strings[node] for node in chosen])
-    return EqualInfoTokenizer(table, np.ones(len(table), bool), 16, 'tunstall', model.digest)
+    return TableTokenizer(table, np.ones(len(table), bool), Compiled(16, 'tunstall', model.digest))
 
 
 def _check(model: NextByteModel, max_bytes: int) -> None:
@@ -152,16 +162,16 @@ def _cdf_after(model: NextByteModel, start: State, texts: jax.Array, length: jax
 def _cdfs(
     model: NextByteModel, texts: np.ndarray, max_bytes: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields the CDF after each of M prefixes of one length, some rows at a time, uint64.
+    """Yields the CDF after each of J prefixes of one length, uint64, in slices of rows.
 
-    Each prefix is read from the start: states of all prefixes at once would not fit in memory for
-    a model with a key-value cache.
+    Each prefix is read from the start: for a model with a key-value cache, the states of all
+    prefixes would not fit in memory.
     """
-    M, length = texts.shape
-    batch = _BATCHES[0] if _BATCHES[0] >= M else _BATCHES[1]
+    J, length = texts.shape
+    batch = _BATCHES[0] if _BATCHES[0] >= J else _BATCHES[1]
     state = model.start(batch)
-    for start in range(0, M, batch):
-        rows = slice(start, min(start + batch, M))
+    for start in range(0, J, batch):
+        rows = slice(start, min(start + batch, J))
         padded = np.zeros((batch, max_bytes), np.int32)
         padded[: rows.stop - start, :length] = texts[rows]
         cdf = np.asarray(_cdf_after(model, state, padded, np.int32(length)))
@@ -169,7 +179,7 @@ def _cdfs(
 
 
 def _children(model: NextByteModel, level: _Level, max_bytes: int) -> _Level:
-    """Returns the live prefixes that are one byte longer; none beyond `max_bytes`."""
+    """Returns the live prefixes that are one byte longer, up to `max_bytes`."""
     P = np.uint64(model.precision)
     if level.texts.shape[1] == max_bytes:
         return _Level(level.texts[:0], level.low[:0], level.size[:0])
@@ -184,16 +194,20 @@ def _children(model: NextByteModel, level: _Level, max_bytes: int) -> _Level:
 
 
 def _cells(level: _Level, precision: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the first cell wholly inside each interval, and how many there are."""
+    """Returns the first cell wholly inside each interval, and the number of such cells."""
     P = np.uint64(precision)
     first = ((level.low + np.uint64((1 << precision) - 1)) >> P).astype(np.int64)
     return first, np.maximum(((level.low + level.size) >> P).astype(np.int64) - first, 0)
 
 
 def _shortest_codes(start: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Returns the first cell of the lowest of the widest aligned blocks in [start, start + count).
+    """Returns the first cell of the widest aligned block in [start, start + count).
 
-    Of 2**k to 2**(k+1) - 1 cells the block has 2**k, or half of that.
+    Among equally wide blocks it is the lowest one. If 2**k <= count < 2**(k+1), the block has 2**k
+    or 2**(k-1) cells.
+
+    >>> _shortest_codes(np.array([3, 5]), np.array([6, 3]))  # of 3..8: 4..7; of 5..7: 6..7
+    array([4, 6])
     """
     half = np.maximum(np.frexp(count.astype(np.float64))[1] - 2, 0)
     block, stop = (start + (1 << half) - 1) >> half, (start + count) >> half
@@ -202,22 +216,22 @@ def _shortest_codes(start: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 def _with_single_bytes(owner: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the string of each code, every single byte among them, and the codes to write.
+    """Returns the string of each code, with every single byte among them, and the codes to write.
 
-    Strings 0 to 255 are the single bytes, as each has an interval of at least one cell.
+    Strings 0 to 255 are the single bytes: the interval of each holds at least one cell.
 
     Args:
       owner: index of the string of each code.
-      own: bool: codes that may be written for that string; the lowest of each string is.
+      own: bool, the codes that may be written for their string; of these, the lowest is.
     """
-    may = np.flatnonzero(own)
+    allowed = np.flatnonzero(own)
     written = np.zeros(len(owner), bool)
-    written[may[np.unique(owner[may], return_index=True)[1]]] = True
+    written[allowed[np.unique(owner[allowed], return_index=True)[1]]] = True
     missing = np.setdiff1d(np.arange(SYMBOLS), owner[written])
     spare = np.flatnonzero(~written)
     if len(spare) < len(missing):
         raise ValueError(
-            f'{len(missing)} single bytes have no code, and only {len(spare)} codes are to spare: '
+            f'{len(missing)} single bytes have no code, and only {len(spare)} codes are free: '
             'lower max_bytes'
         )
     owner = owner.copy()
@@ -231,6 +245,10 @@ def _append(texts: np.ndarray, byte: Sequence[int] | np.ndarray) -> np.ndarray:
 
 
 def _ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Returns start[0], start[0] + 1, ... (count[0] of them), then the same for the others."""
+    """Returns the concatenated ranges [start, start + count).
+
+    >>> _ranges(np.array([5, 9]), np.array([3, 2]))
+    array([ 5,  6,  7,  9, 10])
+    """
     before = np.cumsum(count) - count
     return np.repeat(start - before, count) + np.arange(count.sum())

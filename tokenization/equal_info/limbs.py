@@ -1,12 +1,16 @@
-"""Unsigned integers of more than 32 bits as arrays: 16-bit limbs in uint32, least first.
+"""Unsigned integers of more than 32 bits as arrays: 16-bit limbs in uint32, lowest first.
 
 JAX has no integers wider than 32 bits by default, and a window of 128 bits needs 145. A number
-is an array `[..., L]` whose last axis holds its limbs; the other axes broadcast. A limb of 16 bits
-in a word of 32 leaves room for a product and for carries:
+is an array `[..., Z]` whose last axis holds its limbs; the other axes broadcast. Limbs of 16 bits
+in words of 32 leave room for products and carries:
 
-    0x12345678 with L = 3:   [0x5678, 0x1234, 0]
+    0x12345678 with Z = 3:   [0x5678, 0x1234, 0]
 
-Numbers keep their L, which is static; what does not fit is lost, as with machine integers.
+Z is static and stays the same; higher bits are lost, as with machine integers.
+
+>>> a_Z, b_Z = from_int(0x1FFFF, 2), from_int(3, 2)
+>>> hex(to_int(add(a_Z, b_Z))), hex(to_int(scale(a_Z, np.uint32(6), shift=1)))
+('0x20002', '0x5fffd')
 """
 
 from itertools import pairwise
@@ -30,9 +34,9 @@ def from_int(value: int, limbs: int) -> np.ndarray:
     return np.array([(value >> (BITS * i)) & _MASK for i in range(limbs)], np.uint32)
 
 
-def to_int(a_L: np.ndarray) -> int:
-    """Returns one number, `[L]`, as a Python integer."""
-    return sum(int(limb) << (BITS * i) for i, limb in enumerate(np.asarray(a_L)))
+def to_int(a_Z: np.ndarray) -> int:
+    """Returns one number, `[Z]`, as a Python integer."""
+    return sum(int(limb) << (BITS * i) for i, limb in enumerate(np.asarray(a_Z)))
 
 
 def add(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -51,7 +55,7 @@ def subtract(a: jax.Array, b: jax.Array) -> jax.Array:
     borrow: jax.Array | int = 0
     out = []
     for x, y in zip(_split(a), _split(b)):
-        total = x - y - borrow  # modulo 2**32: the top bit tells that it went below 0
+        total = x - y - borrow  # modulo 2**32: the top bit is set if the result is negative
         out.append(total & _MASK)
         borrow = total >> 31
     return _join(out)
@@ -74,14 +78,14 @@ def scale(a: jax.Array, factor: jax.Array, shift: int) -> jax.Array:
     """Returns floor(a * factor / 2**shift).
 
     Args:
-      a: `[..., L]`.
-      factor: uint32 `[...]`, at most 2**16; the product may take one limb more than a.
-      shift: static, at most 16; the result must fit L limbs.
+      a: `[..., Z]`.
+      factor: uint32 `[...]`, at most 2**16; the product may need one more limb than a.
+      shift: static, at most 16; the result must fit Z limbs.
     """
     carry = jnp.zeros((), jnp.uint32)
     out = []
     for x in _split(a):
-        # (2**16 - 1) * 2**16 + (2**16 - 1) is the largest number of 32 bits.
+        # At most (2**16 - 1) * 2**16 + (2**16 - 1) = 2**32 - 1.
         total = x * factor + carry
         out.append(total & _MASK)
         carry = total >> BITS
@@ -105,14 +109,14 @@ def shift_left(a: jax.Array, bits: int) -> jax.Array:
 
 
 def shift_right_by(a: jax.Array, bits: jax.Array) -> jax.Array:
-    """Returns a >> bits, for a number of bits per row, int32 `[...]`, at most 16 L."""
+    """Returns a >> bits, for a number of bits per row, int32 `[...]`, at most 16 Z."""
     part = (bits % BITS).astype(jnp.uint32)[..., None]
     limbs = _limbs_from(a, bits // BITS)
     return (limbs[..., :-1] >> part) | ((limbs[..., 1:] << (BITS - part)) & _MASK)
 
 
 def shift_left_by(a: jax.Array, bits: jax.Array) -> jax.Array:
-    """Returns a << bits, for a number of bits per row, int32 `[...]`, at most 16 L."""
+    """Returns a << bits, for a number of bits per row, int32 `[...]`, at most 16 Z."""
     part = (bits % BITS).astype(jnp.uint32)[..., None]
     limbs = _limbs_from(a, -(bits // BITS) - 1)
     return ((limbs[..., 1:] << part) & _MASK) | (limbs[..., :-1] >> (BITS - part))
@@ -125,18 +129,18 @@ def low_bits(a: jax.Array, bits: int) -> jax.Array:
 
 
 def bit_length(a: jax.Array) -> jax.Array:
-    """Returns the number of bits of a without leading zeros, int32 without the last axis."""
+    """Returns the bit length of a (0 for 0), int32 without the last axis."""
     below = BITS * np.arange(a.shape[-1])
     bits = 32 - jax.lax.clz(a).astype(jnp.int32)
     return jnp.max(jnp.where(a > 0, below + bits, 0), axis=-1)
 
 
 def _limbs_from(a: jax.Array, first: jax.Array) -> jax.Array:
-    """Returns L + 1 limbs of a from limb `first` on, which may be negative; zeros outside."""
-    L = a.shape[-1]
-    padded = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(L + 1, L + 1)])
-    at = first[..., None] + jnp.arange(L + 1) + L + 1
-    return jnp.take_along_axis(padded, jnp.broadcast_to(at, (*a.shape[:-1], L + 1)), axis=-1)
+    """Returns limbs `first` to `first` + Z of a, zeros outside; `first` may be negative."""
+    Z = a.shape[-1]
+    padded = jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(Z + 1, Z + 1)])
+    at = first[..., None] + jnp.arange(Z + 1) + Z + 1
+    return jnp.take_along_axis(padded, jnp.broadcast_to(at, (*a.shape[:-1], Z + 1)), axis=-1)
 
 
 def _split(a: jax.Array) -> list[jax.Array]:

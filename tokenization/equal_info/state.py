@@ -1,4 +1,4 @@
-"""Where the rows of a batch are: the carry of the loops in `window_scan`."""
+"""The carry of the loops in `tokenization.equal_info.scan`: the current window of every row."""
 
 from functools import partial
 from typing import NamedTuple
@@ -15,17 +15,17 @@ Leaves = tuple[jax.Array, ...]
 
 
 class Setting(NamedTuple):
-    """What a loop is compiled for; static.
+    """The static arguments of a loop.
 
-    The leaves of the model's state that reading never changes, such as tables and parameters, are
-    kept out of the loop's carry: it is copied at every call.
+    Tables, parameters and other leaves of the model's state that reading never changes are kept
+    out of the loop's carry, which is copied at every call.
     """
 
     model: NextByteModel
     rule: Rule
     window_bits: int
     structure: jax.tree_util.PyTreeDef  # of the model's state
-    moving: tuple[bool, ...]  # the leaves of it that change
+    moving: tuple[bool, ...]  # which of its leaves change
 
     @property
     def precision(self) -> int:
@@ -35,21 +35,21 @@ class Setting(NamedTuple):
 
 @struct.dataclass
 class Window:
-    """The window that each row is in.
+    """The current window of each row.
 
     Attributes:
       state: the moving leaves of the model, which has read `read_B` bytes of the window.
-      interval: of those bytes.
-      start_B: where in the row's text the window starts.
-      read_B: bytes read.
+      interval: the interval of those bytes.
+      start_B: the position in the row's text at which the window starts.
+      read_B: bytes of the window read so far.
       index_B: number of windows before this one.
       origin: the model's mark at the start of the window.
-      end_B: bytes of the window if it ended at the best place so far; 0 for none yet.
-      end_mark: the model's mark there.
-      code_BL: the code there; while `replay_B`, the code that is looked for.
-      replay_B: the code is known, and the first place that has it is being looked for.
-      period: the model forgets after so many windows, int32 scalar; 0 for never.
-      max_bytes: most bytes in a window, int32 scalar.
+      end_B: size of the window if it ended at the best position so far; 0 if there is none yet.
+      end_mark: the model's mark at that position.
+      code_BZ: the code at that position; in a replay, the code to find.
+      replay_B: whether the row is replayed, to find the first position that has its code.
+      period: the model is reset after this many windows, int32 scalar; 0 for never.
+      max_bytes: the greatest size of a window, int32 scalar.
       fresh: the model's mark before it has read anything.
     """
 
@@ -61,7 +61,7 @@ class Window:
     origin: Mark
     end_B: jax.Array
     end_mark: Mark
-    code_BL: jax.Array
+    code_BZ: jax.Array
     replay_B: jax.Array
     period: jax.Array
     max_bytes: jax.Array
@@ -69,7 +69,7 @@ class Window:
 
 
 def setting(model: NextByteModel, rule: Rule, window_bits: int) -> Setting:
-    """Returns the static part; traces the model to see which leaves move."""
+    """Returns the static arguments; traces the model to see which leaves of its state change."""
 
     def read(state: State, byte_B: jax.Array, mark: Mark) -> tuple[State, State]:
         return model.step(state, byte_B), model.rewind(state, mark)
@@ -86,7 +86,7 @@ def setting(model: NextByteModel, rule: Rule, window_bits: int) -> Setting:
 def first_window(
     setting: Setting, batch: int, period: int, max_bytes: int
 ) -> tuple[Leaves, Window]:
-    """Returns the fixed leaves of the model, and the carry of both loops before the first step."""
+    """Returns the fixed leaves of the model, and the initial carry of both loops."""
     state = setting.model.start(batch)
     mark = setting.model.mark(state)
     zero = jnp.zeros(batch, jnp.int32)
@@ -101,7 +101,7 @@ def first_window(
         origin=mark,
         end_B=zero,
         end_mark=mark,
-        code_BL=jnp.zeros_like(interval.low_BL),
+        code_BZ=jnp.zeros_like(interval.low_BZ),
         replay_B=jnp.zeros(batch, bool),
         period=jnp.int32(period),
         max_bytes=jnp.int32(max_bytes),
@@ -117,7 +117,7 @@ def split(setting: Setting, state: State) -> tuple[Leaves, Leaves]:
 
 
 def join(setting: Setting, fixed: Leaves, moving: Leaves) -> State:
-    """Returns the state of these leaves."""
+    """Returns the state with these leaves; the inverse of `split`."""
     still, move = iter(fixed), iter(moving)
     leaves = [next(move) if moves else next(still) for moves in setting.moving]
     return jax.tree.unflatten(setting.structure, leaves)

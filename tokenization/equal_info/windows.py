@@ -1,14 +1,14 @@
-"""Equal-Info windows over any next-byte model: text as a row of codes of exactly W bits each.
+"""Equal-Info windows over any next-byte model: text as a sequence of codes of exactly W bits.
 
 Source: Lester et al., Training LLMs over Neurally Compressed Text (TMLR 2024), section 3.3. The
-rules that end a window, and why the paper's own is not lossless, are in `window_rules`.
+rules that end a window are in `tokenization.equal_info.rules`; the paper's own is not lossless.
 
     config = WindowConfig(window_bits=16)
     [windows] = encode(model, [b'some text'], config)
     [text] = decode(model, [windows.codes], [len(b'some text')], config)
 
-With `reset='every'` each window stands for itself. The last window of a document may stand for
-more than was left to write, so that a document's length in bytes is needed to decode it.
+With `reset='every'` each window decodes independently of the others. The last window of a document
+may decode to more than the rest of the text, so decoding needs the document's length in bytes.
 """
 
 import dataclasses
@@ -23,7 +23,6 @@ from tokenization.coding.next_byte import NextByteModel
 from tokenization.equal_info import rules as window_rules
 from tokenization.equal_info import scan as window_scan
 from tokenization.equal_info import state as window_state
-from tokenization.tokenizer import check_ids
 
 WINDOW_BITS = (16, 24, 32, 64, 128)
 _PERIODS = {'every': 1, 'second': 2, 'never': 0}
@@ -32,15 +31,15 @@ _STEPS = 256
 
 @dataclasses.dataclass(frozen=True)
 class WindowConfig:
-    """What encoder and decoder have to agree on, beside the model.
+    """The format, on which encoder and decoder must agree.
 
     Attributes:
       window_bits: W, one of 16, 24, 32, 64, 128.
-      rule: 'canonical', 'delay' or 'paper', see `window_rules`.
-      reset: the model forgets what it has read after 'every' window, every 'second', or 'never'.
-      max_bytes: most bytes in a window.
-      batch: rows coded at once. It is part of the format for models of floats, whose sums may
-        depend on it.
+      rule: 'canonical', 'delay' or 'paper', see `tokenization.equal_info.rules`.
+      reset: the model is reset after 'every' window, every 'second', or 'never'.
+      max_bytes: the greatest size of a window.
+      batch: rows coded at once; part of the format, since the sums of float models may depend on
+        it.
     """
 
     window_bits: int = 16
@@ -75,7 +74,7 @@ def encode(
       model: gives the probabilities.
       documents: any bytes, of any lengths; they share batches in order of length.
       config: the format.
-      steps: model calls between two looks at whether all rows are done; changes no result.
+      steps: model calls between two checks for whether all rows are done; changes no result.
 
     Raises:
       ValueError: the config does not fit the format or the model's context, or the model gives
@@ -112,14 +111,14 @@ def decode(
     """Returns the documents of some codes, given their lengths in bytes.
 
     Args:
-      model, config: as they were in `encode`.
+      model, config: as given to `encode`.
       codes: per document, uint8 `[windows, W / 8]`.
       lengths: bytes of each document.
       steps: as in `encode`.
 
     Raises:
-      ValueError: the codes of a document give fewer or more bytes than its length says; under
-        the rule 'paper', which is not injective, that is no sign of damage.
+      ValueError: the codes of a document do not decode to its length. Under the rule 'paper', which
+        is not injective, undamaged codes may raise this too.
     """
     setting = _setting(model, config, max(lengths, default=0))
     if len(codes) != len(lengths):
@@ -134,40 +133,13 @@ def decode(
     return [text for text, _ in results]
 
 
-def to_ids(codes: np.ndarray, bits_per_token: int) -> np.ndarray:
-    """Returns the codes of a document's windows as ids of 8 or 16 bits, int32 `[T]`.
-
-    Windows lie end to end, highest bits first, so that an id of 16 bits may hold bits of two
-    windows (W = 24). Where the last id is not full, zeros fill it.
-    """
-    if bits_per_token not in (8, 16):
-        raise ValueError(f'bits_per_token {bits_per_token}: expected 8 or 16')
-    flat = np.ascontiguousarray(codes, np.uint8).reshape(-1)
-    size = bits_per_token // 8
-    return np.pad(flat, (0, -len(flat) % size)).view(f'>u{size}').astype(np.int32)
-
-
-def from_ids(ids: np.ndarray, bits_per_token: int, window_bits: int) -> np.ndarray:
-    """Returns the codes, uint8 `[windows, W / 8]`, that `to_ids` made into `ids`.
-
-    Raises:
-      ValueError: an id is out of range, or the ids do not hold whole windows.
-    """
-    ids = check_ids(ids, 1 << bits_per_token)
-    flat = ids.astype(f'>u{bits_per_token // 8}').view(np.uint8)
-    windows, rest = divmod(len(flat), window_bits // 8)
-    if rest >= bits_per_token // 8 or flat[len(flat) - rest :].any():
-        raise ValueError(f'{len(ids)} ids of {bits_per_token} bits are not whole windows')
-    return flat[: len(flat) - rest].reshape(windows, window_bits // 8)
-
-
 def decode_each(
     model: NextByteModel, codes: np.ndarray, config: WindowConfig, *, steps: int = 16
 ) -> list[bytes]:
-    """Returns the string that each code stands for by itself, under `reset='every'`.
+    """Returns the string that each code decodes to, under `reset='every'`.
 
     Args:
-      model, config: as they were in `encode`.
+      model, config: as given to `encode`.
       codes: uint8 `[windows, W / 8]`, in any order, of any documents.
       steps: as in `encode`; few, as a row is one window long.
 
@@ -175,7 +147,7 @@ def decode_each(
       ValueError: the model is not reset at every window.
     """
     if config.reset != 'every':
-        raise ValueError(f'reset {config.reset!r}: a window means nothing without those before')
+        raise ValueError(f'reset {config.reset!r}: a window decodes only with those before it')
     setting = _setting(model, config, config.max_bytes)
     lengths = [config.max_bytes] * len(codes)
     single = [codes[i : i + 1] for i in range(len(codes))]
@@ -189,24 +161,24 @@ def _decode(
     config: WindowConfig,
     steps: int,
 ) -> list[tuple[bytes, int]]:
-    """Returns the text of each document and the number of windows that it took."""
+    """Returns the text of each document and the number of its windows that were read."""
     results = [(b'', 0)] * len(codes)
     for rows in _batches([len(c) for c in codes], config.batch):
         fixed, window = _first(setting, config)
-        L = window.code_BL.shape[1]
-        codes_BNL = jnp.asarray(
-            _pad([window_rules.code_limbs(np.asarray(codes[i]), L) for i in rows], config.batch)
+        Z = window.code_BZ.shape[1]
+        codes_BJZ = jnp.asarray(
+            _pad([window_rules.code_limbs(np.asarray(codes[i]), Z) for i in rows], config.batch)
         )
         number_B = jnp.asarray(_pad_1d([len(codes[i]) for i in rows], config.batch))
         length_B = jnp.asarray(_pad_1d([lengths[i] for i in rows], config.batch))
         texts = np.zeros((config.batch, max(lengths[i] for i in rows)), np.uint8)
         while bool(jnp.any((window.index_B < number_B) & (window.start_B < length_B))):
             window, read = window_scan.decode_steps(
-                setting, fixed, window, codes_BNL, number_B, length_B, steps
+                setting, fixed, window, codes_BJZ, number_B, length_B, steps
             )
             position, byte = np.asarray(read.position_B), np.asarray(read.byte_B)
             step, row = np.nonzero(position >= 0)
-            # In the order of steps: a later byte replaces one that the window gave back.
+            # In the order of steps: a later byte replaces one that a rewind gave back.
             texts[row, position[step, row]] = byte[step, row]
         start, index = np.asarray(window.start_B), np.asarray(window.index_B)
         for b, i in enumerate(rows):
@@ -215,14 +187,14 @@ def _decode(
 
 
 def _setting(model: NextByteModel, config: WindowConfig, longest: int) -> window_state.Setting:
-    """Returns the static part, after checks."""
+    """Returns the static arguments; raises ValueError for a config that does not fit."""
     rule = window_rules.rule_by_name(config.rule)
     if config.window_bits not in WINDOW_BITS:
         raise ValueError(f'window_bits {config.window_bits}: expected one of {WINDOW_BITS}')
     if config.window_bits < model.precision:
         raise ValueError(
-            f'window_bits {config.window_bits} below the {model.precision} bits of the CDF: a '
-            'first byte may not fit; lower the precision'
+            f'window_bits {config.window_bits} are fewer than the {model.precision} bits of the '
+            'CDF, so a window may not hold a byte; lower the precision'
         )
     if config.reset not in _PERIODS:
         raise ValueError(f'reset {config.reset!r}: expected one of {", ".join(_PERIODS)}')
@@ -234,7 +206,7 @@ def _setting(model: NextByteModel, config: WindowConfig, longest: int) -> window
     read = period * config.max_bytes if period else longest
     if read > model.context:
         raise ValueError(
-            f'reset {config.reset!r} lets the model read {read} bytes, its context is '
+            f'reset {config.reset!r} lets the model read {read} bytes, but its context is '
             f'{model.context}: lower max_bytes, reset more often, or cut the documents'
         )
     return window_state.setting(model, rule, config.window_bits)
@@ -248,8 +220,8 @@ def _first(
 
 
 def _windows_of(calls: Sequence[window_scan.Emitted], row: int, window_bits: int) -> Windows:
-    """Returns the windows of one row out of what all calls emitted."""
-    codes = [call.code_BL[call.ended_B[:, row], row] for call in calls]
+    """Returns the windows of one row, from the outputs of all calls."""
+    codes = [call.code_BZ[call.ended_B[:, row], row] for call in calls]
     counts = [call.count_B[call.ended_B[:, row], row] for call in calls]
     if not calls:
         return Windows(np.zeros((0, window_bits // 8), np.uint8), np.zeros(0, np.int32))
@@ -259,14 +231,14 @@ def _windows_of(calls: Sequence[window_scan.Emitted], row: int, window_bits: int
 
 
 def _batches(sizes: Sequence[int], batch: int) -> Iterator[list[int]]:
-    """Yields rows for batches of similar sizes, so that few rows wait for the longest."""
+    """Yields the documents of each batch, of similar sizes, so that few rows idle."""
     order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     for start in range(0, len(order), batch):
         yield order[start : start + batch]
 
 
 def _pad(arrays: Sequence[np.ndarray], batch: int) -> np.ndarray:
-    """Stacks arrays of different lengths; a power of two long, so that few shapes compile."""
+    """Stacks arrays, padded to a power of two, so that few shapes are compiled."""
     size = 1 << max(6, (max(map(len, arrays)) - 1).bit_length())
     out = np.zeros((batch, size, *arrays[0].shape[1:]), arrays[0].dtype)
     for row, array in zip(out, arrays):

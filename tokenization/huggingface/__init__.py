@@ -1,1 +1,1 @@
-"""Tokenizers of other projects' files, and how they are converted."""
+"""Tokenizers in the file formats of Hugging Face and SentencePiece, made lossless."""

@@ -1,4 +1,4 @@
-"""Whether a converted tokenizer does what the original did, and whether a model has its rows."""
+"""Compares a converted tokenizer with its original, and its ids with the rows of a model."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -12,13 +12,13 @@ _UNKNOWN = -1
 
 
 class Difference(NamedTuple):
-    """Where two segmentations part.
+    """The first position at which two segmentations differ.
 
     Attributes:
       document: number of the document.
-      text: the text from there on, at most 60 bytes.
-      original, converted: the next ids of each, at most 8; -1 is text that the original does not
-        know.
+      text: the text from that position on, at most 60 bytes.
+      original, converted: the next ids of each, at most 8; -1 is text that the original maps to
+        its unknown token.
     """
 
     document: int
@@ -30,15 +30,15 @@ class Difference(NamedTuple):
 def same_segmentation(
     original: tokenizers.Tokenizer, converted: HuggingFaceTokenizer, documents: Iterable[bytes]
 ) -> Difference | None:
-    """Returns the first place where a converted tokenizer gives other ids; None if there is none.
+    """Returns the first difference between the ids of both tokenizers; None if there is none.
 
-    The space that the original puts before a text is put there for the converted one too, and
-    what the original does not know, where the converted one writes bytes, is one unknown token
-    for both. Texts that the original normalises do differ: see `repairs`.
+    Two differences are ignored: the space that the original puts before a text (the converted one
+    gets it as part of the text), and unknown tokens (the converted one has byte ids instead).
+    Texts that the original normalises do differ: see `HuggingFaceTokenizer.repairs`.
 
     Args:
       original: the tokenizer as `tokenizers` reads it.
-      converted: the one over bytes.
+      converted: the lossless one.
       documents: UTF-8.
     """
     own = converted.vocab_size - converted.added_bytes
@@ -55,7 +55,7 @@ def same_segmentation(
 
 
 def _once(ids: list[int]) -> list[int]:
-    """Returns ids with neighbouring unknown ones made one."""
+    """Returns ids with each run of unknown ones collapsed into one."""
     return [i for k, i in enumerate(ids) if i != _UNKNOWN or k == 0 or ids[k - 1] != _UNKNOWN]
 
 
@@ -66,7 +66,7 @@ def _difference(
     found = _once(known)
     same = next((k for k, (a, b) in enumerate(zip(found, wanted)) if a != b), None)
     same = min(len(found), len(wanted)) if same is None else same
-    # Where the first `same` of the shortened ids end in the text.
+    # The position in the text after the first `same` of the collapsed ids.
     at = count = 0
     for k, i in enumerate(ids):
         count += known[k] != _UNKNOWN or k == 0 or known[k - 1] != _UNKNOWN
@@ -82,8 +82,8 @@ def check_fits(tokenizer: Tokenizer, table_rows: int) -> None:
     """Raises ValueError if a model's table has fewer rows than the tokenizer has ids."""
     if tokenizer.vocab_size > table_rows:
         added = tokenizer.added_bytes if isinstance(tokenizer, HuggingFaceTokenizer) else 0
-        why = f', {added} of them bytes that were added to it' if added else ''
+        why = f', {added} of them added for single bytes' if added else ''
         raise ValueError(
-            f'{tokenizer} has {tokenizer.vocab_size} ids{why}, the table {table_rows} rows; '
+            f'{tokenizer} has {tokenizer.vocab_size} ids{why}; the table has {table_rows} rows; '
             'use the tokenizer that the model was trained with, or give the table more rows'
         )

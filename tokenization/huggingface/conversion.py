@@ -1,15 +1,15 @@
-"""From a Hugging Face tokenizer to one over bytes: every id gets bytes, every byte an id.
+"""Makes a Hugging Face tokenizer lossless: every id gets bytes, and every byte an id.
 
-The vocabulary, merges and scores stay as they are. What changes is around them, and each change
-is a repair that says so: steps that lose information (lower case, Unicode normal forms, blanks
-removed) are left out, no space is put before a text, and bytes that no token spells are added
-after the last id. In how vocabularies spell bytes there are three kinds:
+Vocabulary, merges and scores stay the same. The steps around them change, and each change is
+reported as a repair: steps that lose information (lower case, Unicode normal forms, removal of
+blanks) are left out, no space is put before a text, and bytes without a token get ids after the
+last one. Vocabularies spell bytes in one of three ways:
 
 - letters: BPE over GPT-2's 256 letters for bytes;
 - metaspace: characters, with `▁` for the space; BPE or Unigram, often with tokens `<0x41>` for
   single bytes;
-- words: WordPiece. `##x` is the bytes `x`; a token `x` that begins a word is ` x`, with its space,
-  unless it is a single punctuation mark or ideograph, which BERT makes words of their own.
+- words: WordPiece. `##x` is the bytes `x`. A token `x` that begins a word is ` x`, with its space,
+  unless it is a single punctuation mark or ideograph, which is a word of its own in BERT.
 """
 
 import json
@@ -21,26 +21,26 @@ from tokenizers import models
 
 from tokenization.huggingface import models as conversion_models
 from tokenization.huggingface import steps
-from tokenization.huggingface.json_file import Added, Source
+from tokenization.huggingface.json_file import Added, TokenizerJson
 from tokenization.huggingface.steps import BYTE, SPACE, Kind
 from tokenization.vocabularies import spelling
 
 
 class Converted(NamedTuple):
-    """A tokenizer over bytes.
+    """A lossless tokenizer.
 
     Attributes:
       kind: how the vocabulary spells bytes.
-      engine: from text to ids of its own.
-      model: the engine's model, which takes a word whole.
-      whole: bytes and ids of the tokens that the engine looks for before its model.
-      ids: the id of each of the engine's ids; -1 for the unknown token.
-      tokens: the bytes of each id; empty for those without.
+      engine: maps text to ids of its own.
+      model: the engine's model, without the steps before it.
+      whole: bytes and ids of the added tokens, which the engine matches before it runs the model.
+      ids: engine id -> id; -1 for the unknown token.
+      tokens: the bytes of each id; empty for special tokens and ids without a token.
       bytes: the id of each byte, int32[256].
-      added: how many ids at the end are bytes that the original lacks.
-      known: the characters of the vocabulary: the engine is given no others, except as letters.
-      prefix: what the original puts before a text: '', 'always' a space, 'unless' there is one.
-      repairs: what is not as in the original.
+      added: number of ids at the end that were added for single bytes.
+      known: the characters of the vocabulary; the engine sees no others, except for kind letters.
+      prefix: the original puts a space before a text: '' never, 'always', or 'unless' it has one.
+      repairs: the differences from the original, a sentence each.
     """
 
     kind: Kind
@@ -56,11 +56,11 @@ class Converted(NamedTuple):
     repairs: tuple[str, ...] = ()
 
 
-def convert(source: Source) -> Converted:
-    """Returns the tokenizer over bytes.
+def convert(source: TokenizerJson) -> Converted:
+    """Returns the lossless tokenizer.
 
     Raises:
-      ValueError: spaces are lost or spelled in a way that is not known, or a step is unknown.
+      ValueError: spaces are lost or spelled in an unknown way, or a step is unknown.
     """
     repairs: list[str] = []
     kind = steps.kind_of(source)
@@ -81,7 +81,7 @@ def convert(source: Source) -> Converted:
         'model': model,
     }  # fmt: skip
     engine = _engine(document)
-    # The engine numbers added tokens as it likes.
+    # The engine numbers added tokens by itself.
     engine_ids = engine.get_vocab(with_added_tokens=True)
     id_of |= {engine_ids[a.content]: a.id for a in extra}
     ids = np.full(engine.get_vocab_size() + 1, -1, np.int32)
@@ -95,8 +95,8 @@ def convert(source: Source) -> Converted:
     )  # fmt: skip
 
 
-def _tokens(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[bytes], set[int]]:
-    """Returns the bytes of each id, and the ids without."""
+def _tokens(source: TokenizerJson, kind: Kind, repairs: list[str]) -> tuple[list[bytes], set[int]]:
+    """Returns the bytes of each id, and the ids that have none."""
     special = {a.id for a in source.added if a.special}
     if source.unknown is not None:
         special.add(source.unknown)
@@ -137,9 +137,9 @@ def _word(piece: str, continuing: str) -> bytes:
 
 
 def _byte_ids(
-    source: Source, kind: Kind, tokens: list[bytes], repairs: list[str]
+    source: TokenizerJson, kind: Kind, tokens: list[bytes], repairs: list[str]
 ) -> tuple[np.ndarray, int]:
-    """Returns the id of each byte and how many were added; appends those to `tokens`."""
+    """Returns the id of each byte and the number of added ids; appends those to `tokens`."""
     single: dict[bytes, int] = {}
     for i, token in enumerate(tokens):
         if len(token) == 1:
@@ -158,11 +158,13 @@ def _byte_ids(
     return np.array([single[bytes([b])] for b in range(256)], np.int32), len(missing)
 
 
-def _added_tokens(source: Source, kind: Kind, special: set[int], repairs: list[str]) -> list[Added]:
-    """Returns the added tokens that stand for text."""
+def _added_tokens(
+    source: TokenizerJson, kind: Kind, special: set[int], repairs: list[str]
+) -> list[Added]:
+    """Returns the added tokens that are text."""
     kept = [a for a in source.added if a.id not in special]
     if any(a.strips for a in kept):
-        repairs.append('added tokens take no blanks beside them along')
+        repairs.append('added tokens do not absorb the blanks beside them')
     if kind == 'letters':
         return kept
     # A literal `▁` never reaches the engine, and a literal `<0x41>` is not the byte.
@@ -176,5 +178,5 @@ def _added_tokens(source: Source, kind: Kind, special: set[int], repairs: list[s
 def _engine(document: dict) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(document))
-    except Exception as error:  # the library's errors are bare ones
-        raise ValueError(f'not a tokenizer.json that can be read: {error}') from None
+    except Exception as error:  # the library raises bare exceptions
+        raise ValueError(f'cannot read this tokenizer.json: {error}') from None

@@ -1,4 +1,4 @@
-"""Encoding by a converted tokenizer: what its engine cannot read goes around it, as bytes."""
+"""Encodes with a converted tokenizer; text that its engine cannot read becomes byte ids."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -30,10 +30,10 @@ def encode(converted: Converted, documents: Sequence[bytes]) -> list[np.ndarray]
 
 
 def encode_piece(converted: Converted, data: bytes) -> list[int]:
-    """Returns the ids of a string that is not split before the model sees it."""
+    """Returns the ids of a string taken as one pretoken: the model sees it unsplit."""
     if data in converted.whole:
         return [converted.whole[data]]
-    if converted.kind == 'words':  # whose pieces never reach from one word into the next
+    if converted.kind == 'words':  # no piece crosses two words
         return encode(converted, [data])[0].tolist()
     table, model = converted.ids, converted.model
     if converted.kind == 'letters':
@@ -50,16 +50,16 @@ def encode_piece(converted: Converted, data: bytes) -> list[int]:
             if known >= 0:
                 ids.append(known)
             else:
-                start, end = token.offsets  # in bytes, where those of `encode` are in characters
+                start, end = token.offsets  # in bytes; those of `encode` are in characters
                 unknown = text.encode()[start:end].replace(SPACE.encode(), b' ')
                 ids += _bytes(converted, unknown).tolist()
     return ids
 
 
 def _cut(converted: Converted, data: bytes) -> Iterator[str | bytes]:
-    """Yields what the engine can read, as text, and what it cannot, as bytes.
+    """Yields the parts of `data` in order: those that the engine can read as text, others as bytes.
 
-    A character that is in no piece ends every piece beside it, so that a text may be cut there.
+    No piece contains a foreign character, so text may be cut there.
     """
     for text, valid in spelling.stretches(data):
         if not valid:
@@ -80,7 +80,7 @@ def _bytes(converted: Converted, data: bytes) -> np.ndarray:
 
 
 def _with_unknown(converted: Converted, text: str) -> np.ndarray:
-    """Returns the ids of a text, where bytes stand for what the model does not know."""
+    """Returns the ids of a text, with byte ids instead of the unknown token."""
     encoding = converted.engine.encode(text, add_special_tokens=False)
     parts: list[np.ndarray] = []
     for i, (start, end) in zip(converted.ids[encoding.ids].tolist(), encoding.offsets):

@@ -1,7 +1,7 @@
-"""Reads a `tokenizer.json` of Hugging Face `tokenizers`, trusting nothing in it.
+"""Reads a `tokenizer.json` of Hugging Face `tokenizers` as untrusted input.
 
-Only what encoding needs is kept, checked field by field: the library itself ends the process's
-thread on some malformed files. Ids are bounded by the size of the file.
+Only the fields that encoding needs are kept, and each is checked: on some malformed files the
+library itself would end the thread. Ids are bounded by the size of the file.
 """
 
 import json
@@ -10,30 +10,30 @@ from typing import Any, NamedTuple
 
 
 class Added(NamedTuple):
-    """A token looked for in the text before the model sees it."""
+    """A token that is matched in the text before the model runs."""
 
     content: str
     id: int
     special: bool
     normalized: bool
     single_word: bool
-    strips: bool  # takes the blanks beside it with it
+    strips: bool  # absorbs the blanks beside it
 
 
-class Source(NamedTuple):
-    """A checked tokenizer.
+class TokenizerJson(NamedTuple):
+    """The checked contents of a `tokenizer.json`.
 
     Attributes:
       model: 'BPE', 'Unigram' or 'WordPiece'.
       pieces: spelling -> id of the model's vocabulary.
       scores: log-probability of each piece of a Unigram model, in the order of `pieces`.
-      merges: of a BPE model.
+      merges: the pairs of a BPE model, in order.
       unknown: id of the model's unknown token.
-      ignore_merges: a word that is a piece is not merged together.
-      continuing: how a WordPiece model spells pieces that go on within a word: `##`.
-      longest: most characters of a word of a WordPiece model.
+      ignore_merges: whether a pretoken that is a piece becomes that piece without merges.
+      continuing: prefix of WordPiece's pieces that continue a word, `##`.
+      longest: greatest number of characters of a word in a WordPiece model.
       added: all added tokens.
-      normalizers, pre_tokenizers: steps, sequences flattened.
+      normalizers, pre_tokenizers: steps, with sequences flattened.
       template: names of the special tokens that the post-processor puts before and after a text.
     """
 
@@ -51,12 +51,12 @@ class Source(NamedTuple):
     template: tuple[tuple[str, ...], tuple[str, ...]]
 
 
-def parse(text: str) -> Source:
+def parse(text: str) -> TokenizerJson:
     """Returns the tokenizer of a `tokenizer.json`.
 
     Raises:
-      ValueError: a field is missing or of the wrong type, a token or id is there twice, an id is
-        out of range, a merge makes no token, or the model is of a kind that cannot be read.
+      ValueError: a field is missing or of the wrong type, a token or id is a duplicate, an id is
+        out of range, a merge does not make a token, or the model is of an unsupported type.
     """
     try:
         document = json.loads(text, object_pairs_hook=_without_repeats)
@@ -69,7 +69,7 @@ def parse(text: str) -> Source:
     kind = _kind(model)
     pieces, scores = _unigram_pieces(model) if kind == 'Unigram' else (_pieces(model), ())
     _check_ids(pieces, added, len(text))
-    return Source(
+    return TokenizerJson(
         model=kind,
         pieces=pieces,
         scores=scores,
@@ -90,19 +90,19 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(unique) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f'{twice!r} is there twice')
+        raise ValueError(f'duplicate key {twice!r}')
     return unique
 
 
 def _kind(model: dict) -> str:
     kind = model.get('type')
-    if kind is None:  # as older files have it
+    if kind is None:  # in older files
         kind = next(
             (k for k, f in (('BPE', 'merges'), ('Unigram', 'unk_id')) if f in model), 'WordPiece'
         )
     if kind == 'WordLevel':
         raise ValueError(
-            'model.type "WordLevel": words that are not in the list have no bytes; '
+            'model.type "WordLevel": words outside the vocabulary have no ids; '
             'use a BPE, Unigram or WordPiece tokenizer'
         )
     if kind not in ('BPE', 'Unigram', 'WordPiece'):
@@ -111,7 +111,7 @@ def _kind(model: dict) -> str:
         for field in ('continuing_subword_prefix', 'end_of_word_suffix'):
             if model.get(field):
                 raise ValueError(
-                    f'model.{field} {model[field]!r}: only BPE over bytes or with "▁" is read'
+                    f'model.{field} {model[field]!r}: only BPE over bytes or with "▁" is supported'
                 )
     return kind
 
@@ -142,7 +142,7 @@ def _unigram_pieces(model: dict) -> tuple[dict[str, int], tuple[float, ...]]:
             case _:
                 raise ValueError(f'model.vocab[{i}]: {item!r}; expected a token and its score')
         if piece in pieces:
-            raise ValueError(f'model.vocab[{i}]: token {piece!r} is there twice')
+            raise ValueError(f'model.vocab[{i}]: duplicate token {piece!r}')
         pieces[piece] = i
         scores.append(float(score))
     return pieces, tuple(scores)
@@ -160,23 +160,23 @@ def _is_id(value: Any) -> bool:
 
 
 def _check_ids(pieces: dict[str, int], added: tuple[Added, ...], size: int) -> None:
-    """Every id has one token and every token one id; a far id would make a huge vocabulary."""
+    """Raises ValueError unless ids and tokens are one to one, and ids bounded by the file."""
     names: dict[int, str] = {}
     for piece, i in [*pieces.items(), *((token.content, token.id) for token in added)]:
         if names.setdefault(i, piece) != piece:
-            raise ValueError(f'id {i} is of two tokens, {names[i]!r} and {piece!r}')
+            raise ValueError(f'duplicate id {i}, of {names[i]!r} and {piece!r}')
         if i >= size:
             raise ValueError(
-                f'token {piece!r} has the id {i}, too great for a file of {size} bytes'
+                f'token {piece!r} has the id {i}, too large for a file of {size} bytes'
             )
     for token in added:
         if pieces.get(token.content, token.id) != token.id:
             raise ValueError(
-                f'added token {token.content!r} has the id {token.id}, and '
+                f'added token {token.content!r} has the id {token.id}, but '
                 f'{pieces[token.content]} in model.vocab'
             )
     if len({token.content for token in added}) < len(added):
-        raise ValueError('added_tokens: a token is there twice')
+        raise ValueError('added_tokens: a duplicate token')
 
 
 def _merges(model: dict, pieces: dict[str, int]) -> tuple[tuple[str, str], ...]:

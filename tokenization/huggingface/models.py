@@ -1,7 +1,7 @@
-"""The models of converted tokenizers: those pieces that stand for text, as the engine needs them.
+"""The models of converted tokenizers: the pieces that are text, in the engine's format.
 
-Special tokens, ids without bytes and the tokens of single bytes (`<0x41>`) must not be found in a
-text that happens to spell them; they are taken out, or get a name with a space in it, which is in
+Special tokens, ids without bytes and the tokens of single bytes (`<0x41>`) must not match a text
+that happens to spell them. They are removed, or renamed to a string with a space, which occurs in
 no text that a model sees.
 """
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenization.huggingface.json_file import Source
+from tokenization.huggingface.json_file import TokenizerJson
 from tokenization.huggingface.steps import BYTE, SPACE, Kind, stands_alone
 from tokenization.vocabularies import spelling
 
@@ -17,19 +17,19 @@ _UNKNOWN = ' unknown'
 
 
 def model(
-    source: Source, kind: Kind, special: set[int], bytes_256: np.ndarray
+    source: TokenizerJson, kind: Kind, special: set[int], bytes_256: np.ndarray
 ) -> tuple[dict[str, Any], dict[int, int]]:
     """Returns the engine's model.
 
     Args:
       source: the original.
       kind: how it spells bytes.
-      special: ids that stand for no text.
+      special: ids that are not text.
       bytes_256: the id of each byte.
 
     Returns:
-      The object "model" of a `tokenizer.json`, and engine id -> id of its pieces; all others are
-      the unknown token.
+      The object "model" of a `tokenizer.json`, and engine id -> id of its pieces; all other engine
+      ids are the unknown token.
     """
     pieces = {piece: i for piece, i in source.pieces.items() if i not in special}
     if kind == 'words':
@@ -42,11 +42,11 @@ def model(
     return _bpe(source, pieces)
 
 
-def _bpe(source: Source, pieces: dict[str, int]) -> tuple[dict[str, Any], dict[int, int]]:
+def _bpe(source: TokenizerJson, pieces: dict[str, int]) -> tuple[dict[str, Any], dict[int, int]]:
     merges = [(a, b) for a, b in source.merges if {a, b, a + b} <= pieces.keys()]
     described = {
         'type': 'BPE',
-        # Without holes: the engine numbers added tokens from the number of pieces on.
+        # Without gaps: the engine numbers added tokens from the number of pieces on.
         'vocab': {piece: k for k, piece in enumerate([*pieces, _UNKNOWN])},
         'merges': merges,
         'unk_token': _UNKNOWN,
@@ -60,7 +60,9 @@ def _bpe(source: Source, pieces: dict[str, int]) -> tuple[dict[str, Any], dict[i
     return described, dict(enumerate(pieces.values()))
 
 
-def _unigram(source: Source, pieces: dict[str, int]) -> tuple[dict[str, Any], dict[int, int]]:
+def _unigram(
+    source: TokenizerJson, pieces: dict[str, int]
+) -> tuple[dict[str, Any], dict[int, int]]:
     shown = {piece for piece in pieces if not BYTE.fullmatch(piece)}
     vocabulary: list[tuple[str, float]] = [
         (piece if piece in shown else f' {i}', score)
@@ -75,11 +77,11 @@ def _unigram(source: Source, pieces: dict[str, int]) -> tuple[dict[str, Any], di
 
 
 def _word_piece(
-    source: Source, pieces: dict[str, int], space: int
+    source: TokenizerJson, pieces: dict[str, int], space: int
 ) -> tuple[dict[str, Any], dict[int, int]]:
     within = {p: i for p, i in pieces.items() if p.startswith(source.continuing)}
     start = {p if stands_alone(p) else SPACE + p: i for p, i in pieces.items() if p not in within}
-    # A word without a space before it begins with a piece that goes on within words.
+    # A word that follows no space begins with a continuing piece.
     bare = {piece.removeprefix(source.continuing): i for piece, i in within.items()}
     spelled = [*bare.items(), (SPACE, space), *start.items(), *within.items()]
     vocabulary: dict[str, int] = {}

@@ -1,8 +1,8 @@
-"""Reads SentencePiece's `tokenizer.model` and writes the same as a `tokenizer.json`.
+"""Converts SentencePiece's `tokenizer.model` to a `tokenizer.json`.
 
-The file is a Protocol Buffers message, `ModelProto` of sentencepiece_model.proto. Only its wire
-format is needed: fields of a number and a type, which are numbers, 4 or 8 bytes, or a length and
-so many bytes. Numbers here are of proto2: every field may be missing.
+The file is a Protocol Buffers message, `ModelProto` of sentencepiece_model.proto. Only the wire
+format is needed: each field has a number and a type, and its value is a varint, 4 or 8 bytes, or a
+length and that many bytes. In proto2 every field may be missing.
 """
 
 import base64
@@ -16,7 +16,7 @@ from etils import epath
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _UNIGRAM, _BPE = 1, 2
 _KINDS = {3: 'WORD', 4: 'CHAR'}
-# Far beyond any trained piece (16 by default); every cut of a piece is tried as a merge.
+# Far beyond any trained piece (16 by default). Every split of a piece is tried as a merge.
 _LONGEST = 1024
 
 
@@ -27,7 +27,7 @@ class _Piece(NamedTuple):
 
 
 def read(file: epath.Path, added: Mapping[str, int]) -> tuple[str, dict[str, str]]:
-    """Returns `to_json` and `names` of a file; their errors name it."""
+    """Returns `to_json` and `names` of a file; errors name the file."""
     model = file.read_bytes()
     try:
         return to_json(model, added), names(model)
@@ -36,7 +36,7 @@ def read(file: epath.Path, added: Mapping[str, int]) -> tuple[str, dict[str, str
 
 
 def names(model: bytes) -> dict[str, str]:
-    """Returns role -> spelling of the tokens that begin and end a text; raises as `to_json`."""
+    """Returns role -> spelling of the tokens that begin and end a text; errors as in `to_json`."""
     fields = _fields(model)
     pieces = [_piece(number, data) for number, data in enumerate(_messages(fields, 1))]
     found = _control(pieces, _scalars(_messages(fields, 2)))
@@ -44,15 +44,14 @@ def names(model: bytes) -> dict[str, str]:
 
 
 def to_json(model: bytes, added: Mapping[str, int]) -> str:
-    """Returns the text of a `tokenizer.json` that segments as a `tokenizer.model` does.
+    """Returns the text of a `tokenizer.json` with the segmentation of a `tokenizer.model`.
 
     Args:
       model: the file's bytes.
-      added: spelling -> id of special tokens that a model's folder adds after it.
+      added: spelling -> id of special tokens that the model's folder adds.
 
     Raises:
-      ValueError: the bytes are damaged, hold no pieces, or are of a kind that is not BPE or
-        Unigram.
+      ValueError: the bytes are damaged, hold no pieces, or the model is neither BPE nor Unigram.
     """
     fields = _fields(model)
     pieces = [_piece(number, data) for number, data in enumerate(_messages(fields, 1))]
@@ -66,11 +65,11 @@ def to_json(model: bytes, added: Mapping[str, int]) -> str:
             f'a SentencePiece model of type {_KINDS.get(kind, kind)}; expected BPE or UNIGRAM'
         )
     if trainer.get(24):
-        raise ValueError('treat_whitespace_as_suffix is set: only spaces before words are read')
+        raise ValueError('treat_whitespace_as_suffix is set: expected spaces before words')
     seen: dict[str, int] = {}
     for i, piece in enumerate(pieces):
         if seen.setdefault(piece.text, i) != i:
-            raise ValueError(f'piece {i}: {piece.text!r} is there twice')
+            raise ValueError(f'piece {i}: duplicate {piece.text!r}')
     unknown = next((i for i, piece in enumerate(pieces) if piece.type == _UNKNOWN), None)
     document = {
         'version': '1.0',
@@ -105,7 +104,7 @@ def _piece(number: int, data: bytes) -> _Piece:
 
 
 def _added(pieces: list[_Piece], kind: int, added: Mapping[str, int]) -> list[dict[str, Any]]:
-    # Before BPE, user-defined pieces are cut out; among Unigram's they have a good score.
+    # BPE matches user-defined pieces before its merges; Unigram gives them a high score.
     types = (_UNKNOWN, _CONTROL, _UNUSED, *([_USER] if kind == _BPE else []))
     tokens = {
         piece.text: (i, piece.type != _USER)
@@ -139,7 +138,7 @@ def _normalizers(rules: dict[int, Any]) -> list[dict[str, Any]]:
 
 
 def _decoder(rules: dict[int, Any]) -> dict[str, Any]:
-    """For other readers of the file: pieces are written one after the other, `▁` as a space."""
+    """Returns a decoder for other readers of the file: joins pieces, with `▁` as a space."""
     steps = [
         {'type': 'Replace', 'pattern': {'String': '▁'}, 'content': ' '},
         {'type': 'ByteFallback'},
@@ -151,7 +150,7 @@ def _decoder(rules: dict[int, Any]) -> dict[str, Any]:
 
 
 def _control(pieces: list[_Piece], trainer: dict[int, Any]) -> dict[str, int]:
-    """Returns role -> id of the tokens that begin and end a text, as far as there are such."""
+    """Returns role -> id of the tokens that begin and end a text, if there are any."""
     ids = {'bos': trainer.get(41, 1), 'eos': trainer.get(42, 2)}
     return {
         role: i for role, i in ids.items() if 0 <= i < len(pieces) and pieces[i].type == _CONTROL
@@ -159,7 +158,7 @@ def _control(pieces: list[_Piece], trainer: dict[int, Any]) -> dict[str, int]:
 
 
 def _template(pieces: list[_Piece], trainer: dict[int, Any]) -> dict[str, Any] | None:
-    """A post-processor that begins a text: no model of the families ends its prompts, too."""
+    """Returns a post-processor that adds BOS; no supported model family adds EOS to prompts."""
     if 'bos' not in (ids := _control(pieces, trainer)):
         return None
     i = ids['bos']
@@ -175,7 +174,7 @@ def _template(pieces: list[_Piece], trainer: dict[int, Any]) -> dict[str, Any] |
 
 
 def _unigram(pieces: list[_Piece], unknown: int | None, trainer: dict[int, Any]) -> dict[str, Any]:
-    # The library's bonus, so that user-defined pieces win: log-probabilities are below it.
+    # The library's own score for user-defined pieces: higher than any log-probability.
     scores = [-0.1 if piece.type == _USER else piece.score for piece in pieces]
     return {
         'type': 'Unigram',
@@ -186,7 +185,7 @@ def _unigram(pieces: list[_Piece], unknown: int | None, trainer: dict[int, Any])
 
 
 def _bpe(pieces: list[_Piece], unknown: int | None) -> dict[str, Any]:
-    """SentencePiece merges what makes the best piece: each cut of a piece in two is a merge."""
+    """Returns the BPE model: each split of a piece in two is a merge, best-scored pieces first."""
     ids = {piece.text: i for i, piece in enumerate(pieces) if piece.type in (_NORMAL, _USER)}
     merges = []
     for text, i in ids.items():
@@ -209,7 +208,7 @@ def _messages(fields: list[tuple[int, int | bytes]], number: int) -> list[bytes]
 
 
 def _scalars(messages: list[bytes]) -> dict[int, Any]:
-    """Returns the last value of each field; a negative number is what its 64 bits mean."""
+    """Returns the last value of each field; varints are signed 64-bit integers."""
     values: dict[int, Any] = {}
     for message in messages:
         for field, value in _fields(message):
@@ -218,7 +217,7 @@ def _scalars(messages: list[bytes]) -> dict[int, Any]:
 
 
 def _fields(data: bytes) -> list[tuple[int, int | bytes]]:
-    """Returns the fields of a message in order: numbers as such, everything else as bytes."""
+    """Returns the fields of a message in order: varints as integers, the others as bytes."""
     return list(_read(data))
 
 
@@ -238,7 +237,7 @@ def _read(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         else:
             raise ValueError(f'not a SentencePiece model: wire type {kind} at byte {at}')
         if at + size > len(data):
-            raise ValueError(f'cut short: {size} bytes wanted at byte {at} of {len(data)}')
+            raise ValueError(f'truncated: {size} bytes expected at byte {at} of {len(data)}')
         yield key >> 3, data[at : at + size]
         at += size
 
@@ -247,10 +246,10 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
-            raise ValueError(f'cut short at byte {at}')
+            raise ValueError(f'truncated at byte {at}')
         byte = data[at]
         value |= (byte & 127) << shift
         at += 1
         if byte < 128:
             return value, at
-    raise ValueError(f'not a SentencePiece model: a number of too many bytes at byte {at}')
+    raise ValueError(f'not a SentencePiece model: a varint of too many bytes at byte {at}')

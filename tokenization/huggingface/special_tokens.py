@@ -6,24 +6,23 @@ from typing import Any
 
 from etils import epath
 
-from tokenization.huggingface.json_file import Source
+from tokenization.huggingface.json_file import TokenizerJson
 
 ROLES = ('bos', 'eos', 'unk', 'pad')
-# BERT's names, where a model has no others.
+# BERT's names, used if a model has no others.
 _OTHERWISE = {'bos': 'cls', 'eos': 'sep'}
 
 
-def roles(source: Source, names: Mapping[str, str]) -> dict[str, int]:
+def roles(source: TokenizerJson, names: Mapping[str, str]) -> dict[str, int]:
     """Returns the id of each role that the tokenizer has.
 
     Args:
       source: a checked `tokenizer.json`.
-      names: role -> spelling, as `read_names` finds them. Roles that are not there are taken from
-        the post-processor and the model. 'unk' and 'pad' are left out where the vocabulary lacks
-        the name.
+      names: role -> spelling, as from `read_names`. Missing roles are taken from the post-processor
+        and the model. 'unk' and 'pad' are left out if the vocabulary lacks their spelling.
 
     Raises:
-      ValueError: the vocabulary lacks what begins or ends a text.
+      ValueError: the vocabulary lacks the spelling of 'bos' or 'eos'.
     """
     ids = {**source.pieces, **{token.content: token.id for token in source.added}}
     before, after = source.template
@@ -43,7 +42,7 @@ def roles(source: Source, names: Mapping[str, str]) -> dict[str, int]:
 def read_names(folder: epath.Path) -> dict[str, str]:
     """Returns role -> spelling, from `special_tokens_map.json` and `tokenizer_config.json`.
 
-    The latter decides where they differ.
+    The latter takes precedence.
 
     Raises:
       ValueError: a file is not an object of JSON, or a token is not a string; names it.

@@ -1,7 +1,7 @@
-"""The steps around a tokenizer's model, without those that lose information.
+"""The normalizers and pre-tokenizers around a tokenizer's model, without those that lose text.
 
-A text then reaches the model as it stands: nothing is normalised, no blank is removed and no space
-is put before it. Each step left out is a repair that says so.
+Text reaches the model as it stands: it is not normalised, no blank is removed and no space is put
+before it. Each omitted step is reported as a repair.
 """
 
 import functools
@@ -11,12 +11,12 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from tokenization.huggingface.json_file import Source
+from tokenization.huggingface.json_file import TokenizerJson
 
 SPACE = '▁'
 BYTE = re.compile('<0x([0-9A-F]{2})>')
 Kind = Literal['letters', 'metaspace', 'words']
-# What BERT takes apart beside blanks: punctuation with ASCII's signs, ideographs.
+# BERT splits at blanks and at these: punctuation with ASCII's signs, ideographs.
 _MARKS = r'\p{P}$+<=>^`|~'
 _IDEOGRAPHS = (
     r'\x{4E00}-\x{9FFF}\x{3400}-\x{4DBF}\x{20000}-\x{2A6DF}\x{2A700}-\x{2CEAF}'
@@ -24,8 +24,8 @@ _IDEOGRAPHS = (
 )
 
 
-def kind_of(source: Source) -> Kind:
-    """Returns how a vocabulary spells bytes; raises ValueError if that cannot be told."""
+def kind_of(source: TokenizerJson) -> Kind:
+    """Returns how a vocabulary spells bytes; raises ValueError if that is unknown."""
     names = {step['type'] for step in source.pre_tokenizers}
     spaces = 'Metaspace' in names or any(is_space_rule(step) for step in source.normalizers)
     if source.model == 'WordPiece':
@@ -40,10 +40,12 @@ def kind_of(source: Source) -> Kind:
     )
 
 
-def lossless(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[dict], list[dict], str]:
-    """Returns the steps that lose nothing, and what the original puts before a text."""
+def lossless(
+    source: TokenizerJson, kind: Kind, repairs: list[str]
+) -> tuple[list[dict], list[dict], str]:
+    """Returns the lossless normalizers and pre-tokenizers, and `Converted.prefix`."""
     prefix = ''
-    # What cuts a text before a step that puts a space before each part.
+    # Splits a text before a step that puts a space before each part.
     cuts = ['an added token'] if any(not a.special for a in source.added) else []
     kept: list[dict] = []
     for step in source.normalizers:
@@ -57,13 +59,13 @@ def lossless(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[dict]
                   | 'BertNormalizer' | 'Precompiled' | 'Nmt' | 'Replace' as name}:  # fmt: skip
                 repairs.append(f'normalizer {name} left out: text is encoded as it stands')
             case _:
-                raise ValueError(f'normalizer {step["type"]!r} is not known: cannot be undone')
+                raise ValueError(f'unknown normalizer {step["type"]!r}: it cannot be undone')
     split: list[dict] = []
     for step in source.pre_tokenizers:
         added, before = _pre_tokenizer(step, kind, repairs)
         if before and step.get('prepend_scheme') != 'first':
             repairs += [f'{step["type"]}: no space is put before what follows {x}' for x in cuts]
-        if step['type'] != 'WhitespaceSplit':  # whose parts have spaces before them in the text
+        if step['type'] != 'WhitespaceSplit':  # its parts follow spaces in the text
             cuts.append(f'a part of {step["type"]}')
         split += added
         prefix = before or prefix
@@ -73,8 +75,8 @@ def lossless(source: Source, kind: Kind, repairs: list[str]) -> tuple[list[dict]
         blank = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
         kept, split, prefix = [blank], _bert_split(), 'unless'
         repairs.append(
-            'a token that begins a word stands for the space and the word: words that follow no '
-            'space are spelled in the tokens that go on within words'
+            'a token that begins a word is the space and the word: words that follow no space are '
+            'spelled in continuing tokens'
         )
     if prefix:
         repairs.append('no space is put before a text: encode b" " + text for the original\'s ids')
@@ -109,18 +111,18 @@ def _pre_tokenizer(step: dict, kind: Kind, repairs: list[str]) -> tuple[list[dic
         case {'type': 'UnicodeScripts'}:
             return [{'type': name}], ''
         case {'type': 'Whitespace' | 'WhitespaceSplit' | 'BertPreTokenizer'}:
-            repairs.append(f'pre-tokenizer {name}: the blanks that it removes are kept')
+            repairs.append(f'pre-tokenizer {name}: removed blanks are kept')
             words = r'\w+|[^\w\s]+|\s+' if name == 'Whitespace' else ''
             return ([_split(words)] if words else []), ''
-    raise ValueError(f'pre-tokenizer {name!r} is not known: what it splits cannot be undone')
+    raise ValueError(f'unknown pre-tokenizer {name!r}: it cannot be undone')
 
 
 def _behavior(step: dict, repairs: list[str]) -> Any:
-    """Returns to which part a Split or Punctuation gives what it finds."""
+    """Returns the behavior of a Split or Punctuation: which part its matches join."""
     behavior = step.get('behavior', 'Isolated')
     if behavior != 'Removed':
         return behavior
-    repairs.append(f'{step["type"]}: text that it removes is kept')
+    repairs.append(f'{step["type"]}: removed text is kept')
     return 'Isolated'
 
 
@@ -135,7 +137,7 @@ def _bert_split() -> list[dict]:
 
 
 def is_space_rule(step: dict) -> bool:
-    """Returns whether a normalizer's step writes `▁` for each space."""
+    """Returns whether a normalizer replaces each space by `▁`."""
     return (
         step['type'] == 'Replace'
         and step.get('pattern') == {'String': ' '}
@@ -144,7 +146,7 @@ def is_space_rule(step: dict) -> bool:
 
 
 def stands_alone(piece: str) -> bool:
-    """Whether BERT makes a word of this character wherever it stands."""
+    """Returns whether BERT makes a word of its own of this character."""
     return len(piece) == 1 and not _remove_marks().pre_tokenize_str(piece)
 
 

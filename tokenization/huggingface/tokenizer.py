@@ -1,12 +1,11 @@
 """Tokenizers of Hugging Face models, over bytes: same ids, same segmentation, and lossless.
 
     tokenizer = load_folder('Llama-2-7b')   # its tokenizer.json, or its tokenizer.model
-    tokenizer.repairs                       # what is not as in the original, if anything
+    tokenizer.repairs                       # differences from the original, if any
     tokenizer.special                       # {'bos': 1, 'eos': 2, 'unk': 0}
 
-How each kind of vocabulary becomes one over bytes is in `tokenization.huggingface.conversion`. Text
-that looks
-like a special token is text: only `special` names those ids.
+`tokenization.huggingface.conversion` makes each kind of vocabulary lossless. Text that looks like a
+special token is encoded as text; those ids are found only in `special`.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ class HuggingFaceTokenizer:
     """A tokenizer of Hugging Face `tokenizers` or SentencePiece, over bytes.
 
     `decode(encode(data)) == data` for any bytes. Two ids may have the same bytes (`A` and
-    `<0x41>`). Special tokens, and ids without a token, have none: they decode to nothing.
+    `<0x41>`). Special tokens and ids without a token have no bytes and decode to nothing.
 
     Attributes:
       source: text of a `tokenizer.json`.
@@ -42,16 +41,18 @@ class HuggingFaceTokenizer:
 
     source: str
     roles: tuple[tuple[str, int], ...]
-    parsed: dataclasses.InitVar[tokenizer_json.Source | None] = None  # of `source`, if at hand
+    parsed: dataclasses.InitVar[tokenizer_json.TokenizerJson | None] = (
+        None  # of `source`, if at hand
+    )
 
-    def __post_init__(self, parsed: tokenizer_json.Source | None) -> None:
+    def __post_init__(self, parsed: tokenizer_json.TokenizerJson | None) -> None:
         if parsed is not None:
             vars(self)['_converted'] = conversion.convert(parsed)
-        size = self.vocab_size  # converts
+        size = self.vocab_size  # converts `source`
         for role, i in self.roles:
             if role not in special_tokens.ROLES or not 0 <= i < size:
                 raise ValueError(f'special token {role!r} has the id {i}: expected one of {size}')
-        self.encode(_PROBE)  # so that steps which change a text are found now
+        self.encode(_PROBE)  # raises now if a step changes the text
 
     @classmethod
     def from_json(
@@ -61,11 +62,11 @@ class HuggingFaceTokenizer:
 
         Args:
           source: the file's text.
-          names: role -> spelling of the special token; what is missing is taken from the
-            post-processor (what stands before a text is bos, after it eos) and the model.
+          names: role -> spelling of the special token. Missing roles are taken from the model and
+            from the post-processor (a token before a text is bos, one after it eos).
 
         Raises:
-          ValueError: the file is damaged, or of a kind that has no bytes; says which field.
+          ValueError: the file is damaged or of an unsupported type; names the field.
         """
         parsed = tokenizer_json.parse(source)
         roles = special_tokens.roles(parsed, names or {})
@@ -78,7 +79,10 @@ class HuggingFaceTokenizer:
 
     @property
     def repairs(self) -> tuple[str, ...]:
-        """What differs from the original tokenizer, a sentence each."""
+        """Differences from the original tokenizer, a sentence each.
+
+        For example, 'normalizer Lowercase left out: text is encoded as it stands'.
+        """
         return self._converted.repairs
 
     @property
@@ -88,19 +92,19 @@ class HuggingFaceTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, with the `added_bytes` at the end."""
+        """Number of ids, including the `added_bytes` at the end."""
         return len(self._converted.tokens)
 
     @property
     def added_bytes(self) -> int:
-        """How many ids at the end are single bytes that the original lacks."""
+        """Number of ids at the end that were added for single bytes without a token."""
         return self._converted.added
 
     def within(self, rows: int) -> tuple['HuggingFaceTokenizer', tuple[str, ...]]:
         """Returns the tokenizer without special tokens from id `rows` on, and their spellings.
 
-        Text models of Gemma 3 have no row for their tokenizer's last token, which is an image's.
-        Tokens with a role stay, and so do those that stand for bytes.
+        For example, text models of Gemma 3 have no row for their tokenizer's last token, an image
+        token. Tokens with a role stay, and so do tokens with bytes.
         """
         roles = {i for _, i in self.roles}
         document = json.loads(self.source)
@@ -118,7 +122,7 @@ class HuggingFaceTokenizer:
         return HuggingFaceTokenizer(source, self.roles), tuple(t['content'] for t in beyond)
 
     def prefixed(self, data: bytes) -> bytes:
-        """Returns a document with the space that the original would put before it, if any."""
+        """Returns a document with the space that the original puts before it, if any."""
         prefix = self._converted.prefix
         add = prefix == 'always' or (prefix == 'unless' and not data.startswith(b' '))
         return b' ' + data if add and data else data
@@ -132,13 +136,13 @@ class HuggingFaceTokenizer:
         results = byte_engine.encode(self._converted, documents)
         for document, ids in zip(documents, results):
             if self.decode(ids) != document:
-                raise ValueError('the steps before the model change the text: cannot be undone')
+                raise ValueError('a step before the model changes the text, which cannot be undone')
         return results
 
     def encode_piece(self, data: bytes) -> list[int]:
-        """Returns the ids of `data` taken as one word: not split before the model sees it.
+        """Returns the ids of `data` taken as one pretoken: the model sees it unsplit.
 
-        A byte that the original lacks is `vocab_size` + byte, see
+        A byte without a token in the original is `vocab_size` + byte, see
         `tokenization.transfer.decompose`.
         """
         ids = byte_engine.encode_piece(self._converted, data)
@@ -158,11 +162,11 @@ class HuggingFaceTokenizer:
         """Returns the bytes of one id; raises ValueError if it is out of range or has none."""
         data = self.decode(np.array([token]))
         if not data:
-            raise ValueError(f'id {token} is a special token, or none: it has no bytes')
+            raise ValueError(f'id {token} is a special token or has no token: it has no bytes')
         return data
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes the folder `path`: the `tokenizer.json` as it was read, and the roles."""
+        """Writes the folder `path`, with the original `tokenizer.json` and the roles."""
         with atomic.new_folder(path) as folder:
             (folder / _SOURCE).write_bytes(self.source.encode())
             write_kind(folder, 'huggingface', vocab_size=self.vocab_size, special=self.special)
@@ -174,11 +178,7 @@ class HuggingFaceTokenizer:
         Raises:
           FileNotFoundError, ValueError: a file is missing or damaged; names it.
         """
-        fields = read_kind(path)
-        if fields['kind'] != 'huggingface':
-            raise ValueError(
-                f'{path}: a tokenizer of kind {fields["kind"]!r}; "huggingface" wanted'
-            )
+        fields = read_kind(path, 'huggingface')
         special = fields.get('special')
         if not isinstance(special, dict) or not all(type(i) is int for i in special.values()):
             raise ValueError(f'{path}: tessera.json: "special" is not an object of roles and ids')
@@ -189,7 +189,7 @@ class HuggingFaceTokenizer:
             raise ValueError(f'{path}/{_SOURCE}: {error}') from None
         if loaded.vocab_size != fields.get('vocab_size'):
             raise ValueError(
-                f'{path}: {_SOURCE} gives {loaded.vocab_size} tokens, tessera.json expects '
+                f'{path}: {_SOURCE} gives {loaded.vocab_size} tokens, but tessera.json expects '
                 f'{fields.get("vocab_size")}; the file is of another tokenizer'
             )
         return loaded
@@ -208,13 +208,13 @@ class HuggingFaceTokenizer:
 def load_folder(path: epath.PathLike) -> HuggingFaceTokenizer:
     """Returns the tokenizer of a Hugging Face model's folder.
 
-    Reads `tokenizer.json`, else SentencePiece's `tokenizer.model`, else GPT-2's `vocab.json` and
-    `merges.txt`; roles of special tokens also from `special_tokens_map.json` and
-    `tokenizer_config.json`.
+    Reads the first that exists of `tokenizer.json`, SentencePiece's `tokenizer.model`, and GPT-2's
+    `vocab.json` with `merges.txt`. The roles of special tokens are also read from
+    `special_tokens_map.json` and `tokenizer_config.json`.
 
     Raises:
-      FileNotFoundError: there is none of them.
-      ValueError: one is damaged or cannot be read; names it.
+      FileNotFoundError: none of the three exists.
+      ValueError: a file is damaged or unsupported; names it.
     """
     folder = epath.Path(path)
     names = special_tokens.read_names(folder)
@@ -237,13 +237,13 @@ def load_folder(path: epath.PathLike) -> HuggingFaceTokenizer:
 
 
 def _check_gpt2(folder: epath.Path) -> None:
-    """Refuses the two files of another tokenizer: Qwen's look the same, and split otherwise."""
+    """Raises ValueError for other tokenizers with GPT-2's files: Qwen's splits differently."""
     file = folder / 'tokenizer_config.json'
     kind = special_tokens.read_object(file).get('tokenizer_class') if file.exists() else None
     if kind is not None and str(kind).removesuffix('Fast') not in _GPT2_CLASSES:
         raise ValueError(
             f'{file}: tokenizer_class {kind!r}: vocab.json and merges.txt do not say how it splits '
-            f'words, and only {" and ".join(_GPT2_CLASSES)} are known: save its tokenizer.json'
+            f'words; only {" and ".join(_GPT2_CLASSES)} are supported: save its tokenizer.json'
         )
 
 
@@ -253,9 +253,9 @@ def from_gpt2_files(
     """Returns the tokenizer of GPT-2's two files: `encoder.json` and `vocab.bpe`.
 
     Args:
-      vocabulary: an object of tokens in GPT-2's letters and their ids; `vocab.json` elsewhere.
-      merges: a line `left right` for each merge; `merges.txt` elsewhere.
-      names: role -> spelling; `<|endoftext|>` is bos and eos where nothing else is said.
+      vocabulary: JSON object, token in GPT-2's letters -> id; also known as `vocab.json`.
+      merges: a line `left right` for each merge; also known as `merges.txt`.
+      names: role -> spelling; by default `<|endoftext|>` is bos and eos.
 
     Raises:
       FileNotFoundError, ValueError: a file is missing or damaged; names it.

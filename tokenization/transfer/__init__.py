@@ -1,1 +1,1 @@
-"""Tables for another tokenizer: heuristics, hypernetworks, sampled and dynamic vocabularies."""
+"""Tokenizer transfer: heuristics, hypernetworks, sampled and dynamic vocabularies."""

@@ -1,4 +1,4 @@
-"""New tokens in pieces of an old vocabulary: what a hypernetwork reads of a token.
+"""Decomposes new tokens into pieces of the old vocabulary, the input of a hypernetwork.
 
 Source: Minixhofer et al., Zero-Shot Tokenizer Transfer (NeurIPS 2024, arXiv:2405.07883), section 3.
 """
@@ -13,30 +13,34 @@ from tokenization.tokenizer import Tokenizer
 PADDING = -1
 
 
-class Source(Tokenizer, Protocol):
-    """A tokenizer that also takes a string whole, without splitting it into words first."""
+class PieceTokenizer(Tokenizer, Protocol):
+    """A tokenizer that can also encode a string as one pretoken, without splitting it first."""
 
     def encode_piece(self, data: bytes) -> list[int]:
-        """Returns the ids of `data` taken as one word.
+        """Returns the ids of `data` taken as one pretoken.
 
-        A byte that the trained vocabulary lacks is `vocab_size` + byte; such an id decodes to
-        nothing, it only says which byte it was.
+        A byte without a token in the trained vocabulary is `vocab_size` + byte. Such an id only
+        identifies the byte; it cannot be decoded.
         """
         ...
 
 
-def decompose(source: Source, tokens: Iterable[bytes], length: int = 7) -> np.ndarray:
+def decompose(source: PieceTokenizer, tokens: Iterable[bytes], length: int = 7) -> np.ndarray:
     """Returns the pieces of each token, int32 `[V, length]`, padded with -1.
 
-    Ids from `source.vocab_size` on are bytes without a row in the source's table: vocab_size +
-    byte, so that a table of fallback rows needs 256. An empty token (a special one) is a row of
-    padding. Like the paper's, pieces beyond `length` are dropped: long tokens that begin with
-    the same pieces get equal rows.
+    A byte without a row in the source's table is `source.vocab_size` + byte, so a table of fallback
+    rows needs 256. The row of an empty (special) token is all padding. As in the paper, pieces
+    beyond `length` are dropped, so long tokens with the same first pieces get equal rows.
+
+    >>> from tokenization.vocabularies.byte import ByteTokenizer
+    >>> decompose(ByteTokenizer(), [b'ab', b''], length=3)
+    array([[97, 98, -1],
+           [-1, -1, -1]], dtype=int32)
 
     Args:
-      source: splits the tokens.
+      source: the tokenizer whose ids are the pieces.
       tokens: V byte strings, any bytes.
-      length: most pieces of a token.
+      length: the greatest number of pieces per token.
 
     Raises:
       ValueError: `length` is below 1.

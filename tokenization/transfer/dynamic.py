@@ -1,9 +1,9 @@
-"""Dynamic tokenization: the units of a text are made per batch, and their rows by a network.
+"""Dynamic tokenization: units are merged per batch, and a hypernetwork predicts their rows.
 
 Feher et al., Retrofitting Large Language Models with Dynamic Tokenization (2024,
-arXiv:2411.18553). Documents are source tokens; neighbours that are frequent in the batch become
-one unit, again and again. A unit is the tuple of source ids that it stands for, so it has bytes,
-and a row from any hypernetwork that reads source ids:
+arXiv:2411.18553). Documents start as source tokens, and the most frequent pair of neighbours in the
+batch is merged into one unit, again and again. A unit is a tuple of source ids, so it has bytes,
+and any hypernetwork that reads source ids can predict its row:
 
     merged = merge(documents, tokens, 1000, BoundaryRule('word', tokens))
     batch = pad(merged, length=512, units=4096, pieces=7)
@@ -24,8 +24,8 @@ class Merged(NamedTuple):
 
     Attributes:
       documents: int32 `[T]` each, indices into `units`.
-      units: the distinct ones in use, in order, as source ids.
-      lengths: int64 `[merges + 1]`: units in all documents after 0, 1, ... merges.
+      units: the distinct units in use, sorted, as tuples of source ids.
+      lengths: int64 `[merges + 1]`: total number of units after 0, 1, ... merges.
     """
 
     documents: list[np.ndarray]
@@ -34,13 +34,12 @@ class Merged(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Documents in fixed shapes.
+    """Documents as units, padded to fixed shapes.
 
     Attributes:
       index_BL: int32, rows of `pieces_UP`; 0 where `mask_BL` is False.
-      pieces_UP: int32, the source ids of each distinct unit, -1 after its last; rows beyond the
-        units in use are all -1.
-      mask_BL: bool, where a document has a unit.
+      pieces_UP: int32, the source ids of each distinct unit, padded with -1; unused rows are -1.
+      mask_BL: bool, True at units and False at padding.
     """
 
     index_BL: np.ndarray
@@ -57,19 +56,22 @@ def merge(
 ) -> Merged:
     """Merges the most frequent allowed pair of the batch, up to `merges` times.
 
-    Of equally frequent pairs the one that comes first by its bytes is merged, whatever the order
-    of the documents. It ends early where no pair is left.
+    Ties are broken by the order of the pairs' bytes, so the order of the documents does not matter.
+
+    >>> merged = merge([np.array([0, 1, 0, 1])], [b'a', b'b'], 1, lambda left, right: True)
+    >>> merged.units, merged.documents[0].tolist(), merged.lengths.tolist()
+    ([(0, 1)], [0, 0], [4, 2])
 
     Args:
-      documents: source ids, int `[T]` each. Negative ones are padding, and left out.
-      tokens: bytes of each source id; an id with none is special, and never merged.
-      merges: how many at most; None goes on to the end.
-      allowed: the rule, from `boundaries.BoundaryRule`.
-      max_pieces: source ids in a unit at most, so that none is too long for the hypernetwork.
+      documents: source ids, int `[T]` each. Negative ids are padding and are dropped.
+      tokens: bytes of each source id; an id without bytes is special and never merged.
+      merges: greatest number of merges; None continues until no allowed pair is left.
+      allowed: the boundary rule, see `boundaries.BoundaryRule`.
+      max_pieces: greatest number of source ids per unit, which the hypernetwork can read.
 
     Raises:
-      ValueError: a document that is no list of ids, an id that is not in `tokens`, or a negative
-        number of merges.
+      ValueError: a document is not a vector of ids, an id is not in `tokens`, or `merges` is
+        negative.
     """
     _check(documents, tokens, merges)
     merger = PairMerger(_without_padding(documents), tokens, allowed, max_pieces)
@@ -85,9 +87,9 @@ def merge_each(
     allowed: MayMerge,
     max_pieces: int | None = None,
 ) -> Merged:
-    """As `merge`, but each document is a batch of its own: its units do not depend on the others.
+    """Like `merge`, with each document as a batch of its own, independent of the others.
 
-    `lengths` adds up the documents' own; one that has ended keeps its last.
+    `lengths` is the sum over documents; a document without further merges keeps its last length.
     """
     _check(documents, tokens, merges)
     mergers = [
@@ -102,18 +104,24 @@ def merge_each(
 def merges_for(curves: Sequence[np.ndarray], share: float) -> int:
     """Returns the fewest merges that reach a share of the greatest possible reduction.
 
+    With n_m the total number of units after m merges and M the last merge, the smallest m with
+    n_0 - n_m >= share * (n_0 - n_M).
+
+    >>> merges_for([np.array([10, 7, 5, 4])], share=0.5)  # 3 of at most 6 units
+    1
+
     Args:
-      curves: the `lengths` of sample batches that were merged to the end (`merges=None`). There
-        every word is one unit, if the rule is `word`.
-      share: of the units that merging to the end takes away: 0.1 to 0.5 in the paper, 1 for all.
+      curves: the `lengths` of sample batches, merged until no pair is left (`merges=None`). Under
+        the rule `word`, every word is one unit then.
+      share: from 0 to 1; 0.1 to 0.5 in the paper.
 
     Raises:
-      ValueError: no curves, or a share that is none.
+      ValueError: there are no curves, or `share` is out of range.
     """
     if not len(curves):
         raise ValueError('curves: none given; merge a few batches with merges=None first')
     if not 0 <= share <= 1:
-        raise ValueError(f'share {share}: expected 0 to 1, of the greatest possible reduction')
+        raise ValueError(f'share {share}: expected 0 to 1, a share of the greatest reduction')
     total = _add_up(curves)
     most = total[0] - total[-1]
     return int(np.argmax(total[0] - total >= share * most))
@@ -123,7 +131,7 @@ def pad(merged: Merged, length: int, units: int, pieces: int) -> Batch:
     """Returns the documents in shapes `[B, length]` and `[units, pieces]`.
 
     Raises:
-      ValueError: a document, the distinct units or the pieces of one are more than that.
+      ValueError: a document, the number of units or a unit's pieces exceed these sizes.
     """
     longest = max(map(len, merged.documents), default=0)
     widest = max(map(len, merged.units), default=0)
@@ -133,7 +141,7 @@ def pad(merged: Merged, length: int, units: int, pieces: int) -> Batch:
         ('source ids in the longest unit', widest, pieces),
     ):
         if found > room:
-            raise ValueError(f'{found} {what}: there is room for {room}')
+            raise ValueError(f'{found} {what}: expected at most {room}')
     index_BL = np.zeros((len(merged.documents), length), np.int32)
     mask_BL = np.zeros(index_BL.shape, bool)
     for row, document in enumerate(merged.documents):
@@ -143,7 +151,7 @@ def pad(merged: Merged, length: int, units: int, pieces: int) -> Batch:
 
 
 def to_pieces(units: Sequence[Unit], size: int, pieces: int) -> np.ndarray:
-    """Returns the source ids of units, int32 `[size, pieces]`, -1 where there is none."""
+    """Returns the source ids of units, int32 `[size, pieces]`, padded with -1."""
     pieces_UP = np.full((size, pieces), -1, np.int32)
     for row, unit in enumerate(units):
         pieces_UP[row, : len(unit)] = unit
@@ -157,13 +165,13 @@ def _check(documents: Sequence[np.ndarray], tokens: Sequence[bytes], merges: int
         array = np.asarray(document)
         if array.ndim != 1 or (array.size and array.dtype.kind not in 'iu'):
             raise ValueError(
-                f'document {row}: {array.dtype} of shape {array.shape}; expected a list of ids'
+                f'document {row}: {array.dtype} of shape {array.shape}; expected a vector of ids'
             )
         top = int(array.max(initial=-1))
         if top >= len(tokens):
             raise ValueError(
-                f'document {row}: id {top}, but bytes of {len(tokens)} tokens are given; give b"" '
-                'for a special one'
+                f'document {row}: id {top}, but `tokens` has {len(tokens)} entries; give b"" for a '
+                'special token'
             )
 
 
@@ -173,7 +181,7 @@ def _without_padding(documents: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _run(merger: PairMerger, merges: int | None) -> Iterator[int]:
-    """Merges, and yields the length after each."""
+    """Merges, and yields the total length after each merge."""
     done = 0
     while (merges is None or done < merges) and (pair := merger.best()) is not None:
         merger.merge(pair)
@@ -182,7 +190,7 @@ def _run(merger: PairMerger, merges: int | None) -> Iterator[int]:
 
 
 def _in_order(mergers: Sequence[PairMerger]) -> tuple[list[Unit], list[list[np.ndarray]]]:
-    """Returns the units in use in sorted order, and each merger's documents as their indices."""
+    """Returns the units in use, sorted, and each merger's documents as indices into them."""
     placed = [merger.documents() for merger in mergers]
     used = [
         [merger.units[i] for i in np.unique(np.concatenate(places)).tolist()] if places else []
@@ -198,7 +206,7 @@ def _in_order(mergers: Sequence[PairMerger]) -> tuple[list[Unit], list[list[np.n
 
 
 def _add_up(curves: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns the sum of curves, each continued by its last value."""
+    """Returns the sum of curves, each padded with its last value."""
     size = max(map(len, curves), default=0)
     total = np.zeros(size, np.int64)
     for curve in curves:

@@ -1,7 +1,7 @@
-"""New token tables without a network: what a hypernetwork is compared with.
+"""Heuristics for new token tables, the baselines of a hypernetwork.
 
-Each function is a `transfer.Method`. Rows are f32 `[V, D]`; those of special tokens are filled in
-by `transfer.with_tables`.
+Each function is a `transfer.Method`. Rows are f32 `[V, D]`; `transfer.with_tables` replaces those
+of special tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ import numpy as np
 from lm.model.params import Params
 from tokenization.tokenizer import Tokenizer
 from tokenization.transfer import transfer
-from tokenization.transfer.transfer import Method, Source, Vocabulary
+from tokenization.transfer.transfer import Method, SourceModel, Vocabulary
 
 _PIECES = 32
 
 
-def random(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
-    """Draws rows with the source's mean and deviation in each dimension."""
+def random(source: SourceModel, vocabulary: Vocabulary, key: jax.Array) -> Params:
+    """Draws rows from a normal with the source rows' mean and deviation in each dimension."""
     result = {}
     for i, (name, rows_VD) in enumerate(_rows(source).items()):
         noise_UD = jax.random.normal(
@@ -29,17 +29,17 @@ def random(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
     return result
 
 
-def mean(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
-    """Gives every token the mean row of the source."""
+def mean(source: SourceModel, vocabulary: Vocabulary, key: jax.Array) -> Params:
+    """Gives every token the mean of the source rows."""
     del key
     shape = len(vocabulary.tokens), 1
     return {name: jnp.tile(rows_VD.mean(0), shape) for name, rows_VD in _rows(source).items()}
 
 
-def mean_of_pieces(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
+def mean_of_pieces(source: SourceModel, vocabulary: Vocabulary, key: jax.Array) -> Params:
     """Gives a token the mean row of its pieces (Fast Vocabulary Transfer, Gee et al. 2022).
 
-    Pieces are those of the source's tokenizer; a byte that it lacks counts as the mean row.
+    Pieces are ids of the source's tokenizer; a byte without one counts as the mean row.
     """
     del key
     pieces_VP = transfer.pieces(source, vocabulary, _PIECES)
@@ -52,8 +52,8 @@ def mean_of_pieces(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Pa
     }
 
 
-def lexical_copy(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
-    """Copies the rows of tokens that the source has; draws the others as `random` does."""
+def lexical_copy(source: SourceModel, vocabulary: Vocabulary, key: jax.Array) -> Params:
+    """Copies the rows of tokens that the source has, and draws the others as `random` does."""
     at_V = same_token(source.tokenizer, vocabulary.tokens)
     drawn, rows = random(source, vocabulary, key), _rows(source)
     return {
@@ -65,57 +65,70 @@ def lexical_copy(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Para
 def neighbours(vectors: Callable[[Sequence[bytes]], np.ndarray], most: int = 16) -> Method:
     """Returns a method after FOCUS (Dobler & de Melo 2023, arXiv 2305.14481).
 
-    Tokens that the source has are copied. Another's row is a mixture of theirs, by the sparsemax
-    of the cosines between auxiliary vectors.
+    The rows of shared tokens, those that the source has, are copied. Another token t gets the
+    mixture of shared tokens s
+
+        row(t) = sum_s w_s row(s),    w = sparsemax_s(cos(v_t, v_s))
+
+    with auxiliary vectors v, over the `most` nearest s.
 
     Args:
-      vectors: unit vectors of tokens, `[V] -> [V, A]`; `context_vectors` makes some. A token of
-        which they say nothing is a zero vector, and gets the mean row.
-      most: tokens in a mixture at most.
+      vectors: tokens `[V]` -> unit vectors `[V, A]`, such as `context_vectors`. A token without
+        evidence has a zero vector, and gets the mean row.
+      most: the greatest number of tokens in a mixture.
     """
 
-    def tables(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
+    def tables(source: SourceModel, vocabulary: Vocabulary, key: jax.Array) -> Params:
         del key
         at_V = same_token(source.tokenizer, vocabulary.tokens)
         vector_VA = vectors(vocabulary.tokens)
         shared = np.flatnonzero(at_V >= 0)
-        near_VM = np.full((len(at_V), most), -1)
-        weight_VM = np.zeros((len(at_V), most), np.float32)
-        near_VM[shared, 0], weight_VM[shared, 0] = at_V[shared], 1
+        near_VP = np.full((len(at_V), most), -1)
+        weight_VP = np.zeros((len(at_V), most), np.float32)
+        near_VP[shared, 0], weight_VP[shared, 0] = at_V[shared], 1
         anchors = shared[np.any(vector_VA[shared], axis=1)]
         others = np.flatnonzero((at_V < 0) & np.any(vector_VA, axis=1))
         for some in np.array_split(others, max(len(others) // 1024, 1)):
-            cosine_UA = vector_VA[some] @ vector_VA[anchors].T
-            best_UM = np.argsort(-cosine_UA, axis=1)[:, :most]
-            near_VM[some, : best_UM.shape[1]] = at_V[anchors][best_UM]
-            cosine_UM = np.take_along_axis(cosine_UA, best_UM, 1)
-            weight_VM[some, : best_UM.shape[1]] = sparsemax(cosine_UM)
-        return {name: _mixture(x, near_VM, weight_VM) for name, x in _rows(source).items()}
+            cosine_UV = vector_VA[some] @ vector_VA[anchors].T
+            best_UP = np.argsort(-cosine_UV, axis=1)[:, :most]
+            near_VP[some, : best_UP.shape[1]] = at_V[anchors][best_UP]
+            cosine_UP = np.take_along_axis(cosine_UV, best_UP, 1)
+            weight_VP[some, : best_UP.shape[1]] = sparsemax(cosine_UP)
+        return {name: _mixture(x, near_VP, weight_VP) for name, x in _rows(source).items()}
 
     return tables
 
 
-def sparsemax(logits_UM: np.ndarray) -> np.ndarray:
-    """Returns the point of the simplex nearest to `logits`, row by row (Martins & Astudillo 2016).
+def sparsemax(logits_UP: np.ndarray) -> np.ndarray:
+    """Returns the projection of each row onto the simplex (Martins & Astudillo 2016).
+
+        sparsemax(z) = argmin_p |p - z|^2 = max(z - tau, 0),    with tau such that it sums to 1
+
+    >>> sparsemax(np.array([[1.0, 0.5, -1.0]]))  # tau = 0.25
+    array([[0.75, 0.25, 0.  ]])
 
     Args:
-      logits_UM: in falling order along the rows.
+      logits_UP: rows in decreasing order.
     """
-    count_M = np.arange(1, logits_UM.shape[1] + 1)
-    total_UM = np.cumsum(logits_UM, axis=1)
-    inside_UM = 1 + count_M * logits_UM > total_UM
-    size_U1 = inside_UM.sum(1, keepdims=True)
-    threshold_U1 = (np.take_along_axis(total_UM, size_U1 - 1, 1) - 1) / size_U1
-    return np.maximum(logits_UM - threshold_U1, 0)
+    count_P = np.arange(1, logits_UP.shape[1] + 1)
+    total_UP = np.cumsum(logits_UP, axis=1)
+    inside_UP = 1 + count_P * logits_UP > total_UP
+    size_U1 = inside_UP.sum(1, keepdims=True)
+    threshold_U1 = (np.take_along_axis(total_UP, size_U1 - 1, 1) - 1) / size_U1
+    return np.maximum(logits_UP - threshold_U1, 0)
 
 
 def context_vectors(
     target: Tokenizer, documents: Sequence[bytes], contexts: int = 512
 ) -> Callable[[Sequence[bytes]], np.ndarray]:
-    """Returns auxiliary vectors of tokens from what stands beside them in a text.
+    """Returns auxiliary vectors of tokens from their neighbours in a text.
 
-    Positive pointwise mutual information of each id with the `contexts` most frequent ids, to its
-    left and to its right, of unit length: FOCUS has fastText vectors of the target's text.
+    The vector of token t has the positive pointwise mutual information
+
+        max(0, log(p(t, c) / (p(t) p(c))))
+
+    with each of the `contexts` most frequent tokens c, as its left and as its right neighbour,
+    normalised to unit length. (FOCUS trains fastText vectors on the target's text instead.)
     """
     v = target.vocab_size
     ids = target.encode_batch(documents)
@@ -134,31 +147,31 @@ def context_vectors(
     vector_VA /= np.maximum(np.linalg.norm(vector_VA, axis=1, keepdims=True), 1e-9)
 
     def vectors(tokens: Sequence[bytes]) -> np.ndarray:
-        # rows behind the target's own ids are those of special tokens
+        # Rows after the target's own ids belong to special tokens.
         return np.pad(vector_VA, ((0, len(tokens) - v), (0, 0)))
 
     return vectors
 
 
 def same_token(source: Tokenizer, tokens: Sequence[bytes]) -> np.ndarray:
-    """Returns the source's id of each token, `[V]`; -1 where it has none."""
+    """Returns the source's id of each token, `[V]`; -1 for a token that it lacks."""
     ids = {data: i for i, data in reversed([*enumerate(transfer.token_table(source))])}
     return np.array([ids.get(token, -1) if token else -1 for token in tokens])
 
 
-def _rows(source: Source) -> dict[str, jax.Array]:
-    """Returns the rows of the source's own ids, without padding and special ones."""
+def _rows(source: SourceModel) -> dict[str, jax.Array]:
+    """Returns the rows of the source tokenizer's ids, without padding and BOS."""
     v = source.tokenizer.vocab_size
     return {name: x[:v].astype(jnp.float32) for name, x in source.params['tables'].items()}
 
 
-def _mixture(rows_VD: jax.Array, at_UM: np.ndarray, weight_UM: np.ndarray) -> jax.Array:
-    """Returns weighted sums of rows; one that is not there (-1), or no weight, is the mean row."""
+def _mixture(rows_VD: jax.Array, at_UP: np.ndarray, weight_UP: np.ndarray) -> jax.Array:
+    """Returns weighted sums of rows; an absent row (-1) or missing weight is the mean row."""
     mean_D = rows_VD.mean(0)
 
     def mix(inputs):
-        at_M, weight_M = inputs
-        picked_MD = jnp.where((at_M >= 0)[:, None], rows_VD[at_M], mean_D)
-        return (weight_M[:, None] * picked_MD).sum(0) + (1 - weight_M.sum()) * mean_D
+        at_P, weight_P = inputs
+        picked_PD = jnp.where((at_P >= 0)[:, None], rows_VD[at_P], mean_D)
+        return (weight_P[:, None] * picked_PD).sum(0) + (1 - weight_P.sum()) * mean_D
 
-    return jax.lax.map(mix, (jnp.asarray(at_UM), jnp.asarray(weight_UM)), batch_size=1024)
+    return jax.lax.map(mix, (jnp.asarray(at_UP), jnp.asarray(weight_UP)), batch_size=1024)

@@ -1,12 +1,18 @@
-"""A network that predicts a token's rows in a model's tables from its pieces in the old vocabulary.
+"""A hypernetwork that predicts a token's table rows from its pieces in the old vocabulary.
 
 Minixhofer, Ponti and Vulic 2024, Zero-Shot Tokenizer Transfer (arXiv 2405.07883), section 3:
 
     pieces_UP  --source rows-->  x_UPD  --encoder-->  h_UD  --head-->  rows of the input table
                                                            \\--head-->  rows of the output table
 
-A row depends on its own pieces and on the source tables, on nothing else: a vocabulary may be
-predicted in any chunks and in any order.
+With s the source's standardised rows, both tables side by side, a token of pieces 1 ... n gets in
+each table
+
+    h   = encoder(project(s_1 W), ..., project(s_n W))_1       project(x) = norm(x + ff(x))
+    row = scale * (project(h) W_out + [residual] mean(s_1, ..., s_n)) + shift
+
+A row depends only on its own pieces and the source's tables, so a vocabulary may be predicted in
+any chunks and in any order.
 """
 
 import dataclasses
@@ -33,16 +39,17 @@ class HypernetworkConfig:
     """The shape of a hypernetwork.
 
     Attributes:
-      vocab_size: ids of the source tokenizer. Piece `vocab_size + b` is the byte b where no id
-        stands for it, and has a learned row of its own.
+      vocab_size: number of ids of the source tokenizer. Piece `vocab_size + b` is a byte b without
+        an id, and has a learned fallback row.
       d_model: width of the source model's tables, and of the hypernetwork (D).
-      tied: whether the source model has one table for both ends; then there is one head.
+      tied: whether the source model has one table for input and output; then there is one head.
       n_layers, head_dim: of the encoder.
-      d_ff: its hidden width, and that of the projections; 0 means `2 * d_model`.
-      pieces: read of a token, the first ones (P).
-      residual: the mean of the pieces' rows is added before the rescalers, and the heads start at
-        zero. A hypernetwork then starts as that heuristic (FVT); the paper's does not.
-      chunk: tokens predicted at once, always so many; the memory of activations follows it.
+      d_ff: hidden width of the encoder and of the projections; 0 means `2 * d_model`.
+      pieces: number of pieces read per token, from the first (P).
+      residual: whether the mean of the pieces' rows is added before rescaling, with heads that
+        start at zero. A hypernetwork then starts as the heuristic `mean_of_pieces` (FVT); the
+        paper's does not.
+      chunk: tokens predicted at once, a fixed number that bounds the memory of activations.
       dtype: of the computation.
     """
 
@@ -64,19 +71,19 @@ class HypernetworkConfig:
                     f'HypernetworkConfig.{name}: {getattr(self, name)}; expected at least 1'
                 )
         if self.pieces < 2:
-            # of one alone, a longer token could not be told from its first piece
+            # With one, a longer token would equal its first piece.
             raise ValueError(f'HypernetworkConfig.pieces: {self.pieces}; expected at least 2')
         if self.d_ff < 0:
             raise ValueError(f'HypernetworkConfig.d_ff: {self.d_ff}; expected 0 or more')
 
     @property
     def tables(self) -> tuple[str, ...]:
-        """Names of the tables that are predicted."""
+        """Names of the predicted tables."""
         return TABLES[:1] if self.tied else TABLES
 
     @property
     def encoder(self) -> Config:
-        """The encoder as a model of `lm`: its body is all that is used of it."""
+        """The encoder's config as a model of `lm`, of which only the body is used."""
         heads = max(self.d_model // self.head_dim, 1)
         return Config(
             1, self.d_model, self.n_layers, heads, heads, min(self.head_dim, self.d_model),
@@ -86,7 +93,7 @@ class HypernetworkConfig:
 
 
 def for_model(config: HypernetworkConfig, model: Config, vocab_size: int) -> HypernetworkConfig:
-    """Returns the config made to fit a model whose tokenizer has `vocab_size` ids.
+    """Returns the config with the sizes of a model whose tokenizer has `vocab_size` ids.
 
     Raises:
       ValueError: the model's tables are drawn per sequence, or have fewer rows than that.
@@ -99,8 +106,8 @@ def for_model(config: HypernetworkConfig, model: Config, vocab_size: int) -> Hyp
         )
     if model.vocab_size < vocab_size:
         raise ValueError(
-            f'the tokenizer has {vocab_size} ids, the model rows for {model.vocab_size}: they do '
-            'not belong together'
+            f'the tokenizer has {vocab_size} ids, the model rows for {model.vocab_size}: expected '
+            'the tokenizer that the model was trained with'
         )
     return dataclasses.replace(
         config, vocab_size=vocab_size, d_model=model.d_model, tied=model.tied, dtype=model.dtype
@@ -141,8 +148,8 @@ def leaves(config: HypernetworkConfig) -> dict[str, Any]:
 def init(config: HypernetworkConfig, source: Params, key: jax.Array) -> Params:
     """Returns initial parameters, rescaled to the source.
 
-    Predictions of tokens that the source has (up to 2,048 of them, the anchors) then have the
-    same mean and deviation in each dimension as the source's own rows.
+    The predicted rows of up to 2,048 tokens that the source has, the anchors, have the same mean
+    and deviation in each dimension as the source's own rows of these tokens.
 
     Args:
       source: the model's tables.
@@ -165,16 +172,16 @@ def init(config: HypernetworkConfig, source: Params, key: jax.Array) -> Params:
 
 
 def single(config: HypernetworkConfig, ids_U: Any) -> jax.Array:
-    """Returns the pieces `[U, P]` of tokens that the source has: themselves."""
+    """Returns the pieces `[U, P]` of tokens that the source has: one piece, the token itself."""
     ids_U = jnp.asarray(ids_U, jnp.int32)
     return jnp.pad(ids_U[:, None], ((0, 0), (0, config.pieces - 1)), constant_values=-1)
 
 
 def read(weights: Params, config: HypernetworkConfig, source: Params) -> jax.Array:
-    """Returns the source's rows as the encoder reads them, `[vocab_size + 256, D]`.
+    """Returns the encoder's inputs for every piece, `[vocab_size + 256, D]`.
 
-    Once per source and weights: a vocabulary has the same pieces again and again. The last 256
-    rows are those of bytes that the source lacks.
+    Computed once per source and weights, as the same pieces recur in many tokens. The last 256 rows
+    are the fallback rows of bytes.
     """
     own_VE = _standardised(weights, _joined(config, source, slice(config.vocab_size)))
     x_VE = jnp.concatenate([own_VE, weights['fallback_256E']]).astype(config.dtype)
@@ -190,21 +197,21 @@ def predict(
 ) -> Params:
     """Returns the rows of U tokens: `input_VD` and, of untied models, `output_VD`; f32 `[U, D]`.
 
-    Works on `config.chunk` tokens at a time, so that memory does not grow with U, and recomputes
-    them for a gradient. Each row is the same to the bit whatever tokens stand beside it, in
-    however many calls a vocabulary is predicted: of one jitted function, which has the weights and
-    the source as arguments. What the compiler knows as constants it may sum in another order.
+    Processes `config.chunk` tokens at a time, so that memory does not grow with U, and recomputes
+    chunks in the backward pass. A row is bit-identical whatever tokens are beside it and however
+    many calls predict a vocabulary, if all are calls of one jitted function that takes the weights
+    and the source as arguments. (Sums of constants may be compiled in another order.)
 
     Args:
       weights: of the hypernetwork.
       source: the model's tables.
-      pieces_UP: int32 ids of the source tokenizer, `vocab_size + byte` for a byte that it lacks,
-        padded with -1 at the end. A token without pieces gets rows that mean nothing.
-      read_VD: what `read` returned, for many calls with the same weights.
+      pieces_UP: int32 ids of the source tokenizer, `vocab_size + byte` for a byte without one,
+        padded with -1 at the end. The rows of a token without pieces are meaningless.
+      read_VD: the result of `read`, to share it among calls with the same weights.
     """
     u, chunk = len(pieces_UP), config.chunk
     n = math.ceil(u / chunk)
-    # a short chunk is filled up: matrices of other sizes would be summed in another order
+    # The last chunk is padded: products of other shapes would be summed in another order.
     padded = jnp.pad(pieces_UP, ((0, n * chunk - u), (0, 0)), constant_values=-1)
     read_VD = read(weights, config, source) if read_VD is None else read_VD
 

@@ -1,7 +1,7 @@
-"""What a hypernetwork is trained on: the source's own rows first, then other tokenizers' text.
+"""The losses of a hypernetwork: first the source's own rows, then text of other tokenizers.
 
-Minixhofer et al. 2024 (arXiv 2405.07883), section 3.1. The body stays as it is: its parameters and
-the source's tables are `frozen` (see `lm.training.train.run`).
+Minixhofer et al. 2024 (arXiv 2405.07883), section 3.1. The source model, body and tables, is
+`frozen` (see `lm.training.train.run`).
 """
 
 import dataclasses
@@ -24,7 +24,9 @@ def identity_loss(
     source: Params,
     batch: dict[str, jax.Array],
 ) -> Loss:
-    """Squared distance of predicted rows to the source's: summed over D, mean over tokens.
+    """Squared distance of predicted rows r_t to the source's rows s_t, a mean over tables of
+
+        1/U sum_t |r_t - s_t|^2
 
     Reports `squared_distance_per_token`.
 
@@ -55,18 +57,18 @@ def transfer_loss(
     source: Params,
     batch: dict[str, Any],
 ) -> Loss:
-    """Loss of the frozen model in another vocabulary, plus `auxiliary` times the distance of rows.
+    """Loss of the frozen model with the predicted tables, plus `auxiliary` times `auxiliary_loss`.
 
     Reports `nats_per_token` and `auxiliary`, the distance (see `auxiliary_loss`).
 
     Args:
       weights: of the hypernetwork.
-      model: config of the source; its vocabulary does not matter.
+      model: config of the source; its `vocab_size` is ignored.
       bos: the source's id that starts documents.
-      auxiliary: the paper has 0.5.
+      auxiliary: weight of the auxiliary loss; 0.5 in the paper.
       source: the frozen model.
-      batch: a packed batch of the other tokenizer's ids (`lm.data.batches`), and `pieces` `[V,
-        P]` of its tokens, empty (-1) for BOS alone.
+      batch: a packed batch of the other tokenizer's ids (`lm.data.batches`), and `pieces`
+        `[V, P]` of its tokens, all -1 for BOS.
     """
     pieces_VP = batch['pieces']
     predicted = hypernetwork.predict(weights, config, source['tables'], pieces_VP)
@@ -84,13 +86,24 @@ def transfer_loss(
 def auxiliary_loss(
     predicted: Params, source: Params, pieces_VP: jax.Array, vocab_size: int
 ) -> jax.Array:
-    """Squared distance of predicted rows to the source's, over tokens that the source has.
+    """Squared distance of predicted rows to the source's, relative to the norm of the latter.
 
-    A mean over the tokens that are one piece, divided by the mean norm of the rows aimed at, and
-    averaged over the tables: it keeps what is common to both vocabularies in place.
+    Over the tokens S that the source has (those of one piece), with predicted rows r and the
+    source's rows s, a mean over tables of
+
+        (mean_S |r_t - s_t|^2) / (mean_S |s_t|)
+
+    It keeps the rows of tokens that both vocabularies share in place. For example, one shared token
+    of row s = (3, 4) that is predicted as (3, 3) gives 1 / 5:
+
+    >>> predicted = {'input_VD': jnp.array([[3.0, 3.0]])}
+    >>> source = {'input_VD': jnp.array([[3.0, 4.0]])}
+    >>> pieces_VP = jnp.array([[0, -1]])
+    >>> round(float(auxiliary_loss(predicted, source, pieces_VP, vocab_size=1)), 4)
+    0.2
 
     Args:
-      vocab_size: ids of the source tokenizer; pieces from there on are bytes that it lacks.
+      vocab_size: number of ids of the source tokenizer; further pieces are bytes without an id.
     """
     same_V = (pieces_VP[:, 0] >= 0) & (pieces_VP[:, 0] < vocab_size) & (pieces_VP[:, 1] < 0)
     count = jnp.maximum(same_V.sum(), 1)

@@ -1,8 +1,8 @@
-"""Rows that a hypernetwork predicted, kept on the device until room is needed.
+"""A least-recently-used cache of the rows that a hypernetwork predicted, on the device.
 
-The rows lie in tables of fixed shape; the host knows which unit has which slot, and which units
-were used last. What a batch lacks is predicted in chunks of one shape, so nothing compiles after
-the first call, and a row has the same bits whether it was kept or is new:
+The rows are in tables of fixed shape; the host maps units to slots, in order of last use. A batch's
+missing units are predicted in chunks of one shape, so nothing compiles after the first call, and
+cached and new rows are bit-identical:
 
     slots, cache = Slots(capacity), init(rows, capacity, pieces=7)
     cache, slot_U = fetch(rows, cache, slots, merged.units, chunk=256, pieces=7)
@@ -21,8 +21,8 @@ import numpy as np
 from tokenization.transfer.dynamic import to_pieces
 from tokenization.vocabularies.pair_merging import Unit
 
-# int32 pieces [U, P], -1 after a unit's last -> tables [U, D] by name. Jitted; each row depends on
-# its own pieces alone.
+# Pieces, int32 [U, P] padded with -1, -> rows [U, D] by table. Jitted; each row depends only on its
+# own pieces.
 Rows = Callable[[jax.Array], dict[str, jax.Array]]
 
 
@@ -31,22 +31,22 @@ class RowCache:
     """Predicted rows.
 
     Attributes:
-      tables: by name, as the hypernetwork names them: `[capacity, D]`.
+      tables: `[capacity, D]`, by the hypernetwork's names.
     """
 
     tables: dict[str, jax.Array]
 
 
 class Slots:
-    """Which unit has which row of a cache, from the least to the most recently used.
+    """The slot of each cached unit, from the least to the most recently used.
 
     Attributes:
       capacity: rows of the cache.
-      found, missed: distinct units of all batches that were there, and that had to be predicted.
+      found, missed: distinct units, summed over batches, that were cached or had to be predicted.
     """
 
     def __init__(self, capacity: int):
-        """Knows no unit yet; raises ValueError for a capacity below 1."""
+        """Starts empty; raises ValueError for a capacity below 1."""
         if capacity < 1:
             raise ValueError(f'capacity {capacity}: expected at least 1 row')
         self.capacity = capacity
@@ -58,12 +58,12 @@ class Slots:
         return len(self._slot)
 
     def make_room(self, units: Sequence[Unit]) -> tuple[list[Unit], list[int]]:
-        """Returns the units that have no row, and free slots for them, which stay free.
+        """Returns the units without a row, and a free slot for each; `fill` assigns them.
 
-        The units at hand count as used; where there is no room, those unused for longest go.
+        Marks the units as used. If there is no room, the least recently used units are evicted.
 
         Raises:
-          ValueError: they are more than the capacity; nothing is changed.
+          ValueError: there are more units than the capacity; nothing is changed.
         """
         distinct = dict.fromkeys(units)
         if len(distinct) > self.capacity:
@@ -75,7 +75,7 @@ class Slots:
         for unit in distinct:
             if unit in self._slot:
                 self._slot.move_to_end(unit)
-        # the units at hand are the last in the order, and there is room for all of them
+        # The batch's own units are last in the order, and all of them fit.
         while len(self._free) < len(missing):
             self._free.append(self._slot.popitem(last=False)[1])
         self.found += len(distinct) - len(missing)
@@ -83,27 +83,27 @@ class Slots:
         return missing, self._free[len(self._free) - len(missing) :]
 
     def fill(self, units: Sequence[Unit]) -> None:
-        """Notes that the units now lie in the slots that `make_room` gave for them."""
+        """Assigns to the units the slots that `make_room` returned for them."""
         start = len(self._free) - len(units)
         self._slot.update(zip(units, self._free[start:], strict=True))
         del self._free[start:]
 
     def of(self, units: Sequence[Unit]) -> np.ndarray:
-        """Returns the slots of units, int32 `[U]`; KeyError for one that has none."""
+        """Returns the slots of units, int32 `[U]`; raises KeyError for a unit without one."""
         return np.fromiter((self._slot[unit] for unit in units), np.int32, len(units))
 
 
 def init(rows: Rows, capacity: int, pieces: int) -> RowCache:
-    """Returns an empty cache for the tables that `rows` predicts from `pieces` ids a unit."""
+    """Returns an empty cache for the tables that `rows` predicts from `pieces` ids per unit."""
     one = jax.eval_shape(rows, jax.ShapeDtypeStruct((1, pieces), jnp.int32))
     return RowCache({n: jnp.zeros((capacity, *x.shape[1:]), x.dtype) for n, x in one.items()})
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def insert(cache: RowCache, slot_U: jax.Array, rows: dict[str, jax.Array]) -> RowCache:
-    """Returns the cache with rows `[U, D]` in slots int32 `[U]`; a slot that is none drops its row.
+    """Returns the cache with rows `[U, D]` in slots int32 `[U]`; donates the given cache.
 
-    The cache given is used up.
+    A slot out of range drops its row.
     """
     return RowCache(
         {name: x.at[slot_U].set(rows[name], mode='drop') for name, x in cache.tables.items()}
@@ -111,9 +111,9 @@ def insert(cache: RowCache, slot_U: jax.Array, rows: dict[str, jax.Array]) -> Ro
 
 
 def predict(rows: Rows, units: Sequence[Unit], chunk: int, pieces: int) -> list[dict]:
-    """Returns the rows of units, `chunk` at a time: each `[chunk, D]`, the last one filled up.
+    """Returns the rows of units in chunks, each `[chunk, D]`; the last one is padded.
 
-    One shape for every call, so that a row's bits do not depend on how many others there are.
+    All calls have one shape, so that a row's bits do not depend on the number of units.
     """
     parts = []
     for start in range(0, len(units), chunk):
@@ -130,23 +130,23 @@ def fetch(
 
     Args:
       rows: the hypernetwork, jitted once.
-      cache: what `init` or the last call returned; it is used up.
-      slots: of this cache; it is changed, and still right if predicting fails.
-      units: of the batch, `Merged.units`.
+      cache: from `init` or the last call; it is donated.
+      slots: those of this cache; updated in place, and still consistent if predicting fails.
+      units: those of the batch, `Merged.units`.
       chunk: units predicted at a time.
-      pieces: source ids a unit at most.
+      pieces: the greatest number of source ids per unit.
 
     Raises:
       ValueError: a batch needs more rows than the cache has, or a unit has too many pieces.
     """
     longest = max(map(len, units), default=0)
     if longest > pieces:
-        raise ValueError(f'{longest} source ids in the longest unit: there is room for {pieces}')
+        raise ValueError(f'{longest} source ids in the longest unit: expected at most {pieces}')
     missing, free = slots.make_room(units)
     for index, part in enumerate(predict(rows, missing, chunk, pieces)):
-        slot_C = np.full(chunk, slots.capacity, np.int32)
+        slot_U = np.full(chunk, slots.capacity, np.int32)
         some = free[index * chunk : (index + 1) * chunk]
-        slot_C[: len(some)] = some
-        cache = insert(cache, jnp.asarray(slot_C), part)
+        slot_U[: len(some)] = some
+        cache = insert(cache, jnp.asarray(slot_U), part)
     slots.fill(missing)
     return cache, slots.of(units)

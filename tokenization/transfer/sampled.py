@@ -1,14 +1,14 @@
-"""Random tokenizers, one per training step, so that a hypernetwork sees every kind.
+"""Random tokenizers, one per training step, so that a hypernetwork learns to serve any tokenizer.
 
 Source: Minixhofer et al., Zero-Shot Tokenizer Transfer (NeurIPS 2024, arXiv:2405.07883), section
-3.1 and algorithm 2. The substrings t of a queue of texts have probabilities p(t), their share of
-the weights; with one sigma per tokenizer,
+3.1 and algorithm 2. Let p(t) be the share of substring t in the weights of a queue of texts
+(`tokenization.transfer.substrings`). With one sigma per tokenizer,
 
-    sigma ~ LogNormal(ln 1e-5, 4),   score(t) = ln(p(t) + z),   z ~ N(0, sigma)
+    sigma ~ LogNormal(ln 1e-5, 4),   score(t) = ln(p(t) + z_t),   z_t ~ N(0, sigma)
 
-and the best of them, with all 256 bytes, are the pieces of a Unigram model. At sigma = 0 those are
-the most common ones. Unlike the released code, this one gives runs of blanks no score of their
-own: there it is 0, so that such tokens always won.
+and the substrings with the best scores, together with all 256 bytes, are the pieces of a Unigram
+model. At sigma = 0 they are the most common ones. The released code gives runs of blanks the score
+0, so that they are always chosen; here they are scored like other substrings.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from tokenization.transfer.substrings import Counts
 from tokenization.vocabularies import spelling
 
 _LOG_SIGMA, _SPREAD = math.log(1e-5), 4.0
-# Of substrings whose noisy probability is not positive: used where nothing else fits.
+# The score of substrings whose noisy probability is not positive: used only if nothing else fits.
 _NEVER = -1e5
 
 
@@ -57,7 +57,7 @@ class SampledTokenizer:
         return byte_engine.encode(self._converted, documents)
 
     def encode_piece(self, data: bytes) -> list[int]:
-        """Returns the ids of `data` taken as one word."""
+        """Returns the ids of `data` taken as one pretoken."""
         return byte_engine.encode_piece(self._converted, data)
 
     def decode(self, ids: np.ndarray) -> bytes:
@@ -93,14 +93,14 @@ def sample(
 ) -> SampledTokenizer:
     """Returns a random tokenizer of exactly `size` tokens, the 256 bytes among them.
 
-    A byte that is no substring of the counts has the least score of the tokens that are. Where
-    fewer than `size` substrings keep a positive probability, the next best follow at -1e5.
+    A byte that does not occur in the counts gets the lowest score of the tokens that do. If fewer
+    than `size` substrings have a positive noisy probability, the next best get the score -1e5.
 
     Args:
-      counts: of a queue of texts.
+      counts: those of a queue of texts.
       size: V, at least 256.
       key: seed; the same key and counts give the same tokenizer.
-      sigma: of the noise; drawn if None.
+      sigma: standard deviation of the noise; drawn if None.
 
     Raises:
       ValueError: `size` is below 256, or the texts have too few substrings.
@@ -108,24 +108,24 @@ def sample(
     rng = np.random.default_rng(key)
     drawn = math.exp(_LOG_SIGMA + _SPREAD * rng.standard_normal())
     sigma = drawn if sigma is None else sigma
-    length_N = (counts.keys_N2[:, 1] & np.uint64(0xFF)).astype(np.int64)
-    longer = int(np.count_nonzero(length_N > 1))
+    length_Y = (counts.keys_Y2[:, 1] & np.uint64(0xFF)).astype(np.int64)
+    longer = int(np.count_nonzero(length_Y > 1))
     if size < 256 or longer < size - 256:
         raise ValueError(
             f'{size} tokens asked for: expected 256 bytes and at most the {longer} longer '
             'substrings of the texts; give more text'
         )
-    p_N = counts.weights_N / counts.weights_N.sum(dtype=np.float64)
-    p_N = p_N + sigma * rng.standard_normal(len(counts))
-    best = np.argsort(np.where(length_N > 1, -p_N, np.inf), kind='stable')[: size - 256]
-    single = np.flatnonzero(length_N == 1)
+    p_Y = counts.weights_Y / counts.weights_Y.sum(dtype=np.float64)
+    p_Y = p_Y + sigma * rng.standard_normal(len(counts))
+    best = np.argsort(np.where(length_Y > 1, -p_Y, np.inf), kind='stable')[: size - 256]
+    single = np.flatnonzero(length_Y == 1)
     kept = np.concatenate([best, single])
     score = np.full(len(kept), _NEVER)
-    np.log(p_N[kept], out=score, where=p_N[kept] > 0)
+    np.log(p_Y[kept], out=score, where=p_Y[kept] > 0)
     seen = counts.strings(single)
     unseen = sorted({bytes([byte]) for byte in range(256)} - set(seen))
     least = score[score > _NEVER].min(initial=0.0)
-    # A byte without a positive probability takes the least score, too.
+    # A byte without a positive probability gets the lowest score, too.
     score[len(best) :][score[len(best) :] == _NEVER] = least
     tokens = [*counts.strings(best), *seen, *unseen]
     scores = np.concatenate([score, np.full(len(unseen), least)])

@@ -1,8 +1,8 @@
-"""Training batches of which each has a tokenizer of its own, as a random-access grain pipeline.
+"""Training batches with one random tokenizer each, as a random-access grain pipeline.
 
-Batch s is a function of s alone: its tokenizer is drawn from the texts of batches s-15 to s (the
-first ones take from the last), its noise from the seed and s. So an iterator resumes exactly, and
-worker processes make batches ahead. Rows hold one text each, cut where the row ends.
+Batch s is a function of s and the seed: its tokenizer is drawn from the texts of batches s-15 to s
+(modulo the number of batches), with noise from the seed and s. So an iterator resumes exactly, and
+worker processes can prefetch batches. A row holds one text, truncated to the row's length.
 """
 
 import functools
@@ -15,30 +15,30 @@ from lm.data.batches import allow_workers
 from lm.data.documents import Documents
 from lm.data.packing import Batch, Shared
 from tokenization.transfer import substrings
-from tokenization.transfer.decompose import Source, decompose
+from tokenization.transfer.decompose import PieceTokenizer, decompose
 from tokenization.transfer.sampled import SampledTokenizer, sample
 
-# Batches whose texts a tokenizer is drawn from.
+# Number of batches whose texts a tokenizer is drawn from.
 QUEUE = 16
-# What random numbers are for.
+# Random streams.
 _CUT, _NOISE = 1, 2
-# Bytes that go on within a character of UTF-8.
+# Continuation bytes of UTF-8.
 _WITHIN = {bytes([byte]) for byte in range(0x80, 0xC0)}
 
 
 class Settings(NamedTuple):
-    """What the batches are.
+    """The sizes and the seed of the batches.
 
     Attributes:
       batch_size: rows of this process, B.
       length: tokens of a row, L.
-      text_bytes: bytes of a row's text, give or take 3; about 6 per token leave few rows short.
-      vocab_size: V, of every tokenizer.
-      pieces: P, most source tokens that a token is taken apart into.
+      text_bytes: bytes of a row's text, up to 3 more or fewer; with 6 per token few rows are short.
+      vocab_size: V, the size of every tokenizer.
+      pieces: P, the greatest number of source tokens that a token is decomposed into.
       steps: number of batches.
-      seed: of the order of the documents, the cuts and the tokenizers; in [0, 2**32).
-      shard_index, shard_count: which part of each batch's texts this process has; the tokenizer
-        is drawn from all, and the same for all.
+      seed: for the order of the documents, the cuts and the tokenizers; in [0, 2**32).
+      shard_index, shard_count: this process's part of each batch's texts. The tokenizer is drawn
+        from all texts, and is the same in all processes.
     """
 
     batch_size: int
@@ -53,27 +53,27 @@ class Settings(NamedTuple):
 
 
 def sampled_batches(
-    documents: Documents, source: Source, settings: Settings, workers: int = 0
+    documents: Documents, source: PieceTokenizer, settings: Settings, workers: int = 0
 ) -> grain.IterDataset:
     """Returns the batches of training with random tokenizers.
 
-    A batch holds what those of `lm.data.batches.training_batches` hold (tokens, targets,
-    segments, positions and weights, all `[B, L]`), with ids of its own tokenizer and V as BOS; and
-    `pieces`, int32 `[V + 1, P]`: the tokens of that vocabulary in ids of the source, see
-    `tokenization.transfer.decompose`, the row of BOS all -1. Those are `Shared`: of all rows and
-    processes.
+    A batch has the arrays of `lm.data.batches.training_batches` (tokens, targets, segments,
+    positions and weights, all `[B, L]`), with ids of its own tokenizer and V as BOS. In addition,
+    `pieces`, int32 `[V + 1, P]`, decomposes the tokens of that vocabulary into ids of the source
+    (see `tokenization.transfer.decompose`); the row of BOS is all -1. It is `Shared` by all rows
+    and processes.
 
     Args:
-      documents: random-access documents of bytes; picklable if `workers` > 0. A long one gives a
-        stretch of it, another one in each epoch.
+      documents: random-access documents of bytes; picklable if `workers` > 0. From a long one, a
+        different substring is taken in each epoch.
       source: the tokenizer of the model that is transferred.
       settings: sizes and seed.
-      workers: processes that make batches ahead; 0 does it on a thread. The batches do not
-        depend on it, but the iterator's state does. `close()` the iterator to end them.
+      workers: number of processes that prefetch batches; 0 uses a thread. The iterator's state
+        depends on it, the batches do not. `close()` the iterator to end the processes.
 
     Raises:
-      ValueError: here, for sizes that cannot work; while iterating, where texts have too few
-        substrings for a vocabulary.
+      ValueError: a size is out of range; or, while iterating, the texts have too few substrings
+        for a vocabulary.
     """
     batches = grain.MapDataset.source(SampledBatches(documents, source, settings))
     if not workers:
@@ -89,8 +89,8 @@ def sampled_batches(
 class SampledBatches:
     """The random-access source of `sampled_batches`."""
 
-    def __init__(self, documents: Documents, source: Source, settings: Settings):
-        """Checks the sizes; raises ValueError, naming the one that cannot work."""
+    def __init__(self, documents: Documents, source: PieceTokenizer, settings: Settings):
+        """Checks the sizes; raises ValueError, naming the one that is out of range."""
         for name in ('batch_size', 'text_bytes', 'pieces', 'steps'):
             if getattr(settings, name) < 1:
                 raise ValueError(f'{name} must be at least 1, got {getattr(settings, name)}')
@@ -141,12 +141,12 @@ class SampledBatches:
             raise ValueError(f'batch {step}: {error}') from None
 
     def texts(self, step: int) -> list[bytes]:
-        """Returns the texts of batch `step`, those of all shards."""
+        """Returns the texts of batch `step`, for all shards."""
         size = self._settings.batch_size * self._settings.shard_count
         return [self._text(index) for index in range(step * size, (step + 1) * size)]
 
     def _text(self, index: int) -> bytes:
-        """Returns one stretch of a document, which begins and ends with a character."""
+        """Returns a substring of a document, cut at boundaries of characters."""
         document = bytes(self._documents[int(self._order[index])])
         room = len(document) - self._settings.text_bytes
         if room <= 0:
@@ -161,12 +161,12 @@ class SampledBatches:
 
 
 def _character(document: bytes, at: int) -> int:
-    """Returns where the next character of UTF-8 begins, at most 3 bytes on."""
+    """Returns the position at or after `at` at which a UTF-8 character begins, at most 3 later."""
     return next((i for i in range(at, at + 3) if document[i : i + 1] not in _WITHIN), at + 3)
 
 
 def _rows(documents: list[np.ndarray], length: int, bos: int) -> Batch:
-    """Returns one row per document: BOS and its ids, without the last, to predict its ids."""
+    """Returns one row per document: BOS and all ids but the last predict the ids."""
     size_B1 = np.array([[min(len(ids), length)] for ids in documents])
     columns_L = np.arange(length, dtype=np.int32)
     real_BL = columns_L < size_B1

@@ -1,7 +1,11 @@
-"""Counts of the substrings of words, which add and subtract: the pool random tokenizers draw from.
+"""Counts of the substrings of words, from which random tokenizers are drawn.
 
-A key is a substring of at most 15 bytes, padded with zeros, and its length: 16 bytes, held as two
-uint64 so that they sort as the bytes do.
+Counts of texts can be added and subtracted. A key has 16 bytes: a substring of at most 15, padded
+with zeros, and its length. It is stored as two uint64, which sort like the bytes.
+
+>>> counts = count([b'abcdef'])
+>>> dict(zip(counts.strings(np.arange(4)), counts.weights_Y[:4].tolist()))
+{b'a': 1, b'ab': 2, b'abc': 3, b'abcd': 4}
 """
 
 from collections import Counter
@@ -12,7 +16,7 @@ import numpy as np
 import regex
 
 from tokenization.vocabularies import spelling
-from tokenization.vocabularies.bpe import GPT2_PATTERN
+from tokenization.vocabularies.patterns import GPT2_PATTERN
 
 LONGEST = 15
 STRIDE = 4
@@ -22,33 +26,33 @@ _FIRST = np.array([(1 << 64) - (1 << 8 * (8 - n)) for n in range(9)], np.uint64)
 
 
 class Counts(NamedTuple):
-    """Substrings in order, each once.
+    """Distinct substrings, sorted, with weights.
 
     Attributes:
-      keys_N2: uint64, see above.
-      weights_N: int64, occurrences times length in bytes; positive.
+      keys_Y2: uint64, see the module.
+      weights_Y: int64, number of occurrences times length in bytes; positive.
     """
 
-    keys_N2: np.ndarray
-    weights_N: np.ndarray
+    keys_Y2: np.ndarray
+    weights_Y: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.weights_N)
+        return len(self.weights_Y)
 
     def strings(self, index: np.ndarray) -> list[bytes]:
-        """Returns some of the substrings."""
-        data = self.keys_N2[index].astype('>u8').tobytes()
+        """Returns the substrings at the given indices."""
+        data = self.keys_Y2[index].astype('>u8').tobytes()
         sizes = data[LONGEST::_KEY]
         return [data[_KEY * i : _KEY * i + size] for i, size in enumerate(sizes)]
 
 
 def count(texts: Iterable[bytes]) -> Counts:
-    """Returns the substrings of the words of some texts.
+    """Returns the weighted substrings of the words of some texts.
 
-    Words are those of GPT-2's pattern, bytes of UTF-8. Within a word, substrings begin at bytes
-    0, 4, 8, ... and are 1 to 15 bytes long; each weighs its length. What is not UTF-8 is passed
-    over. (The released code took lengths of words as spelled in letters for bytes, where
-    characters beyond ASCII count double; here a byte is a byte.)
+    Words are the UTF-8 bytes of the matches of GPT-2's pattern. Within a word, substrings begin at
+    bytes 0, 4, 8, ... and are 1 to 15 bytes long; each occurrence weighs the substring's length.
+    Bytes that are not UTF-8 are skipped. (The released code measures words in GPT-2's letters,
+    encoded in UTF-8, in which a byte beyond ASCII counts twice; here it counts once.)
     """
     find = regex.compile(GPT2_PATTERN).findall
     found: Counter[str] = Counter()
@@ -57,47 +61,47 @@ def count(texts: Iterable[bytes]) -> Counts:
             if valid:
                 found.update(find(stretch))
     words = [word.encode() for word in found]
-    length_W = np.fromiter(map(len, words), np.int64, len(words))
-    offset_W = np.cumsum(length_W) - length_W
-    starts_W = -(-length_W // STRIDE)
-    word_S = np.repeat(np.arange(len(words)), starts_W)
-    order_S = np.arange(len(word_S)) - np.repeat(np.cumsum(starts_W) - starts_W, starts_W)
-    room_S = length_W[word_S] - STRIDE * order_S
-    at_S = offset_W[word_S] + STRIDE * order_S
-    times_S = np.fromiter(found.values(), np.int64, len(words))[word_S]
+    length_J = np.fromiter(map(len, words), np.int64, len(words))
+    offset_J = np.cumsum(length_J) - length_J
+    starts_J = -(-length_J // STRIDE)
+    word_Y = np.repeat(np.arange(len(words)), starts_J)
+    order_Y = np.arange(len(word_Y)) - np.repeat(np.cumsum(starts_J) - starts_J, starts_J)
+    room_Y = length_J[word_Y] - STRIDE * order_Y
+    at_Y = offset_J[word_Y] + STRIDE * order_Y
+    times_Y = np.fromiter(found.values(), np.int64, len(words))[word_Y]
     flat = np.frombuffer(b''.join(words) + bytes(_KEY), np.uint8)
-    window_S16 = np.lib.stride_tricks.sliding_window_view(flat, _KEY)[at_S]
-    whole_S2 = window_S16.view('>u8').astype(np.uint64)
+    window_Y16 = np.lib.stride_tricks.sliding_window_view(flat, _KEY)[at_Y]
+    whole_Y2 = window_Y16.view('>u8').astype(np.uint64)
     parts = []
     for length in range(1, LONGEST + 1):
-        fits = room_S >= length
+        fits = room_Y >= length
         mask = np.array([_FIRST[min(length, 8)], _FIRST[max(length - 8, 0)]])
-        keys = whole_S2[fits] & mask
+        keys = whole_Y2[fits] & mask
         keys[:, 1] |= np.uint64(length)
-        parts.append((keys, times_S[fits] * length))
+        parts.append((keys, times_Y[fits] * length))
     return _grouped(parts)
 
 
 def add(parts: Sequence[Counts]) -> Counts:
-    """Returns the counts of all the parts' texts."""
-    return _grouped([(part.keys_N2, part.weights_N) for part in parts])
+    """Returns the sum of counts."""
+    return _grouped([(part.keys_Y2, part.weights_Y) for part in parts])
 
 
 def remove(counts: Counts, part: Counts) -> Counts:
-    """Returns counts without those of some of their texts.
+    """Returns the difference `counts - part`.
 
     Raises:
-      ValueError: the part's texts were not among them.
+      ValueError: a difference is negative: the part's texts were not counted in `counts`.
     """
-    left = _grouped([(counts.keys_N2, counts.weights_N), (part.keys_N2, -part.weights_N)])
-    if len(left) and left.weights_N.min() < 0:
-        lacking = left.strings(np.array([left.weights_N.argmin()]))[0]
+    left = _grouped([(counts.keys_Y2, counts.weights_Y), (part.keys_Y2, -part.weights_Y)])
+    if len(left) and left.weights_Y.min() < 0:
+        lacking = left.strings(np.array([left.weights_Y.argmin()]))[0]
         raise ValueError(f'{lacking!r} occurs more often in the part than in the whole')
     return left
 
 
 def _grouped(parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> Counts:
-    """Returns keys in order, each once, with the sum of its weights; without those of sum 0."""
+    """Returns distinct sorted keys with the sum of their weights, without sums of 0."""
     keys = np.concatenate([np.zeros((0, 2), np.uint64), *(keys for keys, _ in parts)])
     weights = np.concatenate([np.zeros(0, np.int64), *(weights for _, weights in parts)])
     order = np.lexsort((keys[:, 1], keys[:, 0]))

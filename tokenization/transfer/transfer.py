@@ -1,7 +1,7 @@
-"""Moving a language model to another tokenizer: new token tables around the same body.
+"""Tokenizer transfer: new token tables for another tokenizer, around the same body.
 
-Every way to make them is a function `(source, vocabulary, key) -> tables`: a hypernetwork
-(`predicted`), or one of the heuristics of `tokenization.transfer.heuristics`.
+A `Method` makes the tables, `(source, vocabulary, key) -> tables`. Methods are hypernetworks
+(`predicted`) and the heuristics of `tokenization.transfer.heuristics`.
 """
 
 import dataclasses
@@ -19,45 +19,45 @@ from tokenization.transfer import decompose, hypernetwork
 from tokenization.transfer.hypernetwork import HypernetworkConfig
 
 
-class Source(NamedTuple):
-    """A trained model.
+class SourceModel(NamedTuple):
+    """The trained model that is moved to another tokenizer.
 
     Attributes:
       config, params: the model.
-      tokenizer: the one it was trained with.
+      tokenizer: the tokenizer that it was trained with.
       bos: the input-only id that starts its documents.
     """
 
     config: Config
     params: Params
-    tokenizer: decompose.Source
+    tokenizer: decompose.PieceTokenizer
     bos: int
 
 
 class Vocabulary(NamedTuple):
-    """What a table has rows for.
+    """The rows of a new table.
 
     Attributes:
       tokens: the bytes of each row's token; empty for rows that no text uses.
-      copied: rows of special tokens, and the source's rows that they are copies of.
+      copied: row of a special token -> the source's row to copy.
     """
 
     tokens: tuple[bytes, ...]
     copied: Mapping[int, int]
 
 
-# The tables of a model for a vocabulary of V rows: `input_VD` and, of untied models, `output_VD`.
-Method = Callable[[Source, Vocabulary, jax.Array], Params]
+# Returns the tables for a vocabulary: `input_VD` and, for untied models, `output_VD`.
+Method = Callable[[SourceModel, Vocabulary, jax.Array], Params]
 
 
-def vocabulary(source: Source, target: Tokenizer) -> Vocabulary:
-    """Returns the rows that a model needs for `target`: one per id, and one for BOS behind them.
+def vocabulary(source: SourceModel, target: Tokenizer) -> Vocabulary:
+    """Returns the rows that a model needs for `target`: one per id, and a last one for BOS.
 
-    Special tokens are matched by their roles. What `target` never writes has no use: a special
-    token without a counterpart, a second id for the same bytes (`A` and `<0x41>`).
+    Special tokens are matched by their roles. Rows that `target` never writes are unused: special
+    tokens without a counterpart, and a second id for the same bytes (`A` and `<0x41>`).
 
     Raises:
-      ValueError: the target has no ids, or none for some single byte.
+      ValueError: the target has no ids, or a single byte has none.
     """
     tokens = list(token_table(target))
     if not tokens:
@@ -80,7 +80,7 @@ def vocabulary(source: Source, target: Tokenizer) -> Vocabulary:
 
 
 def token_table(tokenizer: Tokenizer) -> tuple[bytes, ...]:
-    """Returns the bytes of each id; empty for one that has none of its own."""
+    """Returns the bytes of each id; empty for an id without bytes of its own."""
 
     def data(i: int) -> bytes:
         try:
@@ -91,11 +91,13 @@ def token_table(tokenizer: Tokenizer) -> tuple[bytes, ...]:
     return tuple(data(i) for i in range(tokenizer.vocab_size))
 
 
-def with_tables(source: Source, vocabulary: Vocabulary, tables: Params) -> tuple[Config, Params]:
+def with_tables(
+    source: SourceModel, vocabulary: Vocabulary, tables: Params
+) -> tuple[Config, Params]:
     """Returns the model with other tables.
 
-    Rows of special tokens are the source's, to the bit; those that no text uses are the source's
-    mean row, unlikely everywhere.
+    Rows of special tokens are exact copies of the source's. Unused rows are the source's mean row,
+    which is improbable in every context.
     """
     config = dataclasses.replace(source.config, vocab_size=len(vocabulary.tokens))
     used_V1 = np.array([[bool(token)] for token in vocabulary.tokens])
@@ -109,7 +111,7 @@ def with_tables(source: Source, vocabulary: Vocabulary, tables: Params) -> tuple
     return config, {'body': source.params['body'], 'tables': result}
 
 
-def pieces(source: Source, vocabulary: Vocabulary, length: int) -> np.ndarray:
+def pieces(source: SourceModel, vocabulary: Vocabulary, length: int) -> np.ndarray:
     """Returns each token's pieces in the source's vocabulary, int32 `[V, length]`."""
     return decompose.decompose(source.tokenizer, vocabulary.tokens, length)
 
@@ -117,7 +119,7 @@ def pieces(source: Source, vocabulary: Vocabulary, length: int) -> np.ndarray:
 def predicted(weights: Params, config: HypernetworkConfig) -> Method:
     """Returns the method of a trained hypernetwork."""
 
-    def tables(source: Source, vocabulary: Vocabulary, key: jax.Array) -> Params:
+    def tables(source: SourceModel, vocabulary: Vocabulary, key: jax.Array) -> Params:
         del key
         pieces_VP = jnp.asarray(pieces(source, vocabulary, config.pieces))
         predict = jax.jit(hypernetwork.predict, static_argnums=1)
@@ -127,16 +129,19 @@ def predicted(weights: Params, config: HypernetworkConfig) -> Method:
 
 
 def add_task(fine_tuned: Params, transferred: Params, base: Params, weight: float) -> Params:
-    """Returns a fine-tuned variant of `base`, moved to the tokenizer that `transferred` reads.
+    """Returns a fine-tuned variant of `base`, moved to the tokenizer of `transferred`.
 
-    Its tables are the transferred base's; its body is `fine_tuned + weight * (transferred -
-    base)`, so that a body which was trained on after the transfer counts (task arithmetic,
-    Ilharco et al. 2023; ZeTT, section 5, has weights up to 0.7).
+    Its tables are those of `transferred`, and its body is
+
+        fine_tuned + weight * (transferred - base)
+
+    so that training after the transfer carries over (task arithmetic, Ilharco et al. 2023; ZeTT,
+    section 5, uses weights up to 0.7).
 
     Args:
-      fine_tuned, base: models of the old tokenizer.
-      transferred: the base with new tables, trained on or not.
-      weight: 0 leaves the fine-tuned body alone.
+      fine_tuned, base: models with the old tokenizer.
+      transferred: the base with new tables, with or without further training.
+      weight: 0 keeps the fine-tuned body.
     """
 
     def add(own, after, before):

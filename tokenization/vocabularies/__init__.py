@@ -1,1 +1,1 @@
-"""Ways to cut text into tokens, one file each."""
+"""Vocabularies: one file per way to segment text into tokens."""

@@ -1,4 +1,4 @@
-"""Characters as tokens: a small alphabet, for models of plain text."""
+"""The bytes of a small alphabet as tokens, for models of plain text."""
 
 import dataclasses
 import functools
@@ -7,17 +7,22 @@ import numpy as np
 from etils import epath
 
 from lm.files import atomic
-from tokenization.tokenizer import OneByOne, check_ids, read_kind, write_kind
+from tokenization.tokenizer import EncodesOneByOne, check_ids, read_kind, write_kind
 
 ASCII = bytes(range(128))
 
+_KIND = 'characters'
+
 
 @dataclasses.dataclass(frozen=True)
-class CharacterTokenizer(OneByOne):
-    """One id per byte of an alphabet. Text with any other byte is refused, not changed.
+class AlphabetTokenizer(EncodesOneByOne):
+    """One id per byte of an alphabet. Text with any other byte is refused.
+
+    >>> AlphabetTokenizer(b'acgt').encode(b'tag')
+    array([3, 0, 2], dtype=int32)
 
     Attributes:
-      alphabet: the byte of each id, all different.
+      alphabet: the byte of each id, all distinct.
     """
 
     alphabet: bytes = ASCII
@@ -38,11 +43,11 @@ class CharacterTokenizer(OneByOne):
         return ids
 
     def encode(self, data: bytes) -> np.ndarray:
-        """Returns ids, int32 `[T]`; raises ValueError, naming it, for a byte of no id."""
+        """Returns ids, int32 `[T]`; raises ValueError, naming the byte, for one without an id."""
         ids = self._ids[np.frombuffer(data, np.uint8)]
         if ids.size and ids.min() < 0:
-            place = int(np.argmin(ids))
-            raise ValueError(f'byte {data[place]:#04x} at {place} is not in the alphabet')
+            position = int(np.argmin(ids))
+            raise ValueError(f'byte {data[position]:#04x} at {position} is not in the alphabet')
         return ids
 
     def decode(self, ids: np.ndarray) -> bytes:
@@ -57,16 +62,13 @@ class CharacterTokenizer(OneByOne):
     def save(self, path: epath.PathLike) -> None:
         """Writes the folder `path`."""
         with atomic.new_folder(path) as folder:
-            write_kind(folder, 'characters', alphabet=list(self.alphabet))
+            write_kind(folder, _KIND, alphabet=list(self.alphabet))
 
     @classmethod
-    def load(cls, path: epath.PathLike) -> 'CharacterTokenizer':
-        """Returns the tokenizer saved in `path`; raises ValueError if there is none such."""
-        fields = read_kind(path)
-        if fields['kind'] != 'characters':
-            raise ValueError(f'{path}: a tokenizer of kind {fields["kind"]!r}, expected characters')
-        alphabet = fields.get('alphabet')
-        if not isinstance(alphabet, list):  # `bytes` of a number is so many zeros
+    def load(cls, path: epath.PathLike) -> 'AlphabetTokenizer':
+        """Returns the tokenizer saved in `path`; raises ValueError for another kind or damage."""
+        alphabet = read_kind(path, _KIND).get('alphabet')
+        if not isinstance(alphabet, list):  # bytes(n) of a number is n zeros
             raise ValueError(f'{path}: no alphabet of distinct bytes: expected a list')
         try:
             return cls(bytes(alphabet))

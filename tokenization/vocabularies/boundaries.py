@@ -1,8 +1,8 @@
-"""Which neighbouring tokens may become one: the boundary rules of dynamic tokenization.
+"""Boundary rules: which neighbouring tokens dynamic tokenization may merge.
 
 Feher et al., Retrofitting Large Language Models with Dynamic Tokenization (2024,
-arXiv:2411.18553). A rule looks at the bytes of the two neighbours alone, not at the text around
-them, so that a pair is allowed everywhere or nowhere.
+arXiv:2411.18553). A rule sees the bytes of the two neighbours and not the text around them, so
+a pair is allowed everywhere or nowhere.
 """
 
 import dataclasses
@@ -12,36 +12,40 @@ from typing import Literal, get_args
 
 from tokenizers import Regex, pre_tokenizers
 
-from tokenization.vocabularies.bpe import GPT2_PATTERN
+from tokenization.vocabularies.patterns import GPT2_PATTERN
 
 Boundary = Literal['pretokens', 'word', 'word_hyphen', 'sentence']
 MayMerge = Callable[[bytes, bytes], bool]
 
 _BLANKS = frozenset(b' \t\n\r\v\f')
 _MARKS = frozenset('.,!?;:()-"\'\\/`$%&*+<=>@[]^_{|}~')
-_REMEMBERED = 1 << 18  # pairs, across batches
+_CACHED_PAIRS = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
 class BoundaryRule:
-    """`rule(left, right)` says whether two neighbours, given by their bytes, may become one unit.
+    """`rule(left, right)` returns whether two neighbours, given by their bytes, may be merged.
 
     Under every rule, a blank (ASCII white space) may only be the first byte of the union, unless
-    the union is all blanks; two line feeds stay two. Then
+    the union is all blanks; two line feeds are never merged. In addition
 
-      pretokens     `pattern` takes the union as one piece;
-      word          the union is one word between white space;
-      word_hyphen   as `word`, and a token of punctuation is joined to what is before it only if
-                    that is punctuation, too, or if the token is a hyphen;
-      sentence      nothing more is asked.
+      pretokens     `pattern` must match the union as one pretoken;
+      word          the union must be one word, as `str.split` finds them;
+      word_hyphen   as `word`; a token of punctuation joins the token before it only if that is
+                    punctuation too, or if the token is a hyphen;
+      sentence      no further condition.
 
-    A union that is not UTF-8, such as half a character, is allowed where its text would be
-    looked at. Make a rule once and keep it: it remembers its answers.
+    >>> rule = BoundaryRule('word')
+    >>> rule(b' the', b'm'), rule(b' the', b' cat')
+    (True, False)
+
+    A union that is not UTF-8, such as half a character, satisfies the further conditions. A rule
+    caches its answers, so make it once.
 
     Attributes:
       boundary: the rule's name.
-      tokens: bytes of each source token; `word_hyphen` needs to know which are punctuation: those
-        with a mark and no digit. Units that merging made are not.
+      tokens: bytes of each source token, for `word_hyphen`: a source token with a punctuation mark
+        and no digit is punctuation, a merged unit never is.
       pattern: the regular expression that splits text into pretokens, for `pretokens`.
     """
 
@@ -57,16 +61,16 @@ class BoundaryRule:
             raise ValueError('boundary word_hyphen: give the bytes of the source tokens')
 
     def __call__(self, left: bytes, right: bytes) -> bool:
-        """Returns whether the two may become one."""
+        """Returns whether the two may be merged."""
         return self._answers(left, right)
 
     def __getstate__(self) -> dict[str, object]:
-        """The fields alone: what is remembered stays behind when a worker gets a copy."""
+        """Pickles the fields without the cached answers."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @functools.cached_property
     def _answers(self) -> MayMerge:
-        return functools.lru_cache(_REMEMBERED)(self._decide)
+        return functools.lru_cache(_CACHED_PAIRS)(self._decide)
 
     def _decide(self, left: bytes, right: bytes) -> bool:
         union = left + right

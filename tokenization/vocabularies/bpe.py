@@ -1,10 +1,10 @@
 """Byte-level byte-pair encoding: trained by Hugging Face `tokenizers`, applied by tiktoken.
 
-Text is split by a regular expression into words, and within a word the pair of neighbours
-whose union has the lowest rank is merged, again and again (Sennrich et al., 2016,
-arXiv:1508.07909; over bytes, as in GPT-2). The vocabulary holds all 256 bytes and no special
-tokens, so any byte string has an encoding. Bytes that are not UTF-8, which neither library
-accepts, become one token each; the text between them is encoded as usual.
+A regular expression splits text into pretokens. Within one, the pair of neighbours whose union has
+the lowest rank is merged, again and again (Sennrich et al., 2016, arXiv:1508.07909; over bytes, as
+in GPT-2). The vocabulary holds all 256 bytes and no special tokens, so any byte string has an
+encoding. Bytes that are not UTF-8, which neither library accepts, become one token each; the text
+between them is encoded as usual.
 """
 
 import base64
@@ -22,40 +22,29 @@ from etils import epath
 from tokenizers import models, pre_tokenizers, trainers
 
 from lm.files import atomic
-from tokenization.tokenizer import OneByOne, check_ids, read_kind, write_kind
+from tokenization.tokenizer import EncodesOneByOne, check_ids, read_kind, write_kind
 from tokenization.vocabularies import spelling
-
-# The split of GPT-2: contractions, words and numbers with the space before them, signs, blanks.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Those of tiktoken's files: GPT2_PATTERN for `gpt2`, `r50k_base` and `p50k_base`, CL100K_PATTERN
-# for `cl100k_base` (GPT-4; Llama 3 splits alike), O200K_PATTERN for `o200k_base` (GPT-4o).
-CL100K_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
-_UPPER, _LOWER = r'\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}', r'\p{Ll}\p{Lm}\p{Lo}\p{M}'
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-O200K_PATTERN = (
-    rf'[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_SHORT}'
-    rf'|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_SHORT}'
-    r'|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
+from tokenization.vocabularies.patterns import GPT2_PATTERN
 
 _RANKS = 'ranks.tiktoken'
 
-# tiktoken's regular expressions overflow their stack on runs of about half a million blanks,
-# or of letters for some patterns. Runs of one class are cut where they fill a block of this
-# many characters.
+# tiktoken's regular expressions overflow their stack on runs of about half a million blanks (for
+# some patterns, of letters). So text is cut after each block of this many characters that is one
+# run of a single class.
 _BLOCK = 1 << 16
 _ONE_CLASS = re.compile(r'\s+|\w+|[^\w\s]+')
 
 
 @dataclasses.dataclass(frozen=True)
-class BPETokenizer(OneByOne):
-    """A byte-level BPE vocabulary; equal ones encode equally.
+class BPETokenizer(EncodesOneByOne):
+    """A byte-level BPE tokenizer.
+
+    >>> bpe = BPETokenizer((*(bytes([byte]) for byte in range(256)), b'th', b'the'))
+    >>> bpe.encode(b'the th')
+    array([257,  32, 256], dtype=int32)
 
     Attributes:
-      tokens: the bytes of each id; the id is also the rank of the merge that makes it.
+      tokens: the bytes of each id, distinct. The id is also the rank of the merge that makes it.
       pattern: the regular expression that splits text before merging.
     """
 
@@ -77,9 +66,9 @@ class BPETokenizer(OneByOne):
     def train(
         cls, documents: Iterable[bytes], vocab_size: int, pattern: str = GPT2_PATTERN
     ) -> 'BPETokenizer':
-        """Learns a vocabulary; smaller than `vocab_size` where the text has too few pairs.
+        """Trains a vocabulary, at about 5 MB/s; parts of documents that are not UTF-8 are skipped.
 
-        Stretches of documents that are not UTF-8 are passed over. About 5 MB/s.
+        Text with too few distinct pairs gives fewer than `vocab_size` tokens.
 
         Raises:
           ValueError: `vocab_size` is below 256.
@@ -131,7 +120,8 @@ class BPETokenizer(OneByOne):
         """Returns the ids of `data`, int32 `[T]`.
 
         Raises:
-          ValueError: the pattern is none, or passes over some of the text, which would be lost.
+          ValueError: the pattern is invalid, or does not match some of the text, which would be
+            lost.
         """
         ids: list[int] = []
         for text, valid in spelling.stretches(data):
@@ -149,14 +139,14 @@ class BPETokenizer(OneByOne):
         try:
             return self._encoding.encode_ordinary(text)
         except BaseException as error:
-            # a panic in Rust, which is no Exception: the pattern matches no letter, or backtracks
-            # beyond its limit
+            # A panic in Rust is not an Exception. It means that the pattern matches the empty
+            # string, or backtracks beyond its limit.
             if type(error).__name__ != 'PanicException':
                 raise
             raise ValueError(f'the pattern {self.pattern!r} cannot split a text: {error}') from None
 
     def encode_piece(self, data: bytes) -> list[int]:
-        """Returns the ids of `data` taken as one word: merged, but not split by the pattern."""
+        """Returns the ids of `data` as one pretoken: merged, without splitting by the pattern."""
         return self._encoding._encode_single_piece(data) if data else []
 
     def encode_batch(self, documents: Sequence[bytes]) -> list[np.ndarray]:
@@ -173,7 +163,7 @@ class BPETokenizer(OneByOne):
         return self.decode(np.array([token]))
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes the folder `path`: its description and the ranks in tiktoken's format."""
+        """Writes the folder `path`, with the ranks in tiktoken's format."""
         lines = [f'{base64.b64encode(t).decode()} {i}\n' for i, t in enumerate(self.tokens)]
         with atomic.new_folder(path) as folder:
             (folder / _RANKS).write_text(''.join(lines))
@@ -186,9 +176,7 @@ class BPETokenizer(OneByOne):
         Raises:
           FileNotFoundError, ValueError: a file is missing or damaged; names file and line.
         """
-        fields = read_kind(path)
-        if fields['kind'] != 'bpe':
-            raise ValueError(f'{path}: a tokenizer of kind {fields["kind"]!r}, expected "bpe"')
+        fields = read_kind(path, 'bpe')
         if not isinstance(fields.get('pattern'), str):
             raise ValueError(f'{path}: tessera.json lacks the field "pattern"')
         loaded = cls.from_tiktoken_file(epath.Path(path) / _RANKS, fields['pattern'])
@@ -221,7 +209,7 @@ class BPETokenizer(OneByOne):
 
 
 def _without_long_runs(text: str) -> Iterator[str]:
-    """Yields the text in pieces, cut after each block that is nothing but one long run."""
+    """Yields the text in pieces, cut after each block that is one run of a single class."""
     start = 0
     for end in range(_BLOCK, len(text), _BLOCK):
         if _ONE_CLASS.fullmatch(text, end - _BLOCK, end):
@@ -244,7 +232,7 @@ def _parse_ranks(file: epath.Path) -> tuple[bytes, ...]:
                 f'{file}, line {number}: expected base64 and a rank, got {line[:60]!r}'
             ) from None
         if rank in ranks or token in seen or not token:
-            raise ValueError(f'{file}, line {number}: rank {rank} or its token is there twice')
+            raise ValueError(f'{file}, line {number}: duplicate rank {rank} or token')
         ranks[rank] = token
         seen[token] = rank
     missing = next((rank for rank in range(len(ranks)) if rank not in ranks), None)

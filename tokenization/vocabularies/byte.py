@@ -1,14 +1,18 @@
-"""Bytes as tokens: the vocabulary that every other one is compared with."""
+"""Bytes as tokens: the baseline of every comparison."""
 
 import numpy as np
 from etils import epath
 
 from lm.files import atomic
-from tokenization.tokenizer import OneByOne, check_ids, read_kind, write_kind
+from tokenization.tokenizer import EncodesOneByOne, check_ids, read_kind, write_kind
 
 
-class ByteTokenizer(OneByOne):
-    """256 ids, each of which is the byte of that value."""
+class ByteTokenizer(EncodesOneByOne):
+    """256 ids: each byte is its own id.
+
+    >>> ByteTokenizer().encode(b'Hi')
+    array([ 72, 105], dtype=int32)
+    """
 
     @property
     def vocab_size(self) -> int:
@@ -38,10 +42,8 @@ class ByteTokenizer(OneByOne):
 
     @classmethod
     def load(cls, path: epath.PathLike) -> 'ByteTokenizer':
-        """Returns the tokenizer saved in `path`; raises ValueError if it is of another kind."""
-        kind = read_kind(path)['kind']
-        if kind != 'byte':
-            raise ValueError(f'{path}: a tokenizer of kind {kind!r}, expected "byte"')
+        """Returns the tokenizer saved in `path`; raises ValueError for another kind."""
+        read_kind(path, 'byte')
         return cls()
 
     def __eq__(self, other: object) -> bool:

@@ -1,12 +1,17 @@
-"""Greedy leftmost-longest match of text over a table of byte strings, and the way back.
+"""Greedy longest-match segmentation of text over a table of byte strings, and its inverse.
 
-The table is a trie whose edges lie in one hash table, so that a step costs one look-up in about a
-megabyte. The walk runs back to the last string that it passed when the trie ends: the table need
-not be closed under prefixes.
+At each position the longest string of the table that matches is taken:
+
+    strings a, b, ab, abcd    text "abcab"    segments ab, c, ab
+
+The strings form a trie. Its edges are in one hash table of about a megabyte, so a step costs one
+look-up. Where no edge continues, the walk returns to the last string that it passed ("ab" above,
+after "abc" led on towards "abcd"), so the table need not be closed under prefixes.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import numpy as np
 
@@ -15,18 +20,22 @@ _MOST_NODES = 1 << 24  # a node and a byte make a key of 32 bits
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Strings:
-    """Byte strings one after the other: string i is `flat[offsets[i]:offsets[i + 1]]`.
+    """Concatenated byte strings: string i is `flat[offsets[i]:offsets[i + 1]]`.
+
+    >>> strings = Strings.of([b'ab', b'', b'c', b'ab'])
+    >>> strings[2], strings.sizes.tolist(), strings.first_of_each().tolist()
+    (b'c', [2, 0, 1, 2], [True, False, True, False])
 
     Attributes:
       flat: uint8.
-      offsets: int64 `[strings + 1]`, from 0 to the size of `flat`, never falling.
+      offsets: int64 `[strings + 1]`, nondecreasing from 0 to the size of `flat`.
     """
 
     flat: np.ndarray
     offsets: np.ndarray
 
     def __post_init__(self) -> None:
-        """Raises ValueError for other offsets: `trie_walk` follows them without looking."""
+        """Raises ValueError for invalid offsets, which `trie_walk` would follow unchecked."""
         flat, offsets = self.flat, self.offsets
         if flat.ndim != 1 or flat.dtype != np.uint8:
             raise ValueError(f'strings: expected a vector of bytes, got {flat.dtype}{flat.shape}')
@@ -37,7 +46,7 @@ class Strings:
 
     @classmethod
     def of(cls, strings: list[bytes]) -> 'Strings':
-        """Packs a list."""
+        """Returns the strings of a list."""
         offsets = np.zeros(len(strings) + 1, np.int64)
         np.cumsum([len(string) for string in strings], out=offsets[1:])
         return cls(np.frombuffer(b''.join(strings), np.uint8), offsets)
@@ -53,8 +62,19 @@ class Strings:
         """Bytes of each string, int64 `[strings]`."""
         return np.diff(self.offsets)
 
+    def first_of_each(self) -> np.ndarray:
+        """Returns which strings are neither empty nor equal to an earlier one, bool `[strings]`."""
+        data, offsets = self.flat.tobytes(), self.offsets.tolist()
+        seen: dict[bytes, int] = {}
+        for i, (start, end) in enumerate(itertools.pairwise(offsets)):
+            seen.setdefault(data[start:end], i)
+        seen.pop(b'', None)
+        first = np.zeros(len(self), bool)
+        first[list(seen.values())] = True
+        return first
+
     def join(self, ids: np.ndarray) -> bytes:
-        """Returns the strings of some ids, int32 `[T]` and in range, one after the other."""
+        """Returns the concatenated strings of ids, int32 `[T]`, all in range."""
         from tokenization.vocabularies import trie_walk
 
         flat, offsets = self._for_decode
@@ -65,7 +85,7 @@ class Strings:
 
     @functools.cached_property
     def _for_decode(self) -> tuple[np.ndarray, np.ndarray]:
-        """The arrays as `trie_walk.decode` needs them."""
+        """`flat` and `offsets` as `trie_walk.decode` needs them."""
         return np.concatenate([self.flat, np.zeros(7, np.uint8)]), self.offsets.astype(np.uint64)
 
 
@@ -75,7 +95,7 @@ class LongestMatch:
 
     Attributes:
       table: hash table of the edges, see `trie_walk.build`.
-      shift: bits of a hash that are not used, uint32.
+      shift: the number of low bits of a hash that are dropped, uint32.
       tokens: int32 `[nodes]`: the id of the string that ends at a node, or -1; node 0 is the root.
       first: uint32 `[256]`: the node of each single byte.
     """
@@ -90,14 +110,14 @@ class LongestMatch:
         """Returns the trie of the strings with the given ids, int `[strings to match]`.
 
         Raises:
-          ValueError: a string is empty or comes twice, a single byte is missing, or the trie is too
-            large.
+          ValueError: a string is empty or a duplicate, a single byte is missing, or the trie is
+            too large.
         """
         from tokenization.vocabularies import trie_walk
 
         start, size = strings.offsets[ids], strings.sizes[ids]
         if not np.all(size > 0):
-            raise ValueError(f'string {ids[np.argmin(size)]} is empty: it would match forever')
+            raise ValueError(f'string {ids[np.argmin(size)]} is empty, and would match forever')
         node = np.zeros(len(ids), np.uint32)
         at, nodes = np.arange(len(ids)), 1
         edges = []
@@ -114,8 +134,8 @@ class LongestMatch:
         tokens = np.full(nodes, -1, np.int32)
         tokens[node] = ids
         if np.count_nonzero(tokens >= 0) != len(ids):
-            twice = ids[tokens[node] != ids][0]
-            raise ValueError(f'string {twice}, {strings[twice]!r}, comes twice')
+            i = ids[tokens[node] != ids][0]
+            raise ValueError(f'string {i}, {strings[i]!r}, is a duplicate')
         single = np.searchsorted(edges[0], np.arange(256)) if edges else np.zeros(256, np.int64)
         first = (single + 1).astype(np.uint32)
         known = np.isin(np.arange(256), edges[0]) if edges else np.zeros(256, bool)

@@ -1,7 +1,7 @@
-"""Merging of the most frequent neighbours, with counts that are kept and never taken anew.
+"""The merge loop of byte-pair encoding, started from tokens, with incremental pair counts.
 
-The loop of byte-pair encoding (Sennrich et al., 2016, arXiv:1508.07909), started from tokens.
-Each merge costs time for its own occurrences, not for all of the text.
+Source: Sennrich et al., 2016, arXiv:1508.07909. A merge takes time proportional to the occurrences
+of its pair, not to the length of the text.
 """
 
 import heapq
@@ -13,21 +13,27 @@ import numpy as np
 
 from tokenization.vocabularies.boundaries import MayMerge
 
-Unit = tuple[int, ...]  # source ids
+Unit = tuple[int, ...]  # the source ids that were merged, in order
 Pair = tuple[int, int]  # indices into PairMerger.units
-_NONE = -1  # no neighbour; a place that was merged away
+_NONE = -1  # no neighbour; or a node that was merged into the one before it
 
 
 class PairMerger:
-    """Documents as linked lists of units, and the number of times each allowed pair occurs.
+    """Documents as linked lists of units, with a count of each allowed pair of neighbours.
 
-    What counts is every place where two units are neighbours: `a a a` has the pair `a a` twice,
-    of which a merge takes the left one.
+    Overlapping occurrences all count: `a a a` has the pair `a a` at two positions, of which a merge
+    takes the left one.
+
+    >>> merger = PairMerger([np.array([0, 1, 0, 1, 1])], [b'a', b'b'], lambda left, right: True)
+    >>> merger.merge(merger.best())
+    (0, 1)
+    >>> [merger.units[i] for i in merger.documents()[0]]
+    [(0, 1), (0, 1), (1,)]
 
     Attributes:
-      units: each unit ever seen, as the source ids that it is made of.
-      counts: of the allowed pairs of units, by their indices; weighted; none is 0.
-      length: units in all documents, weighted.
+      units: every unit seen so far, as a tuple of source ids.
+      counts: weighted occurrences, positive, of each allowed pair of indices into `units`.
+      length: weighted number of units in all documents.
     """
 
     def __init__(
@@ -38,15 +44,15 @@ class PairMerger:
         max_pieces: int | None = None,
         weights: Sequence[int] | None = None,
     ):
-        """Reads the documents; see `dynamic.merge`. A document counts `weights` times."""
+        """Counts the pairs; see `dynamic.merge`. `weights`: how often each document counts."""
         self.units: list[Unit] = []
         self.counts: Counter[Pair] = Counter()
         self._tokens, self._allowed, self._max_pieces = tokens, allowed, max_pieces
         self._bytes: list[bytes] = []
         self._index: dict[Unit, int] = {}
         self._is_allowed: dict[Pair, bool] = {}
-        self._places: defaultdict[Pair, list[int]] = defaultdict(list)
-        self._unit: list[int] = []  # of each place
+        self._nodes: defaultdict[Pair, list[int]] = defaultdict(list)
+        self._unit: list[int] = []  # of each node
         self._bounds: list[int] = [0]  # of the documents
         self._before: list[int] = []
         self._after: list[int] = []
@@ -54,54 +60,55 @@ class PairMerger:
         for row, document in enumerate(documents):
             self._read(document.tolist(), 1 if weights is None else int(weights[row]))
         self.length = sum(self._weight)
-        for place in range(len(self._unit)):
-            self._change(place, self._after[place], 1)
+        for node in range(len(self._unit)):
+            self._change(node, self._after[node], 1)
         self._heap = [self._entry(pair) for pair in self.counts]
         heapq.heapify(self._heap)
 
     def best(self) -> Pair | None:
-        """Returns the most frequent allowed pair; of equal ones, the first by bytes, or None.
+        """Returns the most frequent allowed pair, or None if there is none.
 
-        The order does not depend on where in the documents the pairs stand.
+        Among equally frequent pairs the first in order of their bytes is taken, so the result does
+        not depend on the order of the documents.
         """
         while self._heap:
             count, *_, pair = self._heap[0]
             now = self.counts.get(pair, 0)
             if now == -count:
                 return pair
-            # an entry may be out of date: counts fall while it waits
+            # Entries go stale: counts fall while they wait in the heap.
             heapq.heappop(self._heap)
             if now:
                 heapq.heappush(self._heap, self._entry(pair))
         return None
 
     def merge(self, pair: Pair) -> Unit:
-        """Makes the pair one unit everywhere, each document from left to right; returns it."""
+        """Merges the pair everywhere, from left to right, and returns the new unit."""
         left, right = pair
         new = self._unit_of(self.units[left] + self.units[right])
         grown: set[Pair] = set()
-        for place in sorted(set(self._places[pair])):
-            other = self._after[place]
-            if self._unit[place] != left or other == _NONE or self._unit[other] != right:
-                continue  # out of date, or the right half of a pair just merged: a a a
-            before, after = self._before[place], self._after[other]
-            for start, end in ((before, place), (place, other), (other, after)):
+        for node in sorted(set(self._nodes[pair])):
+            other = self._after[node]
+            if self._unit[node] != left or other == _NONE or self._unit[other] != right:
+                continue  # stale, or the right half of a pair just merged: a a a
+            before, after = self._before[node], self._after[other]
+            for start, end in ((before, node), (node, other), (other, after)):
                 self._change(start, end, -1)
-            self._unit[place], self._unit[other] = new, _NONE
-            self._after[place] = after
+            self._unit[node], self._unit[other] = new, _NONE
+            self._after[node] = after
             if after != _NONE:
-                self._before[after] = place
-            self.length -= self._weight[place]
-            for start, end in ((before, place), (place, after)):
+                self._before[after] = node
+            self.length -= self._weight[node]
+            for start, end in ((before, node), (node, after)):
                 if self._change(start, end, 1):
                     grown.add((self._unit[start], self._unit[end]))
-        del self._places[pair]
+        del self._nodes[pair]
         for other_pair in grown & self.counts.keys():
             heapq.heappush(self._heap, self._entry(other_pair))
         return self.units[new]
 
     def documents(self) -> list[np.ndarray]:
-        """Returns the documents as indices of units, int32 `[T]` each."""
+        """Returns the documents as indices into `units`, int32 `[T]` each."""
         unit = np.asarray(self._unit, np.int32)
         parts = [unit[start:end] for start, end in itertools.pairwise(self._bounds)]
         return [part[part != _NONE] for part in parts]
@@ -123,7 +130,7 @@ class PairMerger:
         return index
 
     def _change(self, start: int, end: int, sign: int) -> bool:
-        """Counts the neighbours at two places in or out; returns whether they count at all."""
+        """Adds `sign` to the count of neighbouring nodes; returns whether they may be merged."""
         if start == _NONE or end == _NONE:
             return False
         pair = self._unit[start], self._unit[end]
@@ -134,7 +141,7 @@ class PairMerger:
             return False
         count = self.counts[pair] = self.counts.get(pair, 0) + sign * self._weight[start]
         if sign > 0:
-            self._places[pair].append(start)
+            self._nodes[pair].append(start)
         elif not count:
             del self.counts[pair]
         return True
@@ -144,7 +151,7 @@ class PairMerger:
         if self._max_pieces is not None and pieces > self._max_pieces:
             return False
         left_bytes, right_bytes = self._bytes[left], self._bytes[right]
-        # a token without bytes is a special one
+        # A token without bytes is special, and never merged.
         return bool(left_bytes and right_bytes) and self._allowed(left_bytes, right_bytes)
 
     def _entry(self, pair: Pair) -> tuple[int, bytes, bytes, Unit, Unit, Pair]:

@@ -1,4 +1,10 @@
-"""Bytes as letters: what is UTF-8 of a byte string, and GPT-2's letter for each byte."""
+r"""Bytes as text: the UTF-8 parts of a byte string, and GPT-2's letter for each byte.
+
+>>> list(stretches(b'caf\xc3\xa9 \xff!'))
+[('café ', True), ('\udcff', False), ('!', True)]
+>>> to_letters(b' the\n'), from_letters('Ġthe')
+('ĠtheĊ', b' the')
+"""
 
 import functools
 import re
@@ -9,7 +15,10 @@ _NOT_UTF8 = re.compile('[\udc80-\udcff]+')
 
 
 def stretches(data: bytes) -> Iterator[tuple[str, bool]]:
-    """Yields text that is UTF-8 (True), and between it what is not (False): U+DC00 + byte each."""
+    """Yields the parts of `data` in order: UTF-8 as text with True, and other bytes with False.
+
+    A byte that is not UTF-8 is the character U+DC00 + byte.
+    """
     try:
         whole = data.decode('utf-8')
     except UnicodeDecodeError:
@@ -27,7 +36,7 @@ def stretches(data: bytes) -> Iterator[tuple[str, bool]]:
 
 @functools.cache
 def byte_of_letter() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 as itself, the rest as U+0100 onwards."""
+    """Returns GPT-2's letter -> byte: printable Latin-1 is itself, the rest U+0100 onwards."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
@@ -39,7 +48,7 @@ def _letters() -> dict[int, str]:
 
 
 def to_letters(data: bytes) -> str:
-    """Returns GPT-2's letters of some bytes."""
+    """Returns the bytes spelled in GPT-2's letters."""
     return data.decode('latin-1').translate(_letters())
 
 

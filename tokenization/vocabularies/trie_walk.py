@@ -1,10 +1,10 @@
 """Loops over bytes, compiled by numba: importing this module takes most of a second.
 
-Import it inside the functions that need it, as `longest_match` does. The machine code is cached
-on disk; the loops hold no Python object and release the interpreter's lock.
+So `longest_match` imports it within functions. The machine code is cached on disk; the loops hold
+no Python object and release the interpreter's lock.
 
-All indices are unsigned: numba lets a signed index count from the end, and that test costs more
-than the rest of the loop (decoding: 0.1 against 2.7 GB/s).
+All indices are unsigned. A signed index may count from the end, and numba's test for that costs
+more than the rest of the loop (decoding at 0.1 instead of 2.7 GB/s).
 """
 
 import numba
@@ -35,14 +35,14 @@ def build(keys, shift):
 
 @numba.njit(cache=True, nogil=True)
 def encode(text, table, shift, tokens, first, ids):
-    """Writes the ids of the longest matches into `ids`, and returns how many there are.
+    """Writes the ids of the longest matches into `ids`, and returns their number.
 
     Args:
       text: uint8 `[bytes]`.
       table, shift: from `build`.
       tokens: int32 `[nodes]`: the id of the string that ends at a node, or -1.
       first: uint32 `[256]`: the node of each single byte.
-      ids: int32, at least as long as the text.
+      ids: int32, at least one per byte of the text.
     """
     mask = np.uint32(len(table) - 1)
     size = _U(len(text))
@@ -74,13 +74,13 @@ def encode(text, table, shift, tokens, first, ids):
 
 @numba.njit(cache=True, nogil=True)
 def decode(ids, flat, offsets, text):
-    """Writes the strings of `ids` into `text`, one after the other.
+    """Writes the concatenated strings of `ids` into `text`.
 
     Args:
       ids: int32, in range.
-      flat: uint8, the strings, and 7 bytes more: they are copied 8 bytes at a time.
+      flat: uint8, the strings and 7 bytes of padding, since 8 bytes are copied at a time.
       offsets: uint64 `[strings + 1]`.
-      text: uint8, as long as the result and 7 bytes more.
+      text: uint8, the size of the result and 7 bytes of padding.
     """
     end_of_text = _U(0)
     for i in range(len(ids)):
@@ -96,7 +96,7 @@ def decode(ids, flat, offsets, text):
 
 @numba.njit(inline='always')
 def _copy_8(source, start, target, at):
-    """All loads come before all stores, so that the compiler makes one of each."""
+    """Loads before it stores, so that the compiler merges each into one instruction."""
     a, b = source[start], source[start + _U(1)]
     c, d = source[start + _U(2)], source[start + _U(3)]
     e, f = source[start + _U(4)], source[start + _U(5)]

@@ -1,4 +1,4 @@
-"""The coder against big integers and fractions, and round trips of symbols and of bytes."""
+"""The coder against big integers and fractions, and round trips of symbols and bytes."""
 
 import math
 from fractions import Fraction
@@ -11,12 +11,13 @@ import pytest
 
 from tests.tokenization import toy
 from tokenization.coding import arithmetic, byte_coder, cdf
+from tokenization.coding.symbols import decode_symbols, encode_symbols
 
 T, B = 40, 4  # one shape for all tests of symbols, so that each function compiles once
 
 
 def reference(intervals: list[tuple[int, int]], precision: int) -> tuple[int, int]:
-    """The same interval arithmetic on one ever longer integer: returns (low, size) over 2**bits."""
+    """The same intervals in one integer that grows by `bits`: returns (low, size) over 2**bits."""
     low, size, bits = 0, 1 << 32, 32
     for lower, upper in intervals:
         low += size * lower >> precision
@@ -27,7 +28,7 @@ def reference(intervals: list[tuple[int, int]], precision: int) -> tuple[int, in
 
 
 def shortest(low: int, size: int, bits: int) -> tuple[int, int]:
-    """Returns (value, length) of the shortest bit string whose cell lies in [low, low + size)."""
+    """Returns (value, length) of the shortest bit string whose interval is in [low, low + size)."""
     for length in range(bits + 1):
         shift = bits - length
         value = -(-low >> shift)
@@ -47,7 +48,7 @@ def as_bits(stream: bytes, length: int) -> int:
 def random_case(seed: int, V: int, precision: int, concentration: float):
     rng = np.random.default_rng(seed)
     cdf_TBV = cdf.quantize(rng.dirichlet(np.full(V, concentration), size=(T, B)), precision)
-    # Half the symbols from the distribution, half uniform: improbable ones have to work.
+    # Half the symbols from the distribution, half uniform: improbable ones must work too.
     draw_TB = rng.integers(2**precision, size=(T, B))
     likely_TB = np.sum(cdf_TBV <= draw_TB[..., None], axis=-1) - 1
     symbol_TB = np.where(rng.random((T, B)) < 0.5, likely_TB, rng.integers(V, size=(T, B)))
@@ -66,25 +67,23 @@ def ends(cdf_TBV: np.ndarray, symbol_TB: np.ndarray) -> tuple[np.ndarray, np.nda
 def test_streams_are_those_of_big_integers_and_come_back(seed, concentration, precision):
     cdf_TBV, symbol_TB, length_B = random_case(seed, 7, precision, concentration)
     lower_TB, upper_TB = ends(cdf_TBV, symbol_TB)
-    codes, bits_B = arithmetic.encode_symbols(lower_TB, upper_TB, length_B, precision)
+    codes, bits_B = encode_symbols(lower_TB, upper_TB, length_B, precision)
     for b in range(B):
         pairs = [(int(lower_TB[t, b]), int(upper_TB[t, b])) for t in range(length_B[b])]
         assert (as_bits(codes[b], bits_B[b]), bits_B[b]) == reference(pairs, precision)
     used_TB = np.arange(T)[:, None] < length_B
     for tail in (b'', b'\xff' * 9):
-        found_TB = arithmetic.decode_symbols(
-            cdf_TBV, [code + tail for code in codes], length_B, precision
-        )
+        found_TB = decode_symbols(cdf_TBV, [code + tail for code in codes], length_B, precision)
         np.testing.assert_array_equal(found_TB, symbol_TB * used_TB)
 
 
 @pytest.mark.parametrize('precision', [14, 16])
 def test_length_is_within_two_bits_of_the_exact_probability(precision):
-    """Lester et al. 2024: at most -log2 p + 2; integer intervals add what their rounding loses."""
+    """Lester et al. 2024: at most -log2 p + 2 bits, plus the loss by rounding to integers."""
     for seed in range(5):
         cdf_TBV, symbol_TB, _ = random_case(seed, 7, precision, 1.0)
         lower_TB, upper_TB = ends(cdf_TBV, symbol_TB)
-        _, bits_B = arithmetic.encode_symbols(lower_TB, upper_TB, np.full(B, T), precision)
+        _, bits_B = encode_symbols(lower_TB, upper_TB, np.full(B, T), precision)
         for b in range(B):
             low, size = Fraction(0), Fraction(1)
             for lower, upper in zip(lower_TB[:, b].tolist(), upper_TB[:, b].tolist()):
@@ -115,18 +114,18 @@ def test_a_carry_runs_through_a_long_row_of_ones(last):
     symbol_TB[-1] = last
     cdf_TBV = np.broadcast_to(cdf_V, (T, B, 4))
     lower_TB, upper_TB = cdf_V[symbol_TB], cdf_V[symbol_TB + 1]
-    codes, bits_B = arithmetic.encode_symbols(lower_TB, upper_TB, np.full(B, T), 16)
+    codes, bits_B = encode_symbols(lower_TB, upper_TB, np.full(B, T), 16)
     start = b'\x7f' + b'\xff' * 60 if last == 0 else b'\x80' + b'\0' * 60
     assert codes[0].startswith(start)
     pairs = list(zip(lower_TB[:, 0].tolist(), upper_TB[:, 0].tolist()))
     assert (as_bits(codes[0], bits_B[0]), bits_B[0]) == reference(pairs, 16)
-    found_TB = arithmetic.decode_symbols(cdf_TBV, codes, np.full(B, T), 16)
+    found_TB = decode_symbols(cdf_TBV, codes, np.full(B, T), 16)
     np.testing.assert_array_equal(found_TB, symbol_TB)
 
 
 @pytest.mark.parametrize('precision', [14, 16])
 def test_extreme_frequencies(precision):
-    """One symbol has all but 255 units; 60 bytes of it cost a bit or two, any other P bits."""
+    """One symbol has all but 255 units: 60 of it cost a bit or two, any other costs P bits."""
     cdf_V = cdf.quantize(np.eye(256)[100], precision)
     assert cdf_V[101] - cdf_V[100] == 2**precision - 255
     symbol_TB = np.full((T, B), 100)
@@ -134,20 +133,20 @@ def test_extreme_frequencies(precision):
     symbol_TB[::2, 2] = 0
     symbol_TB[-1, 3] = 99
     lower_TB, upper_TB = cdf_V[symbol_TB], cdf_V[symbol_TB + 1]
-    codes, bits_B = arithmetic.encode_symbols(lower_TB, upper_TB, np.full(B, T), precision)
+    codes, bits_B = encode_symbols(lower_TB, upper_TB, np.full(B, T), precision)
     assert bits_B[0] <= 2 and bits_B[1] <= precision * T + 2
     for shape in ((T, B, 257), (1, 1, 257)):
         cdf_TBV = np.broadcast_to(cdf_V, shape)
-        found_TB = arithmetic.decode_symbols(cdf_TBV, codes, np.full(B, T), precision)
+        found_TB = decode_symbols(cdf_TBV, codes, np.full(B, T), precision)
         np.testing.assert_array_equal(found_TB, symbol_TB)
 
 
 def test_rows_do_not_see_each_other():
     cdf_TBV, symbol_TB, length_B = random_case(0, 7, 14, 1.0)
     lower_TB, upper_TB = ends(cdf_TBV, symbol_TB)
-    codes, bits_B = arithmetic.encode_symbols(lower_TB, upper_TB, length_B, 14)
+    codes, bits_B = encode_symbols(lower_TB, upper_TB, length_B, 14)
     order = np.array([2, 0, 3, 1])
-    moved, moved_bits_B = arithmetic.encode_symbols(
+    moved, moved_bits_B = encode_symbols(
         lower_TB[:, order], upper_TB[:, order], length_B[order], 14
     )
     assert moved == [codes[row] for row in order]
@@ -177,7 +176,7 @@ def test_both_searches_find_the_symbol(V):
 )
 def test_bad_symbols_are_refused(lower, upper, length, message):
     with pytest.raises(ValueError, match=message):
-        arithmetic.encode_symbols(np.array([[lower]]), np.array([[upper]]), np.array([length]), 14)
+        encode_symbols(np.array([[lower]]), np.array([[upper]]), np.array([length]), 14)
 
 
 MODELS = {
@@ -224,12 +223,12 @@ def test_streams_do_not_depend_on_the_other_rows_or_on_what_follows_them(name):
 
 
 def programs() -> int:
-    """How many programs `byte_coder._run` was compiled to so far, over all models."""
+    """Returns the number of programs compiled for `byte_coder._run`, over all models."""
     return byte_coder._run._cache_size()  # type: ignore[attr-defined]
 
 
 def test_one_program_codes_and_decodes():
-    """The contract for float models: not two programs that ought to agree, but one."""
+    """The contract for float models: one program, not two that should agree."""
     model = toy.float_model(seed=1)
     before = programs()
     round_trip(model, [toy.sample(model, 1100)])
@@ -240,9 +239,9 @@ def test_bytes_cost_what_the_model_says():
     model = toy.table_model()
     text = toy.sample(model, 500)
     (code,) = byte_coder.encode_bytes(model, [text], batch=BATCH)
-    cdf_NV = np.asarray(model.cdf(np.array([256, *text[:-1]])))
+    cdf_JV = np.asarray(model.cdf(np.array([256, *text[:-1]])))
     symbols = np.frombuffer(text, np.uint8).astype(int)
-    frequency = cdf_NV[np.arange(500), symbols + 1] - cdf_NV[np.arange(500), symbols]
+    frequency = cdf_JV[np.arange(500), symbols + 1] - cdf_JV[np.arange(500), symbols]
     ideal = -np.log2(frequency / 2**14).sum()
     assert ideal <= 8 * len(code) <= ideal * 1.001 + 2 + 8
 

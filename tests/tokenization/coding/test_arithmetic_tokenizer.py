@@ -1,4 +1,4 @@
-"""Arithmetic-coded documents as ids: exact round trips from ids alone, and honest refusals."""
+"""Arithmetic-coded documents as ids: exact round trips from ids alone, and clear errors."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -39,7 +39,7 @@ def test_all_bytes_and_long_runs_come_back_in_batches():
 
 
 def test_ids_are_the_length_and_the_code_of_the_model():
-    """The fast path over whole documents and the model's own steps give the same stream."""
+    """Coding whole documents and stepping the model byte by byte give the same stream."""
     for data in (TEXT, b'unseen \xf0\xf1'):
         (code,) = byte_coder.encode_bytes(NGRAM.model(14), [data], batch=2)
         length = bytes([len(data)]) if len(data) < 128 else bytes([len(data) % 128 | 128, 2])
@@ -75,7 +75,7 @@ def test_every_truncation_is_refused(bits):
     [
         ([3, 256], 'id 256 at position 1'),
         ([-1], 'id -1 at position 0'),
-        ([255] * 5, 'length of their document'),
+        ([255] * 5, 'length of a document'),
         ([255] * 9 + [127], 'cannot hold'),
         ([0], 'not the code of any document'),
         ([[1, 2]], 'vector'),

@@ -1,4 +1,4 @@
-"""The integer CDF: always a valid one, close to the probabilities, the same in numpy and JAX."""
+"""The integer CDF: valid, close to the probabilities, the same in numpy and JAX."""
 
 import math
 
@@ -15,7 +15,7 @@ SIZES = [(2, 14), (256, 14), (256, 16), (512, 16), (512, 9)]
 
 
 def distributions(V: int) -> np.ndarray:
-    """Shapes that rounding goes wrong on: one-hot, uniform, tiny tails, steps, a geometric one."""
+    """Distributions that are hard to round: one-hot, uniform, tiny tails, steps, geometric."""
     one_hot = np.eye(V)[[0, V // 2, V - 1]]
     tiny = np.full((2, V), 1e-30)
     tiny[0, 0] = tiny[1, -1] = 1
@@ -27,34 +27,34 @@ def distributions(V: int) -> np.ndarray:
     return np.stack([row / row.sum() for row in rows])
 
 
-def assert_valid(cdf_NV: np.ndarray, precision: int) -> None:
-    assert cdf_NV.dtype == np.int32
-    assert (cdf_NV[:, 0] == 0).all() and (cdf_NV[:, -1] == 2**precision).all()
-    assert (np.diff(cdf_NV) >= 1).all()
+def assert_valid(cdf_JV: np.ndarray, precision: int) -> None:
+    assert cdf_JV.dtype == np.int32
+    assert (cdf_JV[:, 0] == 0).all() and (cdf_JV[:, -1] == 2**precision).all()
+    assert (np.diff(cdf_JV) >= 1).all()
 
 
 @pytest.mark.parametrize(('V', 'precision'), SIZES)
 @pytest.mark.parametrize('dtype', [np.float32, np.float64])
 def test_frequencies_are_within_one_unit_of_the_probabilities(V, precision, dtype):
-    p_NV = distributions(V).astype(dtype)
-    found = [cdf.quantize(p_NV, precision)]
+    p_JV = distributions(V).astype(dtype)
+    found = [cdf.quantize(p_JV, precision)]
     if dtype == np.float32:
-        found.append(np.asarray(jax.jit(cdf.quantize, static_argnums=1)(p_NV, precision)))
-    for cdf_NV in found:
-        assert_valid(cdf_NV, precision)
-        exact_NV = p_NV.astype(np.float64) * (2**precision - V) + 1
-        assert np.abs(np.diff(cdf_NV) - exact_NV).max() < 1.5
+        found.append(np.asarray(jax.jit(cdf.quantize, static_argnums=1)(p_JV, precision)))
+    for cdf_JV in found:
+        assert_valid(cdf_JV, precision)
+        exact_JV = p_JV.astype(np.float64) * (2**precision - V) + 1
+        assert np.abs(np.diff(cdf_JV) - exact_JV).max() < 1.5
 
 
 @pytest.mark.parametrize(('V', 'precision'), SIZES)
 def test_price_is_that_of_the_reserved_mass(V, precision):
-    p_NV = distributions(V)
-    q_NV = np.diff(cdf.quantize(p_NV, precision)) / 2**precision
-    kl_N = np.sum(p_NV * np.log2(np.maximum(p_NV, 1e-300) / q_NV), axis=-1)
+    p_JV = distributions(V)
+    q_JV = np.diff(cdf.quantize(p_JV, precision)) / 2**precision
+    kl_J = np.sum(p_JV * np.log2(np.maximum(p_JV, 1e-300) / q_JV), axis=-1)
     # The mean over p of a frequency's relative rounding error is at most V units of the total.
     free = 2**precision - V
     reserved = precision - math.log2(free) if free else math.log2(V)
-    assert (kl_N <= reserved + V / 2**precision).all()
+    assert (kl_J <= reserved + V / 2**precision).all()
 
 
 @hypothesis.given(st.data())
@@ -70,10 +70,10 @@ def test_any_weights_give_a_valid_cdf(data):
 @pytest.mark.parametrize('precision', [14, 16])
 def test_numpy_and_jax_agree_on_dyadic_probabilities(precision):
     rng = np.random.default_rng(0)
-    counts_NV = rng.multinomial(2**12, np.full(256, 1 / 256), size=20)
-    p_NV = counts_NV / 2.0**12
-    traced = jax.jit(lambda p: cdf.quantize(p, precision))(jnp.asarray(p_NV, jnp.float32))
-    np.testing.assert_array_equal(cdf.quantize(p_NV, precision), traced)
+    counts_JV = rng.multinomial(2**12, np.full(256, 1 / 256), size=20)
+    p_JV = counts_JV / 2.0**12
+    traced = jax.jit(lambda p: cdf.quantize(p, precision))(jnp.asarray(p_JV, jnp.float32))
+    np.testing.assert_array_equal(cdf.quantize(p_JV, precision), traced)
 
 
 def test_sums_of_float32_beyond_one_do_not_break_the_total():

@@ -1,4 +1,4 @@
-"""Containers: round trips, and every way to damage one ends in an error that says what is wrong."""
+"""Containers: round trips, and an error with the cause for every kind of damage."""
 
 import io
 import pathlib
@@ -16,7 +16,7 @@ from tokenization.coding.container import ContainerError
 
 MODEL = toy.table_model()
 LANES, CHUNK = 4, 40
-TEXT = toy.sample(MODEL, 5 * CHUNK + 7)  # two groups, the second not full
+TEXT = toy.sample(MODEL, 5 * CHUNK + 7)  # two groups, the second one partial
 
 
 def pack(text: bytes) -> bytes:
@@ -27,7 +27,7 @@ PACKED = pack(TEXT)
 
 
 class Pipe(io.BytesIO):
-    """Gives and takes a few bytes at a time, and cannot seek."""
+    """A stream that reads and writes a few bytes at a time, and cannot seek."""
 
     def read(self, size: int | None = -1) -> bytes:
         assert size is not None and size >= 0, 'reading to the end is not bounded memory'
@@ -52,14 +52,14 @@ def test_float_model_round_trip():
 
 
 def test_another_process_reads_a_float_models_container(tmp_path):
-    """Nothing but the file and the seed of the model goes over: the program is compiled again."""
+    """Another process gets only the file and the model's seed, and compiles its own program."""
     text = TEXT[: 2 * CHUNK + 3]
     packed = container.pack(text, toy.float_model(context=30), lanes=LANES, chunk=CHUNK)
     (tmp_path / 'packed').write_bytes(packed)
     program = (
         'import pathlib, sys\n'
         'from tests.tokenization import toy\n'
-        'from tokenization import container\n'
+        'from tokenization.coding import container\n'
         'folder = pathlib.Path(sys.argv[1])\n'
         "packed = (folder / 'packed').read_bytes()\n"
         "(folder / 'text').write_bytes(container.unpack(packed, toy.float_model(context=30)))\n"
@@ -134,7 +134,7 @@ def test_another_model_is_refused_and_both_are_named():
 
 
 def test_other_probabilities_under_the_same_digest_are_noticed():
-    """A float model on another machine: the code is sound, the text would be wrong."""
+    """A float model on another machine: the code is undamaged, but the text would differ."""
     other = toy.table_model(seed=1)._replace(digest=MODEL.digest)
     with pytest.raises(ContainerError, match=r'chunk 0.*probabilities computed here differ'):
         container.unpack(PACKED, other)

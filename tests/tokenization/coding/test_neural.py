@@ -1,4 +1,4 @@
-"""The transformer as a next-byte model: what coders rely on."""
+"""The transformer as a next-byte model: the properties that coders rely on."""
 
 import jax
 import jax.numpy as jnp

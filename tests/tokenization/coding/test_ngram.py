@@ -59,7 +59,7 @@ def test_rows_are_the_quantised_distributions():
         p = np.array([float(x) for x in exact])
         row = rows[len(context)][b]
         assert row[0] == 0 and row[-1] == 1 << 12 and np.all(np.diff(row) > 0)
-        # Float sums may differ in the last place: a bound may move by one unit.
+        # Float sums may differ in the last bit, which may move a bound by one unit.
         assert np.abs(row - cdf.quantize(p, 12)).max() <= 1
 
 

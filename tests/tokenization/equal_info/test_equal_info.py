@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tokenization import toy
-from tokenization import tokenizer
+from tokenization import loading
 from tokenization.coding import ngram
-from tokenization.equal_info import codec as equal_info
 from tokenization.equal_info import compiler, windows
 from tokenization.equal_info.windows import WindowConfig
 from tokenization.vocabularies.longest_match import Strings
+from tokenization.vocabularies.table import TableTokenizer
+from tokenization.vocabularies.table_files import Compiled
 
 MAX_BYTES = 12
 TEXT = b'the cat sat on the mat. the hat that the cat had sat on.\n' * 3
@@ -26,15 +27,11 @@ RULES = ('canonical', 'delay', 'tunstall')
 
 
 @functools.cache
-def compiled(rule: str, model_name: str = 'ngram') -> equal_info.EqualInfoTokenizer:
+def compiled(rule: str, model_name: str = 'ngram') -> TableTokenizer:
     model = {'ngram': NGRAM, 'toy': TOY}[model_name]
     if rule == 'tunstall':
         return compiler.tunstall(model, 4096, MAX_BYTES)
     return compiler.compile_equal_info(model, rule, MAX_BYTES)
-
-
-def in_bytes(tok: equal_info.EqualInfoTokenizer) -> equal_info.EqualInfoTokenizer:
-    return equal_info.EqualInfoTokenizer(tok.strings, tok.written, 8, tok.rule, tok.model_digest)
 
 
 any_text = st.one_of(
@@ -53,7 +50,7 @@ def test_round_trip_of_any_bytes(rule, data):
     assert ids.dtype == np.int32 and tok.decode(ids) == data
     assert b''.join(tok.token_bytes(int(i)) for i in ids) == data
     if rule != 'tunstall':
-        halves = in_bytes(tok)
+        halves = tok.in_bytes()
         pairs = halves.encode(data)
         assert len(pairs) == 2 * len(ids) and halves.decode(pairs) == data
         np.testing.assert_array_equal(pairs[::2] * 256 + pairs[1::2], ids)
@@ -82,7 +79,7 @@ def test_same_codes_as_the_streaming_encoder(name):
     config = WindowConfig(16, 'canonical', 'every', MAX_BYTES, batch=8)
     tok = compiled('canonical', name)
     for text, (codes, counts) in zip(documents, windows.encode(model, documents, config)):
-        # The last window alone may stand for more than was left of the text.
+        # Only the last window may decode to more than the rest of the text.
         whole = codes[:-1].astype(np.int32) @ [256, 1]
         ids = tok.encode(text)
         np.testing.assert_array_equal(ids[: len(whole)], whole)
@@ -130,7 +127,7 @@ def test_written_strings_are_distinct_and_hold_all_single_bytes():
             written = [tok.strings[i] for i in np.flatnonzero(tok.written)]
             assert len(set(written)) == len(written)
             assert {bytes([byte]) for byte in range(256)} <= set(written)
-            assert tok.model_digest == {'ngram': NGRAM, 'toy': TOY}[name].digest
+            assert tok.compiled.model_digest == {'ngram': NGRAM, 'toy': TOY}[name].digest
 
 
 def test_tunstall_holds_the_most_probable_strings():
@@ -147,7 +144,7 @@ def test_tunstall_holds_the_most_probable_strings():
 
     ranked = [probability(string) for string in strings[256:]]
     assert all(a >= b for a, b in itertools.pairwise(ranked))
-    # No extension of a chosen string by a likely byte was left out though it is more probable.
+    # No more probable extension of a chosen string by a likely byte was left out.
     for string in strings[:600]:
         for byte in b'the cat.\n':
             longer = string + bytes([byte])
@@ -157,17 +154,17 @@ def test_tunstall_holds_the_most_probable_strings():
 
 def test_v65k_reads_half_as_many_tokens_as_v256():
     tok = compiled('canonical')
-    assert in_bytes(tok).vocab_size == 256 and tok.vocab_size == 1 << 16
-    assert len(in_bytes(tok).encode(TEXT)) == 2 * len(tok.encode(TEXT))
+    assert tok.in_bytes().vocab_size == 256 and tok.vocab_size == 1 << 16
+    assert len(tok.in_bytes().encode(TEXT)) == 2 * len(tok.encode(TEXT))
 
 
 @pytest.mark.parametrize('bits', [8, 16])
 def test_save_and_load(tmp_path, bits):
-    tok = compiled('canonical') if bits == 16 else in_bytes(compiled('canonical'))
+    tok = compiled('canonical') if bits == 16 else compiled('canonical').in_bytes()
     tok.save(tmp_path)
-    again = tokenizer.load(tmp_path)
-    assert isinstance(again, equal_info.EqualInfoTokenizer)
-    assert (again.vocab_size, again.rule) == (tok.vocab_size, 'canonical')
+    again = loading.load(tmp_path)
+    assert isinstance(again, TableTokenizer)
+    assert (again.vocab_size, again.compiled.rule) == (tok.vocab_size, 'canonical')
     np.testing.assert_array_equal(again.encode(TEXT), tok.encode(TEXT))
     np.testing.assert_array_equal(again.strings.flat, tok.strings.flat)
 
@@ -179,17 +176,17 @@ def test_damaged_files_are_named(tmp_path):
     for bad in (b'', good[:-9], good[:500] + b'?' + good[501:]):
         file.write_bytes(bad)
         with pytest.raises(ValueError, match=r'table\.npz'):
-            tokenizer.load(tmp_path)
+            loading.load(tmp_path)
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r'table\.npz'):
-        tokenizer.load(tmp_path)
+        loading.load(tmp_path)
     file.write_bytes(good)
     head.write_text(json.dumps({**fields, 'version': 7}))
     with pytest.raises(ValueError, match='version 7'):
-        tokenizer.load(tmp_path)
+        loading.load(tmp_path)
     head.write_text(json.dumps({k: v for k, v in fields.items() if k != 'rule'}))
     with pytest.raises(ValueError, match='rule'):
-        tokenizer.load(tmp_path)
+        loading.load(tmp_path)
 
 
 def test_bad_ids_are_named():
@@ -202,7 +199,7 @@ def test_bad_ids_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             tok.decode(np.array(ids))
-    halves = in_bytes(tok)
+    halves = tok.in_bytes()
     with pytest.raises(ValueError, match='3 ids, an odd number'):
         halves.decode(np.array([1, 2, 3]))
     with pytest.raises(ValueError, match='id 256'):
@@ -223,4 +220,4 @@ def test_bad_arguments_are_named():
         compiler.tunstall(NGRAM, 255)
     singles = Strings.of([bytes([byte]) for byte in range(255)])
     with pytest.raises(ValueError, match='single byte 255'):
-        equal_info.EqualInfoTokenizer(singles, np.ones(255, bool), 16, 'tunstall', '')
+        TableTokenizer(singles, np.ones(255, bool), Compiled(16, 'tunstall', ''))

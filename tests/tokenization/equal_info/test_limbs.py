@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from tokenization.equal_info import limbs
 
-L = 5
-BITS = limbs.BITS * L
+Z = 5
+BITS = limbs.BITS * Z
 TOP = (1 << BITS) - 1
 ROWS = 8
 
-# Numbers of every size, and those whose limbs are all zeros or ones, where carries run far.
+# Numbers of every size, and those of all-zero or all-one limbs, through which carries run.
 numbers = st.one_of(
     st.integers(0, TOP),
     st.integers(0, BITS).map(lambda k: (1 << k) - 1),
@@ -24,7 +24,7 @@ rows = st.lists(numbers, min_size=ROWS, max_size=ROWS)
 
 
 def pack(values):
-    return jnp.array(np.stack([limbs.from_int(value, L) for value in values]))
+    return jnp.array(np.stack([limbs.from_int(value, Z) for value in values]))
 
 
 def unpack(array):

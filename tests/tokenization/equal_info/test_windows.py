@@ -1,4 +1,4 @@
-"""Equal-Info windows against Python integers, by enumeration, and there and back."""
+"""Equal-Info windows: against Python integers, by enumeration, and round trips."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +21,7 @@ TEXTS = [b'the cat sat on the hat\n', b'', b'\x00', b'a' * 60, bytes(range(200, 
 
 
 def fixed_model(weights: dict[int, float], precision: int) -> NextByteModel:
-    """Order 0: the same distribution at every byte; bytes not named share what is left."""
+    """Order 0: the same distribution at every byte; unnamed bytes share the remaining mass."""
     p = np.full(SYMBOLS, (1 - sum(weights.values())) / (SYMBOLS - len(weights)))
     for byte, weight in weights.items():
         p[byte] = weight
@@ -126,7 +126,7 @@ def test_windows_decode_by_themselves_in_any_order(rule):
     for i, string in zip(order, strings):
         want = text[ends[i] - counts[i] : ends[i]]
         assert string[: len(want)] == want
-        assert string == want or i == len(codes) - 1  # the last one may stand for more
+        assert string == want or i == len(codes) - 1  # the last one may decode to more
     with pytest.raises(ValueError, match='second'):
         windows.decode_each(NGRAM, codes, WindowConfig(16, reset='second'))
 
@@ -159,7 +159,7 @@ def test_canonical_decodes_each_cell_to_the_longest_string(max_bytes):
     config = WindowConfig(16, 'canonical', 'every', max_bytes, batch=8)
     strings = windows.decode_each(TOY, codes, config, steps=64)
     assert strings == [reference.longest_string(int(cell)) for cell in cells]
-    # And what the encoder emits for a text that starts with D(v) decodes to D(v) again.
+    # The first code of a text that starts with D(v) decodes to D(v) again.
     followed = [string + b'\x07' * 3 for string in strings]
     for string, text, each in zip(strings, followed, windows.encode(TOY, followed, config)):
         first = windows.decode_each(TOY, each.codes[:1], config, steps=64)[0]

@@ -1,4 +1,4 @@
-"""Equal-Info windows in Python integers: what the fast coders are compared with."""
+"""Equal-Info windows in Python integers: the reference for the fast coders."""
 
 import itertools
 
@@ -29,7 +29,7 @@ class Reference:
         return [low + (size * c >> self.P) for c in self.row(context)]
 
     def cells(self, interval):
-        """First cell wholly inside, and the one after the last."""
+        """Returns the first cell wholly inside, and the cell after the last such one."""
         low, size = interval
         return -(-low >> self.P), (low + size) >> self.P
 
@@ -44,7 +44,7 @@ class Reference:
         first, end = self.cells(interval)
         if n == self.max_bytes:
             return first
-        if end - first > 1 << 20:  # too many to list: look at the bounds instead
+        if end - first > 1 << 20:  # too many to enumerate: check the bounds instead
             cut = [b >> self.P for b in self.bounds(context, interval)[1:-1] if b % (1 << self.P)]
             return min((v for v in cut if first <= v < end), default=None)
         bounds = self.bounds(context, interval)
@@ -54,7 +54,7 @@ class Reference:
         return min((v for v in range(first, end) if v not in held), default=None)
 
     def encode_window(self, past: bytes, text: bytes) -> tuple[int, int]:
-        """Returns (code, bytes) of the first window of `text`, the model having read `past`."""
+        """Returns (code, bytes) of the first window of `text`, after the model has read `past`."""
         interval, path = (0, 1 << (self.W + self.P)), []
         for n in range(1, min(len(text), self.max_bytes) + 1):
             bounds = self.bounds(past + text[: n - 1], interval)
@@ -88,7 +88,7 @@ class Reference:
         return codes, counts
 
     def longest_string(self, code):
-        """D(v) of 'canonical'; under 'paper', of the prefixes of D(v) the last with this code."""
+        """Returns D(v); under 'paper', the longest prefix of D(v) that has this code."""
         interval, text = (0, 1 << (self.W + self.P)), b''
         own = b''
         while len(text) < self.max_bytes:

@@ -1,4 +1,4 @@
-"""Small tokenizers of each kind that Hugging Face has, and a writer of SentencePiece's files."""
+"""Small tokenizers of each Hugging Face kind, and a writer of SentencePiece files."""
 
 import json
 import struct
@@ -34,7 +34,7 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def metaspace_bpe() -> tokenizers.Tokenizer:
-    """As Llama 2: no words, a space before the text, tokens for single bytes."""
+    """Like Llama 2: no pretokens, a space before the text, tokens for single bytes."""
     original = tokenizers.Tokenizer(models.BPE(unk_token='<unk>', byte_fallback=True))
     blank = normalizers.Replace(' ', '▁')
     original.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), blank])
@@ -53,7 +53,7 @@ def metaspace_bpe() -> tokenizers.Tokenizer:
 
 
 def unigram() -> tokenizers.Tokenizer:
-    """As T5: words, and nothing for what is not in the vocabulary."""
+    """Like T5: words, and an unknown token for other characters."""
     original = tokenizers.Tokenizer(models.Unigram())
     original.pre_tokenizer = pre_tokenizers.Metaspace()
     original.decoder = decoders.Metaspace()
@@ -68,7 +68,7 @@ def unigram() -> tokenizers.Tokenizer:
 
 
 def word_piece() -> tokenizers.Tokenizer:
-    """As BERT without lower case."""
+    """Like cased BERT."""
     original = tokenizers.Tokenizer(models.WordPiece(unk_token='[UNK]'))
     original.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
     original.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -1,4 +1,4 @@
-"""Damaged and hostile tokenizer files: a ValueError, or a tokenizer that loses nothing."""
+"""Damaged and hostile tokenizer files: a ValueError, or a lossless tokenizer."""
 
 import copy
 import json
@@ -10,7 +10,8 @@ import pytest
 from tests.tokenization.huggingface.originals import MAKERS, NORMAL, UNKNOWN, USER, write
 from tokenization.huggingface import sentencepiece
 from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
-from tokenization.vocabularies.bpe import GPT2_PATTERN, BPETokenizer
+from tokenization.vocabularies.bpe import BPETokenizer
+from tokenization.vocabularies.patterns import GPT2_PATTERN
 
 JUNK: list = [None, True, -1, 0, 3, 1e300, 2**63, '', 'a', '▁', '\ud800', [], {}, [[]], '(']
 JUNK += ['ByteLevel', 'Metaspace', 'Split', 'Sequence', 'Replace', '<0x41>', ' unknown']
@@ -20,7 +21,7 @@ DATA = 'Some text ▁ <0x41>\n\t naïve 漢 '.encode() + bytes(range(256))
 
 
 def small(document: dict) -> dict:
-    """The tokenizer with few tokens, so that a random place is often not one of them."""
+    """Returns the tokenizer with few tokens, so that random mutations often hit other fields."""
     model = document['model']
     if isinstance(model['vocab'], list):
         model['vocab'] = model['vocab'][:60]
@@ -36,7 +37,7 @@ def small(document: dict) -> dict:
 
 
 def places(node, path=()):
-    """Yields the path of every place in a document."""
+    """Yields the path of every value in a document."""
     yield path
     if isinstance(node, dict | list):
         for key, child in node.items() if isinstance(node, dict) else enumerate(node):
@@ -64,7 +65,7 @@ def mutate(document: dict, rng: random.Random) -> str:
 
 
 def corrupt(data: bytes, rng: random.Random) -> bytes:
-    """Some bytes changed, removed or repeated, or the end missing."""
+    """Returns data with bytes changed, removed or repeated, or truncated."""
     data = bytearray(data)
     for _ in range(rng.randrange(1, 6)):
         at = rng.randrange(len(data))
@@ -81,7 +82,7 @@ def corrupt(data: bytes, rng: random.Random) -> bytes:
 
 
 def accepted(make) -> bool:
-    """Whether a tokenizer is made; what it makes of a text is then that text."""
+    """Returns whether a tokenizer is made, and asserts that it is lossless."""
     try:
         tokenizer = make()
         ids = tokenizer.encode(DATA)

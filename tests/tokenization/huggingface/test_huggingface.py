@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-import tokenization
 from tests.tokenization.huggingface.originals import MAKERS, lines
+from tokenization import loading
 from tokenization.huggingface import comparison as segmentation
 from tokenization.huggingface import tokenizer as huggingface
 from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
@@ -63,7 +63,7 @@ def test_decode_inverts_encode(converted, name, data):
 @pytest.mark.parametrize('name', ['byte_level', 'metaspace_bpe', 'unigram'])
 def test_same_segmentation(originals, converted, name):
     documents = [*lines()[::3], 'a  b   c    d', 'x\ty', '😀 is unknown']
-    if name == 'unigram':  # its trainer's words end at a line
+    if name == 'unigram':  # its trainer ends words at line breaks
         documents = [' '.join(document.split()) for document in documents]
     encoded = [document.encode() for document in documents]
     assert segmentation.same_segmentation(originals[name], converted[name], encoded) is None
@@ -117,7 +117,7 @@ def test_words_of_bert_after_spaces(originals, converted):
     tokenizer = converted['word_piece']
     assert segmentation.same_segmentation(originals['word_piece'], tokenizer, documents) is None
     tokens = [tokenizer.token_bytes(i) for i in tokenizer.encode(b' return self, (self)')]
-    # After a bracket there is no space: pieces that go on within words.
+    # After a bracket there is no space: continuing pieces.
     assert (
         tokens[:5] == [b' return', b' self', b',', b' ', b'('] and b''.join(tokens[5:]) == b'self)'
     )
@@ -129,7 +129,7 @@ def test_a_difference_is_found_and_named(originals, converted):
         originals['byte_level'], converted['metaspace_bpe'], [b'', b'import os']
     )
     assert found is not None and found.document == 1 and found.text.startswith(b' import')
-    # A normal form that the original applies, and this does not.
+    # The original applies a normal form; the converted one does not.
     document = json.loads(originals['byte_level'].to_str()) | {'normalizer': {'type': 'NFC'}}
     text = json.dumps(document)
     tokenizer = HuggingFaceTokenizer.from_json(text)
@@ -147,7 +147,7 @@ def test_special_tokens_have_roles_and_no_bytes(converted):
     with pytest.raises(ValueError, match='id 2 is a special token'):
         converted['unigram'].token_bytes(2)
     assert converted['unigram'].decode(np.array([2, 2])) == b''
-    # Text that looks like one is text.
+    # Text that looks like a special token is text.
     assert 2 not in converted['unigram'].encode(b'</s>')
 
 
@@ -166,7 +166,7 @@ def test_missing_bytes_are_added_last(originals, converted):
 def test_saved_and_pickled(converted, name, tmp_path):
     tokenizer = converted[name]
     tokenizer.save(tmp_path / 'x')
-    loaded = tokenization.load(tmp_path / 'x')
+    loaded = loading.load(tmp_path / 'x')
     assert loaded == tokenizer == pickle.loads(pickle.dumps(tokenizer))
     documents = [b'import os', '漢 é'.encode()]
     for ids, same in zip(loaded.encode_batch(documents), tokenizer.encode_batch(documents)):
@@ -199,7 +199,7 @@ def test_files_of_gpt2(originals, tmp_path):
     tokenizer = huggingface.load_folder(tmp_path)
     wanted = originals['byte_level'].encode('def main():').ids
     assert tokenizer.encode(b'def main():').tolist() == wanted
-    # Qwen's two files look like these, and its words are others.
+    # Qwen has the same two files, but splits words differently.
     config = tmp_path / 'tokenizer_config.json'
     config.write_text('{"tokenizer_class": "GPT2TokenizerFast"}')
     assert huggingface.load_folder(tmp_path) == tokenizer
@@ -213,9 +213,9 @@ def test_files_of_gpt2(originals, tmp_path):
 def test_table_too_small(converted):
     tokenizer = converted['unigram']
     segmentation.check_fits(tokenizer, tokenizer.vocab_size)
-    with pytest.raises(ValueError, match=r'of them bytes that were added.*the table 600 rows'):
+    with pytest.raises(ValueError, match=r'of them added for single bytes.*the table has 600 rows'):
         segmentation.check_fits(tokenizer, 600)
-    with pytest.raises(ValueError, match='257 ids, the table 256 rows'):
+    with pytest.raises(ValueError, match='257 ids; the table has 256 rows'):
         tokens = (*(bytes([b]) for b in range(256)), b'ab')
         segmentation.check_fits(BPETokenizer(tokens), 256)
 
@@ -242,21 +242,21 @@ def _bpe(vocab, merges=(), **fields):
         ('[]', 'no object "model"'),
         (_bpe({}), 'model.vocab: expected an object .* at least one'),
         (_bpe({'a': -1}), "token 'a' has the id -1"),
-        (_bpe({'a': 1 << 40}), 'too great for a file'),
-        (_bpe({'a': 0, 'b': 0}), "id 0 is of two tokens, 'a' and 'b'"),
-        ('{"model": {"type": "BPE", "vocab": {"a": 0, "a": 1}}}', "'a' is there twice"),
+        (_bpe({'a': 1 << 40}), 'too large for a file'),
+        (_bpe({'a': 0, 'b': 0}), "duplicate id 0, of 'a' and 'b'"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0, "a": 1}}}', "duplicate key 'a'"),
         (_bpe({'a': 0, 'b': 1}, ['a b']), "'ab' is not in model.vocab"),
         (_bpe({'a': 0}, ['a b c']), r'merges\[0\].*expected two tokens'),
         (_bpe(LETTERS, added_tokens=[{'id': 0}]), 'expected an "id" and a "content"'),
-        (_bpe(LETTERS, added_tokens=[{'id': 0, 'content': 'zz'}]), 'id 0 is of two tokens'),
-        (_bpe(LETTERS, normalizer={'type': 'Magic'}), "normalizer 'Magic' is not known"),
+        (_bpe(LETTERS, added_tokens=[{'id': 0, 'content': 'zz'}]), 'duplicate id 0'),
+        (_bpe(LETTERS, normalizer={'type': 'Magic'}), "unknown normalizer 'Magic'"),
         (_bpe(LETTERS, pre_tokenizer={'type': 'Magic'}), 'cannot tell how'),
         (_bpe(LETTERS, pre_tokenizer=None), 'cannot tell how this BPE vocabulary spells spaces'),
         (_bpe(LETTERS, pre_tokenizer=3), 'pretokenizers: 3'),
-        ('{"model": {"type": "WordLevel", "vocab": {"a": 0}}}', 'words that are not in the list'),
+        ('{"model": {"type": "WordLevel", "vocab": {"a": 0}}}', 'words outside the vocabulary'),
         ('{"model": {"type": "Unigram", "vocab": []}}', 'expected a list .* at least one'),
         ('{"model": {"type": "Unigram", "vocab": [["a", NaN]]}}', r'model.vocab\[0\]'),
-        ('{"model": {"type": "Unigram", "vocab": [["a", 0], ["a", 0]]}}', 'there twice'),
+        ('{"model": {"type": "Unigram", "vocab": [["a", 0], ["a", 0]]}}', 'duplicate'),
         ('{"model": {"type": "Unigram", "unk_id": 9, "vocab": [["a", 0]]}}', 'unk_id 9'),
         (_bpe({'\ud800': 0}), 'not UTF-8'),
     ],

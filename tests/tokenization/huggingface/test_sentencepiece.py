@@ -1,4 +1,4 @@
-"""SentencePiece's files: what the library itself says of some texts, and damaged ones."""
+"""SentencePiece files: the library's own ids of some texts, and damaged files."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ FEW = [('<unk>', 0.0, UNKNOWN), ('<s>', 0.0, CONTROL), ('</s>', 0.0, CONTROL),
 
 
 def own_ids(tokenizer: HuggingFaceTokenizer, text: str) -> list[int]:
-    """Ids as SentencePiece has them: one unknown token for a run of bytes that were added."""
+    """Returns SentencePiece's ids: one unknown token for a run of added bytes."""
     ids = tokenizer.encode(tokenizer.prefixed(text.encode())).tolist()
     size = tokenizer.vocab_size - tokenizer.added_bytes
     return segmentation._once([-1 if i >= size else i for i in ids])
@@ -45,7 +45,7 @@ def test_the_json_is_one_that_tokenizers_reads(kind):
     assert (
         segmentation.same_segmentation(original, tokenizer, [d.encode() for d in documents]) is None
     )
-    # as a prompt it begins with <s> and does not end, and what is written is text again
+    # A prompt gets <s> but no </s>, and decodes to the text.
     ids = original.encode('Hello, two  words').ids
     assert ids[0] == 1 and 2 not in ids
     assert original.decode(ids) == 'Hello, two  words'
@@ -75,12 +75,12 @@ def test_tokens_beside_the_model(tmp_path):
     ('data', 'message'),
     [
         (b'', 'no pieces'),
-        (write(FEW)[:9], 'cut short'),
-        (b'\x80', 'cut short'),
+        (write(FEW)[:9], 'truncated'),
+        (b'\x80', 'truncated'),
         (b'\xff' * 12, 'too many bytes'),
         (b'\x03', 'wire type 3'),
         (write(FEW, kind=3), 'of type WORD; expected BPE or UNIGRAM'),
-        (write([*FEW, ('a', -1.0, NORMAL)]), "piece 6: 'a' is there twice"),
+        (write([*FEW, ('a', -1.0, NORMAL)]), "piece 6: duplicate 'a'"),
         (write([*FEW, ('c', float('nan'), NORMAL)]), "piece 6: 'c' with score nan"),
         (write([*FEW, ('c' * 5000, -1.0, NORMAL)]), 'piece 6: .* a damaged model'),
         (write([*FEW, ('c', -1.0, 9)]), 'of type 9, expected 1 to 6'),

@@ -1,4 +1,4 @@
-"""Dynamic tokenization: what merging must never change, and counts against a recount."""
+"""Dynamic tokenization: invariants of merging, and incremental counts against recounts."""
 
 import itertools
 from collections import Counter
@@ -12,7 +12,7 @@ from tokenization.transfer import dynamic
 from tokenization.vocabularies.boundaries import BoundaryRule
 from tokenization.vocabularies.pair_merging import PairMerger
 
-# Two ids spell the same, and the last is special.
+# Two ids have the same bytes, and the last id is special.
 TOKENS = [b'a', b'b', b' ', b' a', b'.', b'-', b'\n', b'\xe2', b'\x82\xac', b'a', b'']
 SPECIAL = len(TOKENS) - 1
 RULES = [BoundaryRule(b, tuple(TOKENS)) for b in ('pretokens', 'word', 'word_hyphen', 'sentence')]
@@ -37,7 +37,7 @@ def recount(texts, rule, weights=None) -> Counter:
 
 
 def merge_slowly(texts, rule, merges, max_pieces):
-    """By the definition: count all, merge the best, start again."""
+    """The definition: count all pairs, merge the best one, repeat."""
     texts = [[(int(i),) for i in text] for text in texts]
     for _ in range(merges):
         counts = recount(texts, rule)
@@ -50,7 +50,7 @@ def merge_slowly(texts, rule, merges, max_pieces):
         for row, text in enumerate(texts):
             out = []
             for unit in text:
-                # a unit that was merged just now is not the left half of another pair
+                # a unit that was just merged is not the left half of another pair
                 if out and out[-1] == left and unit == right:
                     out[-1] = left + right
                 else:
@@ -92,7 +92,7 @@ def test_concatenation_stays_and_lengths_fall(texts, rule):
         assert merged.units == sorted({unit for text in spell(merged) for unit in text})
         assert all(len(unit) == 1 for unit in merged.units if SPECIAL in unit)
     assert np.all(np.diff(whole.lengths) < 0)
-    assert spell(lengths[0]) == [[(i,) for i in text] for text in texts]  # none: the identity
+    assert spell(lengths[0]) == [[(i,) for i in text] for text in texts]  # no merges: the identity
 
 
 @given(documents, rules, st.integers(0, 10), st.randoms())
@@ -119,7 +119,7 @@ def test_merges_for_a_share_of_the_reduction():
     assert [dynamic.merges_for([curve], s) for s in (0, 0.1, 0.375, 0.4, 0.5, 1)] == [
         0, 1, 1, 2, 2, 5
     ]  # fmt: skip
-    # the second batch ends early, and stays as it is: 20, 16, 14, ...
+    # the second batch ends early and keeps its last length: 20, 16, 14, ...
     assert dynamic.merges_for([curve, np.asarray([10, 9])], 0.5) == 2
     assert dynamic.merges_for([np.asarray([3])], 1) == 0
     with pytest.raises(ValueError, match=r'share 1\.5'):
@@ -139,9 +139,9 @@ def test_batch_has_fixed_shapes():
     assert batch.mask_BL.sum(1).tolist() == [3, 2, 0]
     assert (batch.index_BL.dtype, batch.pieces_UP.dtype) == (np.int32, np.int32)
     for room, message in (
-        ((2, 5, 3), '3 units in the longest document: there is room for 2'),
-        ((4, 2, 3), '3 distinct units: there is room for 2'),
-        ((4, 5, 1), '2 source ids in the longest unit: there is room for 1'),
+        ((2, 5, 3), '3 units in the longest document: expected at most 2'),
+        ((4, 2, 3), '3 distinct units: expected at most 2'),
+        ((4, 5, 1), '2 source ids in the longest unit: expected at most 1'),
     ):
         with pytest.raises(ValueError, match=message):
             dynamic.pad(merged, *room)
@@ -149,8 +149,8 @@ def test_batch_has_fixed_shapes():
 
 @pytest.mark.parametrize(
     ('texts', 'merges', 'message'),
-    [([[0, 11]], 1, 'document 0: id 11'), ([[0]], -1, 'merges -1'), ([[0.5]], 1, 'expected a list'),
-     ([[[0]]], 1, r'int64 of shape \(1, 1\)')],
+    [([[0, 11]], 1, 'document 0: id 11'), ([[0]], -1, 'merges -1'),
+     ([[0.5]], 1, 'expected a vector'), ([[[0]]], 1, r'int64 of shape \(1, 1\)')],
 )  # fmt: skip
 def test_refuses_what_is_no_document(texts, merges, message):
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The hypernetwork: a row is its pieces' alone, rescaled to the source; its losses."""
+"""The hypernetwork: rows depend on their pieces alone and are rescaled; its losses."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def untied():
 
 
 def _pieces(count=200, seed=0):
-    """Tokens of one to P pieces, bytes that the source lacks among them."""
+    """Returns tokens of one to P pieces, with bytes that the source lacks."""
     draw = np.random.default_rng(seed)
     ids_UP = draw.integers(0, KNOWN + 256, (count, P))
     length_U1 = draw.integers(1, P + 1, (count, 1))
@@ -143,7 +143,7 @@ class TestLosses:
         }  # fmt: skip
 
     def test_a_perfect_network_has_the_source_loss(self):
-        """Identity tokenizer and no error: the loss is the source's own, BOS included."""
+        """With the source's tokenizer and exact rows, the loss is its own, BOS included."""
         config, source, weights = _network(MODEL, residual=True)
         pieces_VP = np.array(hypernetwork.single(config, np.arange(KNOWN + 1)))
         pieces_VP[KNOWN] = -1
@@ -222,6 +222,6 @@ class TestLosses:
         source = {'input_VD': jnp.eye(4)[:3] * 2}
         pieces_VP = jnp.array([[0, -1], [1, 2], [3, -1], [-1, -1], [2, -1]])  # 3: a missing byte
         rows = jnp.zeros((5, 4)).at[0].set(source['input_VD'][0])
-        # of tokens 0 and 4, the second is wrong by its whole length, 2: 4 / 2 tokens / norm 2
+        # of the shared tokens 0 and 4, the second is off by its norm, 2: 4 / 2 tokens / norm 2
         loss = hypernetwork_losses.auxiliary_loss({'input_VD': rows}, source, pieces_VP, 3)
         np.testing.assert_allclose(loss, 1.0)

@@ -1,4 +1,4 @@
-"""The cache of predicted rows: the same bits as without it, and never a row for another."""
+"""The cache of predicted rows: bit-identical rows, and never another unit's row."""
 
 import functools
 
@@ -20,7 +20,7 @@ WEIGHTS = [jax.random.normal(key, (96, 96)) / 10 for key in KEYS[1:]]
 
 @jax.jit
 def rows(pieces_UP):
-    """A small network with what a hypernetwork has: attention over the pieces, norms, products."""
+    """A small network with a hypernetwork's parts: attention over pieces, norms, products."""
     there = pieces_UP >= 0
     x_UPD = jnp.where(there[..., None], TABLE[pieces_UP], 0)
     scores = jnp.einsum('upd,uqd->upq', x_UPD @ WEIGHTS[0], x_UPD)

@@ -1,4 +1,4 @@
-"""Random tokenizers: counts equal a slow count, sums equal recounts, samples are lossless."""
+"""Random tokenizers: counts equal slow counts, sums equal recounts, samples are lossless."""
 
 import collections
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from experiments import corpora
 from tokenization.transfer import sampled, substrings
-from tokenization.vocabularies.bpe import GPT2_PATTERN
+from tokenization.vocabularies.patterns import GPT2_PATTERN
 
 WORDS = ['the', ' the', ' café', ' 漢字かな', '    ', '\n', ' 123456789', 'x' * 40, '!?']
 texts = st.lists(
@@ -34,7 +34,7 @@ def slowly(documents: list[bytes]) -> dict[bytes, int]:
 def as_dict(counts: substrings.Counts) -> dict[bytes, int]:
     strings = counts.strings(np.arange(len(counts)))
     assert len(set(strings)) == len(strings) and strings == sorted(strings)
-    return dict(zip(strings, counts.weights_N.tolist()))
+    return dict(zip(strings, counts.weights_Y.tolist()))
 
 
 @given(documents=texts)
@@ -88,7 +88,7 @@ def test_a_key_decides_the_sample(counts):
     first, same, other = (sampled.sample(counts, 1000, key) for key in ((3, 1), (3, 1), (3, 2)))
     assert first.tokens == same.tokens and np.array_equal(first.scores_V, same.scores_V)
     assert first.tokens != other.tokens
-    # Strong noise forgets the counts.
+    # Strong noise drowns the counts.
     common = set(sampled.sample(counts, 1000, 0, sigma=0.0).tokens)
     noisy = set(sampled.sample(counts, 1000, 0, sigma=10.0).tokens)
     assert len(common & noisy) < 500
@@ -97,7 +97,7 @@ def test_a_key_decides_the_sample(counts):
 def test_all_substrings_and_no_more(counts):
     longer = sum(len(s) > 1 for s in counts.strings(np.arange(len(counts))))
     tokenizer = sampled.sample(counts, 256 + longer, 0, sigma=1.0)
-    # About half have no positive probability, and are there at the end.
+    # About half have no positive probability, and come last.
     never = np.mean(tokenizer.scores_V == -1e5)
     assert 0.4 < never < 0.6 and np.all(np.diff(tokenizer.scores_V) <= 0)
     assert all(len(t) > 1 for t, s in zip(tokenizer.tokens, tokenizer.scores_V) if s == -1e5)

@@ -1,4 +1,4 @@
-"""Batches with a tokenizer each: functions of their number, resumed exactly, alike on all hosts."""
+"""Batches with one tokenizer each: functions of their number, resumable, equal on all hosts."""
 
 import json
 

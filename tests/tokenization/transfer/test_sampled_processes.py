@@ -1,4 +1,4 @@
-"""Two processes train on the batch that one would: its rows shared out, its tokenizer whole."""
+"""Two processes train on the same batch as one: they share its rows and its tokenizer."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ DOCUMENTS = [bytes(range(97 + i, 105 + i)) * 20 for i in range(12)]
 
 
 def main(port: str, index: int) -> None:
-    """One of two processes: compares what all devices hold with the batch of one process."""
+    """One of two processes: compares all devices' data with the batch of one process."""
     jax.distributed.initialize(f'localhost:{port}', 2, index)
     half = SETTINGS._replace(batch_size=2, shard_index=index, shard_count=2)
     batch = train.put(SampledBatches(DOCUMENTS, ByteTokenizer(), half)[3], mesh.make())

@@ -1,4 +1,4 @@
-"""Transfer and its heuristics: by hand on a tiny model, and the identity on its own tokenizer."""
+"""Transfer and its heuristics: by hand on a tiny model, and the identity for its tokenizer."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from lm.model import params, transformer
 from lm.model.config import Config
 from tokenization.transfer import heuristics, hypernetwork, transfer
 from tokenization.transfer.hypernetwork import HypernetworkConfig
-from tokenization.transfer.transfer import Source, Vocabulary
+from tokenization.transfer.transfer import SourceModel, Vocabulary
 from tokenization.vocabularies.bpe import BPETokenizer
 from tokenization.vocabularies.byte import ByteTokenizer
 
@@ -27,7 +27,7 @@ def source():
     tokenizer = BPETokenizer.train([TEXT], 300)
     v = tokenizer.vocab_size
     config = Config(v + 3, 16, 1, 2, 2, 8, 32, max_length=16)  # BOS, and two rows of padding
-    return Source(config, params.init(config, jax.random.key(0)), tokenizer, v)
+    return SourceModel(config, params.init(config, jax.random.key(0)), tokenizer, v)
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +54,7 @@ def test_every_method_makes_whole_tables_and_copies_special_rows(source, target,
 
 @pytest.mark.parametrize('which', range(3))
 def test_its_own_tokenizer_gives_the_model_back(source, which):
-    """What has every token in the source finds it there; logits are the source's."""
+    """If the source has every token, its rows are found, and the logits are the source's."""
     method = (
         heuristics.mean_of_pieces, heuristics.lexical_copy, _neighbours(source.tokenizer),
     )[which]  # fmt: skip
@@ -108,7 +108,7 @@ class TestHeuristics:
         assert (((logits[0] - nudge) ** 2).sum(1) >= nearest).all()
 
     def test_neighbours_are_tokens_of_the_same_company(self, source):
-        """A new token that stands where a shared one stands gets that one's row."""
+        """A new token with the contexts of a shared one gets that token's row."""
         tokens = (b'a', b'b', b'new')
         vectors = np.array([[1, 0], [0, 1], [0.99, 0.1]], np.float32)
         method = heuristics.neighbours(lambda _: vectors, most=2)
@@ -127,7 +127,7 @@ class TestHeuristics:
         norms = np.linalg.norm(rows, axis=1)
         np.testing.assert_allclose(norms[[ord(x) for x in 'abxyz']], 1, rtol=1e-6)
         assert not norms[[0, 256]].any()
-        same = rows[ord('y')] @ rows[ord('z')]  # both stand between a and b
+        same = rows[ord('y')] @ rows[ord('z')]  # both occur between a and b
         assert same > 0.99 > rows[ord('a')] @ rows[ord('y')] + 0.5
 
 

@@ -17,8 +17,8 @@ CASES = [
     (b'the', b' ', set()),
     (b'the', b' cat', set()),  # a blank inside
     (b'\n', b'the', {'word', 'word_hyphen', 'sentence'}),
-    (b' ', b' ', {'pretokens', 'sentence'}),  # all blanks; but no word
-    (b'\n', b'\n', set()),  # two line feeds stay two
+    (b' ', b' ', {'pretokens', 'sentence'}),  # all blanks, but not a word
+    (b'\n', b'\n', set()),  # two line feeds are never merged
     (b'\r', b'\n', {'pretokens', 'sentence'}),
     (b'\n\n', b'\n', {'pretokens', 'sentence'}),
     (b'cat', b'.', {'word', 'sentence'}),  # two pretokens, one word
@@ -26,12 +26,12 @@ CASES = [
     (b'cat-', b'like', {'word', 'word_hyphen', 'sentence'}),
     (b'.', b'.', ALL),
     (b'.', b'cat', {'word', 'word_hyphen', 'sentence'}),
-    (b'cat', b'3.', {'word', 'word_hyphen', 'sentence'}),  # with a digit: no punctuation
-    (b'cat', b'.)', {'word', 'word_hyphen', 'sentence'}),  # made by merging: no token
-    (b'a\xc2', b'\xa0b', {'sentence'}),  # no-break space: white, but no blank
+    (b'cat', b'3.', {'word', 'word_hyphen', 'sentence'}),  # with a digit: not punctuation
+    (b'cat', b'.)', {'word', 'word_hyphen', 'sentence'}),  # merged, not a token
+    (b'a\xc2', b'\xa0b', {'sentence'}),  # no-break space: white space, but not a blank
     (b'\xe2\x82', b'\xac', ALL),  # one character
-    (b'the', b'\xe2\x82', ALL),  # half a character: not looked at
-    (b'the \xe2', b'\x82', set()),  # but blanks are
+    (b'the', b'\xe2\x82', ALL),  # half a character: not UTF-8
+    (b'the \xe2', b'\x82', set()),  # but blanks are checked
 ]
 
 

@@ -1,4 +1,4 @@
-"""BPE: lossless for any bytes, and the segmentation that its trainer means."""
+"""BPE: lossless for any bytes, with the segmentation of its trainer."""
 
 import base64
 import itertools
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
 from experiments import corpora
-from tokenization.vocabularies import bpe, spelling
+from tokenization.vocabularies import bpe, patterns, spelling
 from tokenization.vocabularies.byte import ByteTokenizer
 
 VOCABULARY = 800
@@ -55,7 +55,7 @@ def test_decode_inverts_encode(tokenizer, data):
 
 
 def by_hugging_face(tokenizer: bpe.BPETokenizer) -> tokenizers.Tokenizer:
-    """The same vocabulary as a `tokenizers` model, with the merges that its ranks mean."""
+    """Returns the vocabulary as a `tokenizers` model, with the merges that its ranks imply."""
     letters = {byte: letter for letter, byte in spelling.byte_of_letter().items()}
     spelled = [''.join(letters[byte] for byte in token) for token in tokenizer.tokens]
     rank = {word: i for i, word in enumerate(spelled)}
@@ -140,7 +140,7 @@ def test_save_load_and_pickle(tokenizer, tmp_path):
 def test_reads_rank_files_of_tiktoken(tmp_path, tokenizer):
     lines = [base64.b64encode(t) + b' %d' % i for i, t in enumerate(tokenizer.tokens)]
     (tmp_path / 'x.tiktoken').write_bytes(b'\r\n'.join(reversed(lines)))
-    read = bpe.BPETokenizer.from_tiktoken_file(tmp_path / 'x.tiktoken', bpe.GPT2_PATTERN)
+    read = bpe.BPETokenizer.from_tiktoken_file(tmp_path / 'x.tiktoken', patterns.GPT2_PATTERN)
     assert read == tokenizer
 
 
@@ -149,7 +149,7 @@ def test_reads_rank_files_of_tiktoken(tmp_path, tokenizer):
     [
         (lambda lines: [*lines[:9], b'!!! 9', *lines[10:]], 'line 10: expected base64'),
         (lambda lines: [*lines[:9], b'YQ==', *lines[10:]], 'line 10: expected base64'),
-        (lambda lines: [*lines[:9], lines[8], *lines[10:]], 'line 10: rank 8 or its token'),
+        (lambda lines: [*lines[:9], lines[8], *lines[10:]], 'line 10: duplicate rank 8 or token'),
         (lambda lines: [*lines[:300], *lines[301:]], 'rank 300 is missing'),
         (lambda lines: lines[:200], '56 of the 256 single bytes are missing'),
         (lambda lines: lines[:-1], 'has 799 tokens, tessera.json expects 800'),
@@ -195,17 +195,23 @@ def test_a_pattern_that_would_lose_text_is_refused(tokenizer):
 @pytest.mark.parametrize(
     ('pattern', 'words'),
     [
-        (bpe.GPT2_PATTERN, ['Don', "'t", ' stop', '12345', '!?', '\n \n ', ' CamelCase']),
-        (bpe.CL100K_PATTERN, ['Don', "'t", ' stop', '123', '45', '!?\n', ' \n', ' ', ' CamelCase']),
-        (bpe.O200K_PATTERN, ["Don't", ' stop', '123', '45', '!?\n', ' \n', ' ', ' Camel', 'Case']),
+        (patterns.GPT2_PATTERN, ['Don', "'t", ' stop', '12345', '!?', '\n \n ', ' CamelCase']),
+        (
+            patterns.CL100K_PATTERN,
+            ['Don', "'t", ' stop', '123', '45', '!?\n', ' \n', ' ', ' CamelCase'],
+        ),
+        (
+            patterns.O200K_PATTERN,
+            ["Don't", ' stop', '123', '45', '!?\n', ' \n', ' ', ' Camel', 'Case'],
+        ),
     ],
 )
 def test_patterns_of_known_files(pattern, words):
-    """Every word is a token of the vocabulary, and none reaches over a boundary."""
+    """Every word is a token of the vocabulary, and no token crosses a boundary."""
     text = "Don't stop12345!?\n \n  CamelCase"
     assert ''.join(words) == text
     spans = {text[i:j].encode() for i in range(len(text)) for j in range(i + 2, len(text) + 1)}
-    # Merges of all pairs from the left: any word that the pattern gives becomes one token.
+    # Merges of all pairs from the left: every pretoken becomes one token.
     tokens = [bytes([byte]) for byte in range(256)]
     tokenizer = bpe.BPETokenizer((*tokens, *sorted(spans, key=len)), pattern)
     assert [tokenizer.token_bytes(i).decode() for i in tokenizer.encode(text.encode())] == words

@@ -1,4 +1,4 @@
-"""The compiled trie walk against a longest match in plain Python."""
+"""The compiled trie walk against longest match in plain Python."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -65,7 +65,7 @@ def test_threads_share_one_table():
 def test_bad_tables_are_refused():
     for listed, message in (
         ([*SINGLES, b''], '256 is empty'),
-        ([*SINGLES, b'ab', b'ab'], 'comes twice'),
+        ([*SINGLES, b'ab', b'ab'], 'is a duplicate'),
         (SINGLES[:7] + SINGLES[8:], 'byte 7 is missing'),
         ([*SINGLES[:7], *SINGLES[8:], b'\x07\x07'], 'byte 7 is missing'),
         ([], 'byte 0 is missing'),

@@ -1,4 +1,4 @@
-"""Longest match over any vocabulary, and vocabularies that are extended."""
+"""Longest match over any vocabulary, and extended vocabularies."""
 
 import hashlib
 import json
@@ -8,17 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenization import tokenizer as tokenizer_lib
+from tokenization import loading
 from tokenization.vocabularies.bpe import BPETokenizer
 from tokenization.vocabularies.byte import ByteTokenizer
-from tokenization.vocabularies.longest_match import Strings
-from tokenization.vocabularies.string_table import StringTable, extended_vocabulary
+from tokenization.vocabularies.extension import extended_vocabulary
+from tokenization.vocabularies.table import TableTokenizer
+from tokenization.vocabularies.table_files import Compiled
 
 SINGLES = [bytes([byte]) for byte in range(256)]
 # Special ids, and two ids with the same bytes.
-TABLE = StringTable(
-    Strings.of([b'', b'the', *SINGLES, b'', b' the', b'the', b' then', b'\xff\xfe'])
-)
+TABLE = TableTokenizer.of([b'', b'the', *SINGLES, b'', b' the', b'the', b' then', b'\xff\xfe'])
 TEXT = b'the cat and then the other cat, the cats; then the end\n' * 3
 
 
@@ -36,8 +35,8 @@ def test_round_trip(parts):
 
 def test_saved_and_loaded(tmp_path):
     TABLE.save(tmp_path / 'table')
-    loaded = tokenizer_lib.load(tmp_path / 'table')
-    assert isinstance(loaded, StringTable) and loaded.vocab_size == TABLE.vocab_size
+    loaded = loading.load(tmp_path / 'table')
+    assert isinstance(loaded, TableTokenizer) and loaded.vocab_size == TABLE.vocab_size
     np.testing.assert_array_equal(loaded.encode(TEXT), TABLE.encode(TEXT))
     assert [loaded.token_bytes(i) for i in (0, 1, 258, 261)] == [b'', b'the', b'', b' then']
 
@@ -50,22 +49,34 @@ def test_damaged_files_are_refused(tmp_path, name):
     for damaged in (b'', whole[:-1], whole + b'1234', whole[8:]):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match='SHA-256 differs'):
-            StringTable.load(tmp_path / 'table')
-        # written by somebody who knows how
+            TableTokenizer.load(tmp_path / 'table')
+        # written by an attacker who fixes the digest
         folder = tmp_path / 'table'
         content = (folder / 'sizes.bin').read_bytes() + (folder / 'strings.bin').read_bytes()
         forged = {'kind': 'string_table', 'sha256': hashlib.sha256(content).hexdigest()}
         (folder / 'tessera.json').write_text(json.dumps(forged))
         with pytest.raises(ValueError, match=r'multiple of 4|the sizes are|single byte'):
-            StringTable.load(tmp_path / 'table')
+            TableTokenizer.load(tmp_path / 'table')
     file.unlink()
     with pytest.raises(FileNotFoundError, match=name):
-        StringTable.load(tmp_path / 'table')
+        TableTokenizer.load(tmp_path / 'table')
 
 
 def test_single_bytes_must_be_there():
     with pytest.raises(ValueError, match='the single byte 7 has no id'):
-        StringTable(Strings.of([byte for byte in SINGLES if byte != b'\x07']))
+        TableTokenizer.of([byte for byte in SINGLES if byte != b'\x07'])
+
+
+def test_ids_of_8_bits_are_for_compiled_tables_of_65536_codes():
+    with pytest.raises(ValueError, match='only the codes of a compiled table'):
+        TABLE.in_bytes()
+    compiled = TableTokenizer(TABLE.strings, TABLE.written, Compiled(16, 'tunstall', 'x'))
+    with pytest.raises(ValueError, match='263 codes: tokens of 8 bits need all 65536'):
+        compiled.in_bytes()
+    with pytest.raises(ValueError, match='bits_per_token 9'):
+        TableTokenizer(TABLE.strings, TABLE.written, Compiled(9, 'tunstall', 'x'))
+    with pytest.raises(ValueError, match=r'expected bool \[263\]'):
+        TableTokenizer(TABLE.strings, TABLE.written[1:])
 
 
 def test_an_extended_vocabulary_keeps_ids_and_ends_with_whole_words():
@@ -77,7 +88,7 @@ def test_an_extended_vocabulary_keeps_ids_and_ends_with_whole_words():
     new = [table.token_bytes(i) for i in range(base.vocab_size, table.vocab_size)]
     assert len(new) == len(set(new) - set(base.tokens)) > 5
     assert all(b' ' not in token[1:] and token in TEXT for token in new)
-    # the most frequent come first: a smaller one is a beginning of a larger one
+    # the most frequent come first: a smaller vocabulary is a prefix of a larger one
     smaller = extended_vocabulary(base, [TEXT], base.vocab_size + 3)
     assert [smaller.token_bytes(base.vocab_size + i) for i in range(3)] == new[:3]
     assert extended_vocabulary(base, [TEXT], base.vocab_size).vocab_size == base.vocab_size
