@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lm.attention.attention import attention
 from lm.kernels.mask import Mask
+from lm.kernels.scoring import Scoring
 from lm.model import cache as cache_lib
 from lm.model import layers as layers_lib
 from lm.model import rope, tables, transformer
@@ -77,7 +78,7 @@ def adapt(
         mask = Mask(positions_BL, cache.position_NBKS[0], length=cache.length_B)
     layer = None if cache is None else 0
     out_BLHC = attention(
-        q_BLHC, k, v, mask, layer=layer, scale=config.head_dim**-0.5, ring=config.ring
+        q_BLHC, k, v, mask, Scoring(config.head_dim**-0.5), layer=layer, ring=config.ring
     )
     x_BLD += layers_lib.einsum('blhc,hcd->bld', out_BLHC, adapter['wo_HCD'])
     return norm(x_BLD, 'final_norm_D'), cache

@@ -26,7 +26,7 @@ def per_device(
     are rows of the batch over one mesh axis and heads over another, where they divide; and pieces
     of sequences, where the axes name their 'length' and the kernel itself communicates. Where the
     KV heads are fewer than the devices of their axis, each device copies out the one that its query
-    heads read; what is counted per KV head is added up over the devices that share it.
+    heads read, and results per KV head are summed over the devices that share it.
 
     Args:
       kernel: any function of arrays; its queries have the axis 'heads', its keys 'kv_heads'.
@@ -92,7 +92,7 @@ def _take_head(x: jax.Array, axes: Axes, layer, head) -> jax.Array:
 
 
 def _add_heads(x: jax.Array, axes: Axes, head, kv_heads: int) -> jax.Array:
-    """Returns the sum over devices of what each found for its KV head, where `x` is per KV head."""
+    """Sums results per KV head over the devices; other results are returned as they are."""
     if 'kv_heads' not in axes:
         return x
     index = axes.index('kv_heads')

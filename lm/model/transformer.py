@@ -16,6 +16,7 @@ import numpy as np
 from lm.attention.attention import attention
 from lm.devices import mesh
 from lm.kernels.mask import Mask
+from lm.kernels.scoring import Scoring
 from lm.model import cache as cache_lib
 from lm.model import layers, rope, tables
 from lm.model.cache import Cache
@@ -92,9 +93,8 @@ def blocks(
     """
     positions_BL = mask.query_position
     start_B: Any = None if cache is None else cache.length_B - positions_BL.shape[1]
-    look = functools.partial(
-        attention, scale=config.query_scale, softcap=config.attention_softcap, ring=config.ring
-    )
+    scoring = Scoring(config.query_scale, config.attention_softcap)
+    look = functools.partial(attention, scoring=scoring, ring=config.ring)
 
     def run_block(carry, inputs):
         (x_BLD, kv), (layer, block_params, frequencies, window) = carry, inputs
