@@ -9,6 +9,8 @@ Shape suffixes, used in the names of arrays and of parameter leaves everywhere:
     M rows of a batch that were picked from another
     Q codebooks      R packed rows of a shuffle buffer
     U tokens that get rows of a table, P pieces of a token, E rows of several tables joined
+    G query heads that share a KV head, R = L G rows of queries, I int32 fields of such a row
+    J blocks listed by a sparse index, X partial results to be merged
 
 `x_BLD` is an array of shape [B, L, D]; a leaf `wq_NDHC` has shape [N, D, H, C].
 """

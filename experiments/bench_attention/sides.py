@@ -11,6 +11,7 @@ from experiments.bench_attention.config import Config
 from lm.attention import attention as attention_lib
 from lm.kernels import sparse, xla
 from lm.kernels.mask import Mask, pack_bits, visible
+from lm.kernels.scoring import Scoring
 
 SPARSE_ROWS = 64  # rows per block of the sparse index
 
@@ -109,7 +110,7 @@ def _training(config: Config, x: Inputs, length: int, scale: float) -> list[Side
         ))  # fmt: skip
 
     def ours(q, k, v):
-        return attention_lib.attention(q, k, v, x.causal, scale=scale)
+        return attention_lib.attention(q, k, v, x.causal, scoring=Scoring(scale))
 
     def hand(q, k, v):
         return by_hand(q, k, v, jnp.tril(jnp.ones((length, length), bool)))
@@ -153,7 +154,7 @@ def _cached(config, x: Inputs, length, scale, task, q_BLHC, mask: Mask) -> list[
     operands = (q_BLHC, k, v, mask, jnp.asarray(1))
 
     def ours(q, k, v, mask, layer):
-        return attention_lib.attention(q, k, v, mask, layer=layer, scale=scale)
+        return attention_lib.attention(q, k, v, mask, layer=layer, scoring=Scoring(scale))
 
     def dense(q, k, v, mask, layer):
         return by_hand(q, k[layer], v[layer], visible(mask)[:, :, None])
@@ -177,14 +178,15 @@ def _cached(config, x: Inputs, length, scale, task, q_BLHC, mask: Mask) -> list[
 
 def _column_sums(config: Config, x: Inputs, length: int, scale: float) -> list[Side]:
     q_BLHC = x.q_BLHC[:, -config.nodes :]
-    _, lse = attention_lib.attention_and_lse(q_BLHC, x.k_BKSC, x.v_BKSC, x.tree, scale=scale)
+    scoring = Scoring(scale)
+    _, lse = attention_lib.attention_and_lse(q_BLHC, x.k_BKSC, x.v_BKSC, x.tree, scoring)
     counted = jnp.ones(q_BLHC.shape[:2], bool)
 
     def ours(q, k, lse, mask, counted):
-        return attention_lib.column_sums(q, k, lse, mask, counted, scale=scale)
+        return attention_lib.column_sums(q, k, lse, mask, counted, scoring)
 
     def dense(q, k, lse, mask, counted):
-        return xla.column_sums(q, k, lse, mask, counted, scale=scale)
+        return xla.column_sums(q, k, lse, mask, counted, scoring)
 
     operands = (q_BLHC, x.k_BKSC, lse, x.tree, counted)
     found = [Side('column_sums', 'ours', jax.jit(ours), operands)]
@@ -201,7 +203,7 @@ def _sparse(config: Config, x: Inputs, length: int, scale: float) -> list[Side]:
     index = sparse.from_rows(kept, SPARSE_ROWS, -(-blocks // every))
 
     def ours(q, k, v, index):
-        return attention_lib.sparse_decode(q, k, v, index, scale=scale)[0]
+        return attention_lib.sparse_decode(q, k, v, index, scoring=Scoring(scale))[0]
 
     def dense(q, k, v, index):
         return by_hand(q, k, v, sparse.kept_rows(index, length)[:, :, None, None])

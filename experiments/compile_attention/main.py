@@ -19,6 +19,7 @@ from experiments.report import Column
 from lm.attention import attention as attention_lib
 from lm.devices import mesh as mesh_lib
 from lm.kernels.mask import Mask
+from lm.kernels.scoring import Scoring
 from lm.kernels.sparse import SparseIndex
 
 COLUMNS = [
@@ -105,45 +106,62 @@ def _compile(kernel, function, operands, target, sharding) -> dict[str, Any]:
     return row
 
 
-def functions(config: Config, name: str) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-    """Returns each kernel as a function, with its abstract operands."""
+Functions = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
+
+
+def functions(config: Config, name: str) -> Functions:
+    """Returns each kernel as a function of abstract arrays, and these; also with all of the terms.
+
+    Those are a bias and noise per key, and a temperature.
+    """
+    plain = Scoring(config.channels**-0.5)
+    shape = config.batch_size, config.kv_heads, config.keys
+    per_key = _array(*shape, dtype=jnp.float32)
+    scored = plain.replace(temperature=_array(dtype=jnp.float32), noise=per_key)
+    with_terms = _functions(config, name, scored, per_key)
+    renamed = {f'{kernel}_with_terms': function for kernel, function in with_terms.items()}
+    return _functions(config, name, plain, None) | renamed
+
+
+def _functions(config: Config, name: str, scoring: Scoring, bias: Any) -> Functions:
     b, h, n_kv, c = config.batch_size, config.heads, config.kv_heads, config.channels
-    s, t = config.keys, config.nodes
+    s, t, n = config.keys, config.nodes, config.queries
     dtype = jnp.dtype(config.dtype)
 
-    def array(*shape: int, dtype=jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
     def queries(n: int) -> Any:
-        return array(b, n, h, c, dtype=dtype)
+        return _array(b, n, h, c, dtype=dtype)
 
-    new, stack = array(b, n_kv, s, c, dtype=dtype), array(config.layers, b, n_kv, s, c, dtype=dtype)
-    packed = Mask(array(b, config.queries), array(b, 1, s), array(b, config.queries), array(b, s),
-                  window=array())  # fmt: skip
-    cached = Mask(array(b, 1), array(b, n_kv, s), length=array(b), window=array())
-    tree = Mask(array(b, t), array(b, n_kv, s), length=array(b), ancestors=array(b, t, -(-t // 32)))
-    index = SparseIndex(array(b, n_kv), array(b, n_kv, config.kept), array(b, n_kv, config.kept, 4))
-    settings = {'implementation': name, 'scale': c**-0.5}
-    attend: Any = functools.partial(attention_lib.attention, **settings)
-    sums: Any = functools.partial(attention_lib.column_sums, **settings)
-    sparse: Any = functools.partial(attention_lib.sparse_decode, **settings)
+    new = _array(b, n_kv, s, c, dtype=dtype)
+    stack, layer = _array(config.layers, b, n_kv, s, c, dtype=dtype), _array()
+    packed = Mask(_array(b, n), _array(b, 1, s), _array(b, n), _array(b, s), window=_array(),
+                  key_bias=bias)  # fmt: skip
+    cached = Mask(_array(b, 1), _array(b, n_kv, s), length=_array(b), window=_array(),
+                  key_bias=bias)  # fmt: skip
+    tree = Mask(_array(b, t), _array(b, n_kv, s), length=_array(b),
+                ancestors=_array(b, t, -(-t // 32)), key_bias=bias)  # fmt: skip
+    kept = _array(b, n_kv, config.kept)
+    index = SparseIndex(_array(b, n_kv), kept, _array(*kept.shape, 4))
+    attend: Any = functools.partial(attention_lib.attention, implementation=name)
+    sums: Any = functools.partial(attention_lib.column_sums, implementation=name)
+    sparse: Any = functools.partial(attention_lib.sparse_decode, implementation=name)
 
-    def backward(q, k, v, mask, cotangent):
-        return jax.vjp(lambda *x: attend(*x, mask), q, k, v)[1](cotangent)
+    def backward(q, k, v, mask, scoring, cotangent):
+        return jax.vjp(lambda *x: attend(*x, mask, scoring), q, k, v)[1](cotangent)
 
     def at_layer(function):
         return lambda *operands: function(*operands[:-1], layer=operands[-1])
 
-    long, lse, counted = queries(config.queries), array(b, t, h, dtype=jnp.float32), array(b, t)
+    lse, counted = _array(b, t, h, dtype=jnp.float32), _array(b, t, dtype=jnp.bool_)
     return {
-        'flash': (attend, (long, new, new, packed)),
-        'flash_backward': (backward, (long, new, new, packed, long)),
-        'decode': (at_layer(attend), (queries(1), stack, stack, cached, array())),
-        'tree': (at_layer(attend), (queries(t), stack, stack, tree, array())),
-        'column_sums': (
-            at_layer(lambda q, k, lse, mask, rows, layer: sums(q, k, lse, mask, rows > 0,
-                                                              layer=layer)),
-            (queries(t), stack, lse, tree, counted, array()),
-        ),
-        'sparse_decode': (at_layer(sparse), (queries(1), stack, stack, index, array())),
-    }  # fmt: skip
+        'flash': (attend, (queries(n), new, new, packed, scoring)),
+        'flash_backward': (backward, (queries(n), new, new, packed, scoring, queries(n))),
+        'decode': (at_layer(attend), (queries(1), stack, stack, cached, scoring, layer)),
+        'tree': (at_layer(attend), (queries(t), stack, stack, tree, scoring, layer)),
+        'column_sums': (at_layer(sums), (queries(t), stack, lse, tree, counted, scoring, layer)),
+        'sparse_decode': (at_layer(sparse), (queries(1), stack, stack, index, scoring, layer)),
+        'sparse_tree': (at_layer(sparse), (queries(t), stack, stack, index, scoring, tree, layer)),
+    }
+
+
+def _array(*shape: int, dtype=jnp.int32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)

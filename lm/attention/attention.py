@@ -1,8 +1,10 @@
 """Attention for every path of a model: picks the kernel, and runs it on each device's own part.
 
 On CPU everything is XLA. On TPU and GPU the kernels of `lm.kernels` run: `flash` for training and
-prefill, `decode` for one new node against a cache, `tree` for several. Named on another platform
-than its own, a kernel is interpreted: slow, for tests.
+prefill, `decode` for one new node against a cache, `tree` for several. A kernel requested on a
+platform other than its own is interpreted: slow, for tests.
+
+Gradients exist for queries, keys and values alone; those of bias, noise and temperature are zero.
 """
 
 import dataclasses
@@ -14,12 +16,14 @@ from typing import Any, Literal
 import chex
 import jax
 
+from lm.attention import flash
 from lm.attention import ring as ring_lib
 from lm.attention.per_device import Axes, per_device
 from lm.attention.ring import Ring
 from lm.attention.ring_blocks import Settings
-from lm.kernels import flash, mosaic, triton, xla
+from lm.kernels import mosaic, triton, xla
 from lm.kernels.mask import Mask
+from lm.kernels.scoring import Scoring
 from lm.kernels.sparse import SparseIndex
 
 Implementation = Literal['xla', 'mosaic', 'triton']
@@ -36,8 +40,8 @@ LSE = Axes('batch', None, 'heads')
 def platform() -> str:
     """Returns the platform of the mesh in use (`jax.set_mesh`), or of the default device.
 
-    A mesh of a topology that this host does not have counts: what is compiled ahead of time for
-    it gets its kernels.
+    A mesh whose devices this host does not have counts too: programs compiled ahead of time for
+    it get its kernels.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.abstract_device is not None:
@@ -63,14 +67,13 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     mask: Mask,
+    scoring: Scoring,
     implementation: Implementation | None = None,
     *,
     layer: jax.Array | int | None = None,
-    scale: float,
-    softcap: float | None = None,
     ring: Ring = 'keys',
 ) -> jax.Array:
-    """Returns softmax(scale q . k) v over the keys that each query sees, in the dtype of `q`.
+    """Returns softmax(logits) v over the keys that each query sees, in the dtype of `q`.
 
     Query head h reads key/value head `h // (H / K)`. Softmax in f32. A query that sees no key
     gives zeros.
@@ -80,19 +83,17 @@ def attention(
       k, v: `[B, K, S, C]`; with `layer`, the stacked caches `[N, B, K, S, C]` of which that layer
         is read, where it lies.
       mask: see `Mask`; with `length`, `k` and `v` are a cache.
+      scoring: makes the logits of q . k, see `Scoring`.
       implementation: `None` for `best()`.
       layer: index into the stack.
-      scale: what multiplies q . k.
-      softcap: logits become `cap * tanh(logits / cap)` (Gemma 2).
-      ring: what goes round the devices of a mesh's `sequence` axis; see `lm.attention.ring`.
+      ring: whether keys or queries go round the devices of a mesh's `sequence` axis, as in
+        `lm.attention.ring`.
 
     Raises:
       ValueError: `implementation` or `ring` is unknown, or the arrays differ in dtype; or there is
         a cache or a draft tree, and the mesh in use cuts sequences.
     """
-    return attention_and_lse(
-        q_BLHC, k, v, mask, implementation, layer=layer, scale=scale, softcap=softcap, ring=ring
-    )[0]
+    return attention_and_lse(q_BLHC, k, v, mask, scoring, implementation, layer=layer, ring=ring)[0]
 
 
 def attention_and_lse(
@@ -100,40 +101,38 @@ def attention_and_lse(
     k: jax.Array,
     v: jax.Array,
     mask: Mask,
+    scoring: Scoring,
     implementation: Implementation | None = None,
     *,
     layer: jax.Array | int | None = None,
-    scale: float,
-    softcap: float | None = None,
     ring: Ring = 'keys',
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns what `attention` does, and f32 `[B, L, H]`: log sum exp of each query's logits.
+    """Returns the result of `attention`, and f32 `[B, L, H]`: log sum exp of each query's logits.
 
     With it, results over parts of the keys can be merged. It is -inf where no key is seen.
     """
     name = _checked(q_BLHC, k, v, layer, implementation)
     chex.assert_shape(mask.query_position, q_BLHC.shape[:2])
-    settings: dict[str, Any] = {'scale': scale, 'softcap': softcap}
+    _check_terms(k, mask, scoring)
     if mask.length is not None or mask.ancestors is not None or layer is not None:
         ring_lib.refuse('attention over a cache or a draft tree')
     elif ring_lib.is_cut(q_BLHC, k):
-        static = Settings(name, name != 'xla' and interpreted(name), causal=mask.causal, **settings)
-        return ring_lib.attention(q_BLHC, k, v, mask, static, ring)
-    formula: Callable[..., Any] = functools.partial(xla.attention, **settings)
+        settings = Settings(name, name != 'xla' and interpreted(name), scoring.static, mask.causal)
+        return ring_lib.attention(q_BLHC, k, v, mask, scoring, settings, ring)
     if name == 'xla':
-        return formula(q_BLHC, k, v, mask, layer=layer)
-    settings['interpret'] = interpreted(name)
+        return xla.attention(q_BLHC, k, v, mask, scoring, layer=layer)
+    interpret = interpreted(name)
     queries = q_BLHC.shape[1] * q_BLHC.shape[2] // k.shape[-3]
     if mask.ancestors is None and (mask.length is None or queries > TREE_ROWS):
         if layer is not None:  # many queries read each key: the copy costs little beside them
             k, v, layer = k[layer], v[layer], None
-        call: Callable[..., Any] = functools.partial(flash.flash, backend=name, **settings)
+        call: Callable[..., Any] = functools.partial(flash.flash, backend=name, interpret=interpret)
     else:
         one = q_BLHC.shape[1] == 1 and mask.ancestors is None
         kernel = KERNELS[name].decode.decode if one else KERNELS[name].tree.tree
-        call = _with_gradients(functools.partial(kernel, **settings), formula)
-    axes = (QUERIES, _keys(layer), _keys(layer), _mask_axes(mask))
-    return per_device(call, (q_BLHC, k, v, mask), layer, axes, (QUERIES, LSE))
+        call = _with_gradients(functools.partial(kernel, interpret=interpret), xla.attention)
+    axes = (QUERIES, _keys(layer), _keys(layer), _mask_axes(mask), _scoring_axes(scoring))
+    return per_device(call, (q_BLHC, k, v, mask, scoring), layer, axes, (QUERIES, LSE))
 
 
 def column_sums(
@@ -142,11 +141,10 @@ def column_sums(
     lse_BLH: jax.Array,
     mask: Mask,
     row_mask_BL: jax.Array,
+    scoring: Scoring,
     implementation: Implementation | None = None,
     *,
     layer: jax.Array | int | None = None,
-    scale: float,
-    softcap: float | None = None,
 ) -> jax.Array:
     """Returns the attention that each key received, f32 `[B, K, S]`; it has no gradients.
 
@@ -154,21 +152,19 @@ def column_sums(
     rejected nodes of a draft tree should not.
 
     Args:
-      q_BLHC, k, mask, implementation, layer, scale, softcap: as for `attention`.
-      lse_BLH: what `attention_and_lse` returned for the same queries and keys.
+      q_BLHC, k, mask, scoring, implementation, layer: as for `attention`.
+      lse_BLH: the LSE that `attention_and_lse` returned for the same queries and keys.
       row_mask_BL: bool.
     """
     ring_lib.refuse('column_sums')
     name = _checked(q_BLHC, k, k, layer, implementation)
     chex.assert_shape([lse_BLH, row_mask_BL], [q_BLHC.shape[:3], q_BLHC.shape[:2]])
-    operands = (q_BLHC, k, lse_BLH, mask, row_mask_BL)
+    _check_terms(k, mask, scoring)
+    operands = (q_BLHC, k, lse_BLH, mask, row_mask_BL, scoring)
     if name == 'xla':
-        return xla.column_sums(*operands, layer=layer, scale=scale, softcap=softcap)
-    kernel = functools.partial(
-        KERNELS[name].column_sums.column_sums, scale=scale, softcap=softcap,
-        interpret=interpreted(name),
-    )  # fmt: skip
-    axes = (QUERIES, _keys(layer), LSE, _mask_axes(mask), Axes('batch'))
+        return xla.column_sums(*operands, layer=layer)
+    kernel = functools.partial(KERNELS[name].column_sums.column_sums, interpret=interpreted(name))
+    axes = (QUERIES, _keys(layer), LSE, _mask_axes(mask), Axes('batch'), _scoring_axes(scoring))
     return per_device(kernel, operands, layer, axes, Axes('batch', 'kv_heads'))
 
 
@@ -177,29 +173,38 @@ def sparse_decode(
     k: jax.Array,
     v: jax.Array,
     index: SparseIndex,
+    scoring: Scoring,
+    mask: Mask | None = None,
     implementation: Implementation | None = None,
     *,
     layer: jax.Array | int | None = None,
-    scale: float,
-    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns attention of one query per row over the kept rows of each KV head, and its LSE.
+    """Returns attention over the kept rows of each KV head and the nodes of a tree, and its LSE.
 
-    Every row that the index keeps is seen, whatever its position; see `attention_and_lse`.
+    Without a mask there is one query per batch row, which sees every kept row, whatever its
+    position. With a mask, the last `mask.nodes` rows in use hold the nodes of a draft tree, the new
+    ones included: each query sees those nodes that the mask lets it see, and of the committed rows
+    before them every kept one. `lm.kernels.reference.sparse_decode` has the formula;
+    `attention_and_lse` says more of arguments and results.
     """
     ring_lib.refuse('sparse_decode')
     name = _checked(q_BLHC, k, v, layer, implementation)
-    chex.assert_axis_dimension(q_BLHC, 1, 1)
-    settings: dict[str, Any] = {'scale': scale, 'softcap': softcap}
-    formula: Callable[..., Any] = functools.partial(xla.sparse_decode, **settings)
+    if mask is None:
+        chex.assert_axis_dimension(q_BLHC, 1, 1)
+    else:
+        chex.assert_shape(mask.query_position, q_BLHC.shape[:2])
+    _check_terms(k, mask, scoring)
+    operands = (q_BLHC, k, v, index, scoring, mask)
     if name == 'xla':
-        return formula(q_BLHC, k, v, index, layer=layer)
-    settings['interpret'] = interpreted(name)
-    kernel = functools.partial(KERNELS[name].sparse_decode.sparse_decode, **settings)
+        return xla.sparse_decode(*operands, layer=layer)
+    kernel = functools.partial(
+        KERNELS[name].sparse_decode.sparse_decode, interpret=interpreted(name)
+    )
     per_head = jax.tree.map(lambda _: Axes('batch', 'kv_heads'), index)
-    axes = (QUERIES, _keys(layer), _keys(layer), per_head)
-    call = _with_gradients(kernel, formula)
-    return per_device(call, (q_BLHC, k, v, index), layer, axes, (QUERIES, LSE))
+    seen = None if mask is None else _mask_axes(mask)
+    axes = (QUERIES, _keys(layer), _keys(layer), per_head, _scoring_axes(scoring), seen)
+    call = _with_gradients(kernel, xla.sparse_decode)
+    return per_device(call, operands, layer, axes, (QUERIES, LSE))
 
 
 def interpreted(implementation: str) -> bool:
@@ -225,6 +230,14 @@ def _checked(
     return name
 
 
+def _check_terms(k: jax.Array, mask: Mask | None, scoring: Scoring) -> None:
+    """Asserts that there is one bias and one noise per key, a row of them for each KV head or 1."""
+    *_, b, n_kv, s, _ = k.shape
+    for x in (None if mask is None else mask.key_bias, scoring.noise):
+        if x is not None:
+            chex.assert_shape(x, (b, {1, n_kv}, s))
+
+
 def _keys(layer: Any) -> Axes:
     axes = ('batch', 'kv_heads', None, None)
     return Axes(*axes) if layer is None else Axes('layers', *axes)
@@ -235,23 +248,31 @@ def _mask_axes(mask: Mask) -> Mask:
     known = dataclasses.replace(
         jax.tree.map(lambda _: Axes('batch'), mask), key_position=Axes('batch', 'kv_heads')
     )
+    if mask.key_bias is not None:
+        known = dataclasses.replace(known, key_bias=Axes('batch', 'kv_heads'))
     return known if mask.window is None else dataclasses.replace(known, window=Axes())
+
+
+def _scoring_axes(scoring: Scoring) -> Scoring:
+    """Returns the logical axes of the arrays that a scoring has."""
+    axes = jax.tree.map(lambda _: Axes(), scoring)
+    return axes if axes.noise is None else axes.replace(noise=Axes('batch', 'kv_heads'))
 
 
 def _with_gradients(kernel: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:
     """Returns a kernel made for inference, with the gradients of the formula that it computes."""
 
     @jax.custom_vjp
-    def call(q, k, v, seen, layer):
-        return kernel(q, k, v, seen, layer=layer)
+    def call(q, k, v, others, layer):
+        return kernel(q, k, v, *others, layer=layer)
 
     def forward(*operands):
         return call(*operands), operands
 
     def backward(operands, cotangents):
-        q, k, v, seen, layer = operands
-        _, vjp = jax.vjp(lambda q, k, v: formula(q, k, v, seen, layer=layer), q, k, v)
+        q, k, v, others, layer = operands
+        _, vjp = jax.vjp(lambda q, k, v: formula(q, k, v, *others, layer=layer), q, k, v)
         return *vjp(cotangents), None, None
 
     call.defvjp(forward, backward)
-    return lambda q, k, v, seen, *, layer=None: call(q, k, v, seen, layer)
+    return lambda q, k, v, *others, layer=None: call(q, k, v, others, layer)

@@ -15,9 +15,19 @@ import jax.numpy as jnp
 
 from lm.attention import ring_keys, ring_queries
 from lm.attention.per_device import Axes, per_device
-from lm.attention.ring_blocks import CHUNKS, Keys, Known, Queries, Settings, join, split
+from lm.attention.ring_blocks import (
+    CHUNKS,
+    Keys,
+    Known,
+    Queries,
+    Scalars,
+    Settings,
+    join,
+    split,
+)
 from lm.devices import mesh as mesh_lib
 from lm.kernels.mask import Mask
+from lm.kernels.scoring import Scoring, key_terms
 
 AXIS = 'sequence'  # the mesh axis that shards sequences
 LENGTHS = Axes('batch', 'length')
@@ -60,6 +70,7 @@ def attention(
     k_BKSC: jax.Array,
     v_BKSC: jax.Array,
     mask: Mask,
+    scoring: Scoring,
     settings: Settings,
     ring: Ring = 'keys',
 ) -> tuple[jax.Array, jax.Array]:
@@ -72,6 +83,7 @@ def attention(
     Args:
       q_BLHC, k_BKSC, v_BKSC: as many keys as queries, S = L.
       mask: over new keys only, without a cache or a draft tree.
+      scoring: makes the logits; bias and noise travel with their keys.
       settings: see `lm.attention.ring_blocks`.
       ring: whether keys (with their values) or queries travel.
 
@@ -84,19 +96,25 @@ def attention(
     if ring not in _FORMS:
         raise ValueError(f'ring {ring!r}: expected one of {", ".join(_FORMS)}')
     queries, keys = Axes('batch', 'length', 'heads', None), Axes('batch', 'kv_heads', 'length')
+    mask = dataclasses.replace(mask, key_bias=key_terms(mask, scoring))
     places = dataclasses.replace(jax.tree.map(lambda _: LENGTHS, mask), key_position=keys)
+    if mask.key_bias is not None:
+        places = dataclasses.replace(places, key_bias=keys)
     if mask.window is not None:
         places = dataclasses.replace(places, window=Axes())
     return per_device(
-        functools.partial(_attention, settings, ring), (q_BLHC, k_BKSC, v_BKSC, mask),
-        None, (queries, keys, keys, places), (queries, Axes('batch', 'length', 'heads')),
+        functools.partial(_attention, settings, ring),
+        (q_BLHC, k_BKSC, v_BKSC, mask, scoring.temperature), None,
+        (queries, keys, keys, places, None if scoring.temperature is None else Axes()),
+        (queries, Axes('batch', 'length', 'heads')),
     )  # fmt: skip
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(settings, ring, q_BLHC, k_BKSC, v_BKSC, mask):
+def _attention(settings, ring, q_BLHC, k_BKSC, v_BKSC, mask, temperature):
     queries, keys = _parts(q_BLHC, k_BKSC, v_BKSC, mask)
-    found = _FORMS[ring].forward(settings, AXIS, queries, keys, mask.window)
+    scalars = Scalars(mask.window, temperature)
+    found = _FORMS[ring].forward(settings, AXIS, queries, keys, scalars)
     return join(found.out_BLHC, 1).astype(q_BLHC.dtype), join(found.lse_BLH, 1)
 
 
@@ -106,17 +124,18 @@ def _forward(settings, ring, *operands):
 
 
 def _backward(settings, ring, residuals, cotangents):
-    q_BLHC, k_BKSC, v_BKSC, mask, out_BLHC, lse_BLH = residuals
+    q_BLHC, k_BKSC, v_BKSC, mask, temperature, out_BLHC, lse_BLH = residuals
     d_out_BLHC, d_lse_BLH = cotangents
     product_BLHC = d_out_BLHC.astype(jnp.float32) * out_BLHC
     delta_BLH = jnp.sum(product_BLHC, axis=-1) - d_lse_BLH
     queries, keys = _parts(q_BLHC, k_BKSC, v_BKSC, mask)
     of_queries = (split(x, 1) for x in (d_out_BLHC.astype(q_BLHC.dtype), lse_BLH, delta_BLH))
     known = Known(queries, *of_queries)
-    dq, of_keys = _FORMS[ring].backward(settings, AXIS, known, keys, mask.window)
+    scalars = Scalars(mask.window, temperature)
+    dq, of_keys = _FORMS[ring].backward(settings, AXIS, known, keys, scalars)
     dk_BKSC, dv_BKSC = (join(x, 2).astype(k_BKSC.dtype) for x in of_keys)
-    # None: the mask is all integers
-    return join(dq, 1).astype(q_BLHC.dtype), dk_BKSC, dv_BKSC, None
+    # bias and temperature are constants
+    return join(dq, 1).astype(q_BLHC.dtype), dk_BKSC, dv_BKSC, None, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -129,6 +148,6 @@ def _parts(q_BLHC, k_BKSC, v_BKSC, mask: Mask) -> tuple[Queries, Keys]:
     queries = Queries(split(q_BLHC, 1), split(mask.query_position, 1), segments(mask.query_segment))
     keys = Keys(
         split(k_BKSC, 2), split(v_BKSC, 2), split(mask.key_position, 2),
-        segments(mask.key_segment),
+        segments(mask.key_segment), None if mask.key_bias is None else split(mask.key_bias, 2),
     )  # fmt: skip
     return queries, keys

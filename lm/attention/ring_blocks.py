@@ -15,6 +15,7 @@ import numpy as np
 
 from lm.kernels import mosaic, triton, xla, xla_backward
 from lm.kernels.mask import UNLIMITED, Mask, blocks, key_rows
+from lm.kernels.scoring import Scoring
 
 CHUNKS = 2  # per device
 # indices of query chunks, and of key chunks
@@ -29,14 +30,13 @@ class Settings:
     Attributes:
       implementation: `xla`, `mosaic` or `triton`: the kernels used on each device.
       interpret: whether Pallas kernels run in interpret mode.
-      scale, softcap: see `lm.attention.attention.attention`.
+      scoring: scale and cap alone; the rest is data.
       causal: see `Mask`.
     """
 
     implementation: str
     interpret: bool
-    scale: float
-    softcap: float | None
+    scoring: Scoring
     causal: bool
 
 
@@ -55,6 +55,14 @@ class Keys(NamedTuple):
     v_BKSC: jax.Array
     position_BKS: jax.Array
     segment_BS: jax.Array | None
+    bias_BKS: jax.Array | None  # and noise: all that is added to the logits
+
+
+class Scalars(NamedTuple):
+    """Data that all devices share: the window of a mask and the temperature of a scoring."""
+
+    window: jax.Array | int | None
+    temperature: jax.Array | float | None
 
 
 class Partial(NamedTuple):
@@ -111,17 +119,17 @@ def combine(one: Partial, other: Partial) -> Partial:
 
 
 def attend(
-    settings: Settings, queries: Queries, keys: Keys, window: Any, so_far: Partial
+    settings: Settings, queries: Queries, keys: Keys, scalars: Scalars, so_far: Partial
 ) -> Partial:
     """Returns `so_far` extended by the keys of one block."""
 
     def pair(so_far: Partial, place: Any):
         query, partial = _chunk(queries, place[0]), _chunk(so_far, place[0])
         key = _chunk(keys, place[1])
-        mask = _mask(settings, query, key, window)
+        mask = _mask(settings, query, key, scalars)
         partial = jax.lax.cond(
             may_see(mask),
-            lambda: combine(partial, _forward(settings, query, key, mask)),
+            lambda: combine(partial, _forward(settings, query, key, mask, scalars)),
             lambda: partial,
         )
         return _with_chunk(so_far, partial, place[0]), None
@@ -130,7 +138,7 @@ def attend(
 
 
 def gradients(
-    settings: Settings, known: Known, keys: Keys, window: Any, dq_BLHC: jax.Array
+    settings: Settings, known: Known, keys: Keys, scalars: Scalars, dq_BLHC: jax.Array
 ) -> tuple[jax.Array, KeyGradients]:
     """Returns `dq_BLHC` plus the contribution of one block of keys, and gradients of the block.
 
@@ -140,10 +148,10 @@ def gradients(
     def pair(found: tuple[jax.Array, KeyGradients], place: Any):
         query, key = _chunk(known, place[0]), _chunk(keys, place[1])
         before = _chunk(found[0], place[0]), _chunk(found[1], place[1])
-        mask = _mask(settings, query.queries, key, window)
+        mask = _mask(settings, query.queries, key, scalars)
 
         def more():
-            added = _backward(settings, query, key, mask)
+            added = _backward(settings, query, key, mask, scalars)
             return jax.tree.map(lambda x, y: x + y.astype(jnp.float32), before, added)
 
         dq, of_keys = jax.lax.cond(may_see(mask), more, lambda: before)
@@ -190,36 +198,38 @@ def _where(condition: jax.Array, x: jax.Array, otherwise: int) -> jax.Array:
     return jnp.where(condition, x, otherwise)
 
 
-def _mask(settings: Settings, query: Queries, key: Keys, window: Any) -> Mask:
+def _mask(settings: Settings, query: Queries, key: Keys, scalars: Scalars) -> Mask:
     return Mask(
-        query.position_BL, key.position_BKS, query.segment_BL, key.segment_BS, window=window,
-        causal=settings.causal,
+        query.position_BL, key.position_BKS, query.segment_BL, key.segment_BS,
+        window=scalars.window, causal=settings.causal, key_bias=key.bias_BKS,
     )  # fmt: skip
 
 
-def _forward(settings: Settings, query: Queries, key: Keys, mask: Mask) -> Partial:
-    operands = (query.q_BLHC, key.k_BKSC, key.v_BKSC, mask)
-    shared: dict[str, Any] = {'scale': settings.scale, 'softcap': settings.softcap}
+def _forward(
+    settings: Settings, query: Queries, key: Keys, mask: Mask, scalars: Scalars
+) -> Partial:
+    scoring = settings.scoring.replace(temperature=scalars.temperature)
+    operands = (query.q_BLHC, key.k_BKSC, key.v_BKSC, mask, scoring)
     if settings.implementation == 'xla':
-        out_BLHC, lse_BLH = xla.attention(*operands, **shared)
+        out_BLHC, lse_BLH = xla.attention(*operands)
     else:
         kernels = {'mosaic': mosaic, 'triton': triton}[settings.implementation]
-        out_BLHC, lse_BLH = kernels.flash.forward(*operands, **shared, interpret=settings.interpret)
+        out_BLHC, lse_BLH = kernels.flash.forward(*operands, interpret=settings.interpret)
     return Partial(out_BLHC.astype(jnp.float32), lse_BLH)
 
 
 def _backward(
-    settings: Settings, known: Known, key: Keys, mask: Mask
+    settings: Settings, known: Known, key: Keys, mask: Mask, scalars: Scalars
 ) -> tuple[jax.Array, KeyGradients]:
     # kernels use the output only for delta = rowsum(dO * O) - d LSE: pass O = 0, d LSE = -delta
     operands = (
         known.queries.q_BLHC, key.k_BKSC, key.v_BKSC, jnp.zeros_like(known.d_out_BLHC),
         known.lse_BLH, known.d_out_BLHC, -known.delta_BLH, mask,
+        settings.scoring.replace(temperature=scalars.temperature),
     )  # fmt: skip
-    shared: dict[str, Any] = {'scale': settings.scale, 'softcap': settings.softcap}
     if settings.implementation == 'xla':
-        dq, dk, dv = xla_backward.backward(*operands, **shared)
+        dq, dk, dv = xla_backward.backward(*operands)
     else:
         kernels = {'mosaic': mosaic, 'triton': triton}[settings.implementation]
-        dq, dk, dv = kernels.flash.backward(*operands, **shared, interpret=settings.interpret)
+        dq, dk, dv = kernels.flash.backward(*operands, interpret=settings.interpret)
     return dq, KeyGradients(dk, dv)

@@ -6,7 +6,6 @@ backward pass, a block's gradients travel with it and take one more hop to retur
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from lm.attention.ring_blocks import (
     Known,
     Partial,
     Queries,
+    Scalars,
     Settings,
     attend,
     gradients,
@@ -25,21 +25,23 @@ from lm.attention.ring_blocks import (
 from lm.attention.ring_hops import send
 
 
-def forward(settings: Settings, axis: str, queries: Queries, keys: Keys, window: Any) -> Partial:
+def forward(
+    settings: Settings, axis: str, queries: Queries, keys: Keys, scalars: Scalars
+) -> Partial:
     """Returns attention of a device's queries over all keys, inside a `shard_map` over `axis`."""
 
     def step(carry: tuple[Keys, Partial], _):
         keys, partial = carry
         arriving = send(keys, axis)
-        return (arriving, attend(settings, queries, keys, window, partial)), None
+        return (arriving, attend(settings, queries, keys, scalars, partial)), None
 
     hops = jax.lax.axis_size(axis) - 1
     (keys, partial), _ = jax.lax.scan(step, (keys, nothing(queries)), None, length=hops)
-    return attend(settings, queries, keys, window, partial)
+    return attend(settings, queries, keys, scalars, partial)
 
 
 def backward(
-    settings: Settings, axis: str, known: Known, keys: Keys, window: Any
+    settings: Settings, axis: str, known: Known, keys: Keys, scalars: Scalars
 ) -> tuple[jax.Array, KeyGradients]:
     """Returns the gradients of a device's queries and of its keys and values, f32."""
     block_gradients = functools.partial(gradients, settings, known)
@@ -49,13 +51,13 @@ def backward(
         keys, found, dq = carry
         # the gradients of earlier devices are in transit while this one computes its own
         arriving, found = send(keys, axis), send(found, axis)
-        dq, found_here = block_gradients(keys, window, dq)
+        dq, found_here = block_gradients(keys, scalars, dq)
         return (arriving, add(found, found_here), dq), None
 
     arriving = send(keys, axis)
-    dq, found = block_gradients(keys, window, jnp.zeros(known.queries.q_BLHC.shape, jnp.float32))
+    dq, found = block_gradients(keys, scalars, jnp.zeros(known.queries.q_BLHC.shape, jnp.float32))
     between = jax.lax.axis_size(axis) - 2
     (keys, found, dq), _ = jax.lax.scan(step, (arriving, found, dq), None, length=between)
     found = send(found, axis)
-    dq, found_here = block_gradients(keys, window, dq)
+    dq, found_here = block_gradients(keys, scalars, dq)
     return dq, send(add(found, found_here), axis)

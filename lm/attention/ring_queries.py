@@ -10,8 +10,6 @@ Steps are unrolled, since each returns results over a different distance: the si
 grows with the number of devices.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -21,6 +19,7 @@ from lm.attention.ring_blocks import (
     Known,
     Partial,
     Queries,
+    Scalars,
     Settings,
     attend,
     combine,
@@ -30,13 +29,15 @@ from lm.attention.ring_blocks import (
 from lm.attention.ring_hops import send
 
 
-def forward(settings: Settings, axis: str, queries: Queries, keys: Keys, window: Any) -> Partial:
+def forward(
+    settings: Settings, axis: str, queries: Queries, keys: Keys, scalars: Scalars
+) -> Partial:
     """Returns attention of a device's queries over all keys, inside a `shard_map` over `axis`."""
     dtype = queries.q_BLHC.dtype
-    total = attend(settings, queries, keys, window, nothing(queries))
+    total = attend(settings, queries, keys, scalars, nothing(queries))
     for step in range(1, jax.lax.axis_size(axis)):
         queries = send(queries, axis)
-        found = attend(settings, queries, keys, window, nothing(queries))
+        found = attend(settings, queries, keys, scalars, nothing(queries))
         # in transit while the next step attends, which does not depend on it
         found = send(found._replace(out_BLHC=found.out_BLHC.astype(dtype)), axis, -step)
         total = combine(total, found)
@@ -44,15 +45,15 @@ def forward(settings: Settings, axis: str, queries: Queries, keys: Keys, window:
 
 
 def backward(
-    settings: Settings, axis: str, known: Known, keys: Keys, window: Any
+    settings: Settings, axis: str, known: Known, keys: Keys, scalars: Scalars
 ) -> tuple[jax.Array, KeyGradients]:
     """Returns the gradients of a device's queries and of its keys and values, f32."""
     dtype = known.queries.q_BLHC.dtype
     zeros = jnp.zeros(known.queries.q_BLHC.shape, jnp.float32)
-    dq, found = gradients(settings, known, keys, window, zeros)
+    dq, found = gradients(settings, known, keys, scalars, zeros)
     for step in range(1, jax.lax.axis_size(axis)):
         known = send(known, axis)
-        dq_there, found_here = gradients(settings, known, keys, window, zeros)
+        dq_there, found_here = gradients(settings, known, keys, scalars, zeros)
         dq += send(dq_there.astype(dtype), axis, -step)
         found = jax.tree.map(jnp.add, found, found_here)
     return dq, found

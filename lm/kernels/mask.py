@@ -20,13 +20,16 @@ class Mask:
       key_position: int32 `[B, K or 1, S]`; negative marks a row that holds no key. Without
         `length`, keys and values there still have to be finite.
       query_segment, key_segment: int32 `[B, L]`, `[B, S]`: equal ones see each other.
-      length: int32 `[B]`: rows in use of a cache; what lies behind is never read, NaN or not.
+      length: int32 `[B]`: rows in use of a cache; later rows are never read and may be NaN.
       ancestors: int32 `[B, L, ceil(nodes / 32)]`: which nodes of a draft tree each query sees,
         itself included, as packed bits (`pack_bits`). The tree's keys are the last `nodes` rows
         in use; older keys are seen by all.
       nodes: how many nodes the tree has so far, at least the L new ones; L by default.
       window: a query sees keys less than this far behind; an int or an int32 scalar.
       causal: a query sees no key of a later position.
+      key_bias: f32 `[B, K or 1, S]`, added to the logits of each key (`lm.kernels.scoring`); hides
+        none. A row that stands for m merged keys has bias log m (Bolya et al. 2023, ToMe). Finite
+        wherever a row holds a key.
 
     A chain of three new nodes after two cached keys, in a cache of six rows:
 
@@ -46,6 +49,7 @@ class Mask:
     window: jax.Array | int | None = None
     causal: bool = flax.struct.field(pytree_node=False, default=True)
     nodes: int | None = flax.struct.field(pytree_node=False, default=None)
+    key_bias: jax.Array | None = None
 
     @property
     def first_node_B(self) -> jax.Array:
@@ -107,8 +111,20 @@ def _shape(query: jax.Array, key: jax.Array) -> tuple[int, ...]:
     return np.broadcast_shapes(query.shape, key.shape)
 
 
+def tree_rows(mask: Mask) -> jax.Array:
+    """Returns which rows are the draft tree's, bool `[B, 1, S]`: its first node's and later."""
+    row_S = jnp.arange(mask.key_position.shape[-1])
+    return row_S >= mask.first_node_B[:, None, None]
+
+
+def tree_alone(mask: Mask) -> Mask:
+    """Returns the mask that hides all keys but those of the draft tree."""
+    key_position = jnp.where(tree_rows(mask), mask.key_position, -1)
+    return mask.replace(key_position=key_position)
+
+
 class Blocks(NamedTuple):
-    """What a kernel may skip, per block of queries and block of keys.
+    """Bounds of a mask per block of queries and block of keys, so that kernels skip work.
 
     Attributes:
       some: bool `[B, K or 1, L blocks, S blocks]`: false where no query of the block sees any

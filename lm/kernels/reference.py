@@ -1,29 +1,39 @@
-"""The formula of each kernel in f32, straight from the equation: what the others are tested by.
+"""The formula of each kernel in f32, straight from the equation: the oracle of the tests.
 
-Every function here holds all L x S logits at once. `scale` has no default: which one is meant is
-the model's business.
+Every function here holds all L x S logits at once.
 """
 
 import jax
 import jax.numpy as jnp
 
 from lm.kernels.mask import Mask, visible
+from lm.kernels.scoring import Scoring
 from lm.kernels.sparse import SparseIndex, kept_rows
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def logits(
-    q_BLHC: jax.Array, k_BKSC: jax.Array, *, scale: float, softcap: float | None = None
+    q_BLHC: jax.Array, k_BKSC: jax.Array, scoring: Scoring, bias: jax.Array | None = None
 ) -> jax.Array:
-    """Returns f32 `[B, K, G, L, S]`: scale q . k, or cap tanh(scale q . k / cap)."""
+    """((cap tanh(scale q . k / cap)) + bias + noise) / temperature, f32 `[B, K, G, L, S]`.
+
+    Bias and noise are `[B, K or 1, S]`. They and the temperature are constants for autodiff.
+    """
     b, l, h, c = q_BLHC.shape
     k = k_BKSC.shape[1]
     q_BLKGC = q_BLHC.reshape(b, l, k, h // k, c).astype(jnp.float32)
-    s_BKGLS = scale * jnp.einsum(
+    s_BKGLS = scoring.scale * jnp.einsum(
         'blkgc,bksc->bkgls', q_BLKGC, k_BKSC.astype(jnp.float32), precision=HIGHEST
     )
-    return s_BKGLS if softcap is None else softcap * jnp.tanh(s_BKGLS / softcap)
+    if scoring.softcap is not None:
+        s_BKGLS = scoring.softcap * jnp.tanh(s_BKGLS / scoring.softcap)
+    for added in (bias, scoring.noise):
+        if added is not None:
+            s_BKGLS += jax.lax.stop_gradient(added)[:, :, None, None, :]
+    if scoring.temperature is not None:
+        s_BKGLS /= jax.lax.stop_gradient(scoring.temperature)
+    return s_BKGLS
 
 
 def attention(
@@ -31,9 +41,7 @@ def attention(
     k_BKSC: jax.Array,
     v_BKSC: jax.Array,
     mask: Mask,
-    *,
-    scale: float,
-    softcap: float | None = None,
+    scoring: Scoring,
 ) -> tuple[jax.Array, jax.Array]:
     """o = sum_s exp(logits_s - lse) v_s and lse = log sum_s exp(logits_s), over visible keys s.
 
@@ -42,7 +50,7 @@ def attention(
     Returns:
       f32 `[B, L, H, C]`, zeros where a query sees no key; f32 `[B, L, H]`, there -inf.
     """
-    s_BKGLS = logits(q_BLHC, k_BKSC, scale=scale, softcap=softcap)
+    s_BKGLS = logits(q_BLHC, k_BKSC, scoring, mask.key_bias)
     return _softmax_sum(s_BKGLS, visible(mask), v_BKSC, q_BLHC.shape)
 
 
@@ -68,9 +76,7 @@ def column_sums(
     lse_BLH: jax.Array,
     mask: Mask,
     row_mask_BL: jax.Array,
-    *,
-    scale: float,
-    softcap: float | None = None,
+    scoring: Scoring,
 ) -> jax.Array:
     """Returns f32 `[B, K, S]`: the attention that each key received, sum exp(logits - lse).
 
@@ -80,7 +86,7 @@ def column_sums(
     """
     b, l, h = lse_BLH.shape
     k = k_BKSC.shape[1]
-    s_BKGLS = logits(q_BLHC, k_BKSC, scale=scale, softcap=softcap)
+    s_BKGLS = logits(q_BLHC, k_BKSC, scoring, mask.key_bias)
     lse_BKGL1 = jnp.transpose(lse_BLH.reshape(b, l, k, h // k), (0, 2, 3, 1))[..., None]
     counted = visible(mask)[:, :, None] & row_mask_BL[:, None, None, :, None]
     counted &= lse_BKGL1 > -jnp.inf
@@ -93,11 +99,24 @@ def sparse_decode(
     k_BKSC: jax.Array,
     v_BKSC: jax.Array,
     index: SparseIndex,
-    *,
-    scale: float,
-    softcap: float | None = None,
+    scoring: Scoring,
+    mask: Mask | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`attention` of one query (L = 1) over exactly the rows that an index keeps."""
-    s_BKGLS = logits(q_BLHC, k_BKSC, scale=scale, softcap=softcap)
-    kept_BKLS = kept_rows(index, k_BKSC.shape[2])[:, :, None]
-    return _softmax_sum(s_BKGLS, kept_BKLS, v_BKSC, q_BLHC.shape)
+    """`attention` over the rows that an index keeps and, with a mask, over the nodes of a tree.
+
+    Without a mask, one query (L = 1) sees exactly the kept rows. With one, the last `mask.nodes`
+    rows in use hold the nodes of a draft tree (or chain). Two sets of rows are seen by query l of
+    KV head k:
+
+        committed rows: s < first node, and the index keeps (k, s), whatever the row's position
+        nodes:          s >= first node, and `visible(mask)` holds for (k, l, s), kept or not
+
+    So positions, windows and segments bear on nodes alone; bias and noise on both.
+    """
+    bias = None if mask is None else mask.key_bias
+    s_BKGLS = logits(q_BLHC, k_BKSC, scoring, bias)
+    seen_BKLS = kept_rows(index, k_BKSC.shape[2])[:, :, None]
+    if mask is not None:
+        is_node_B11S = jnp.arange(k_BKSC.shape[2]) >= mask.first_node_B[:, None, None, None]
+        seen_BKLS = jnp.where(is_node_B11S, visible(mask), seen_BKLS)
+    return _softmax_sum(s_BKGLS, seen_BKLS, v_BKSC, q_BLHC.shape)

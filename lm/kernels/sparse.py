@@ -1,11 +1,13 @@
 """A set of cache rows per KV head, in the form that `sparse_decode` reads."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.mask import WORD, pack_bits, unpack_bits
+from lm.kernels.mask import WORD, Mask, pack_bits, tree_alone, unpack_bits
+from lm.kernels.merge import merge
 
 
 class SparseIndex(NamedTuple):
@@ -63,3 +65,33 @@ def kept_rows(index: SparseIndex, rows: int) -> jax.Array:
     batch, head = jnp.arange(b)[:, None, None], jnp.arange(k)[:, None]
     kept = jnp.zeros((b, k, n_blocks, index.rows), bool).at[batch, head, index.block].max(bits)
     return kept.reshape(b, k, -1)[..., :rows]
+
+
+def before(index: SparseIndex, row_B: jax.Array) -> SparseIndex:
+    """Returns the index without the rows from `row_B` on, int32 `[B]`."""
+    first_BKJ = index.block * index.rows
+    first_BKJW = first_BKJ[..., None] + WORD * jnp.arange(index.bits.shape[-1])
+    count = jnp.clip(row_B[:, None, None, None] - first_BKJW, 0, WORD)
+    low = jnp.where(count == WORD, -1, (1 << jnp.minimum(count, WORD - 1)) - 1)
+    return index._replace(bits=index.bits & low)
+
+
+def with_nodes(
+    committed: Callable[[SparseIndex], tuple[jax.Array, jax.Array]],
+    nodes: Callable[[Mask], tuple[jax.Array, jax.Array]],
+    index: SparseIndex,
+    mask: Mask,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns attention over kept committed rows and the nodes of a draft tree, and its LSE.
+
+    The two sets of rows (`reference.sparse_decode`) are disjoint, so that the two results merge
+    exactly (`lm.kernels.merge`).
+
+    Args:
+      committed: attention over all rows of an index.
+      nodes: attention under a mask.
+      index, mask: see `reference.sparse_decode`.
+    """
+    parts = committed(before(index, mask.first_node_B)), nodes(tree_alone(mask))
+    out, lse = merge(*(jnp.stack(x) for x in zip(*parts, strict=True)))
+    return out.astype(parts[0][0].dtype), lse

@@ -7,7 +7,8 @@ the dtype they are given. With `layer`, `k` and `v` are stacked caches `[N, B, K
 import jax
 import jax.numpy as jnp
 
-from lm.kernels.mask import Mask, key_rows, visible
+from lm.kernels.mask import Mask, key_rows, tree_rows, visible
+from lm.kernels.scoring import Scoring, complete, terms
 from lm.kernels.sparse import SparseIndex, kept_rows
 
 NOTHING = -1e30  # instead of -inf: a query that sees no key must not become NaN
@@ -18,17 +19,16 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     mask: Mask,
+    scoring: Scoring,
     *,
     layer: jax.Array | int | None = None,
-    scale: float,
-    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `reference.attention`; the result has the dtype of `q`, the LSE is f32."""
     k, v = _layer(k, layer), _layer(v, layer)
     if mask.length is not None:
         held_BKS = key_rows(mask)
         k, v = _silenced(k, held_BKS), _silenced(v, held_BKS)
-    return _attend(q_BLHC, k, v, visible(mask), scale, softcap)
+    return _attend(q_BLHC, k, v, visible(mask), scoring, mask)
 
 
 def sparse_decode(
@@ -36,16 +36,21 @@ def sparse_decode(
     k: jax.Array,
     v: jax.Array,
     index: SparseIndex,
+    scoring: Scoring,
+    mask: Mask | None = None,
     *,
     layer: jax.Array | int | None = None,
-    scale: float,
-    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `reference.sparse_decode`."""
     k, v = _layer(k, layer), _layer(v, layer)
-    kept_BKS = kept_rows(index, k.shape[2])
-    k, v = _silenced(k, kept_BKS), _silenced(v, kept_BKS)
-    return _attend(q_BLHC, k, v, kept_BKS[:, :, None], scale, softcap)
+    read_BKS = kept_rows(index, k.shape[2])
+    seen_BKLS = read_BKS[:, :, None]
+    if mask is not None:
+        nodes_B1S = tree_rows(mask)
+        seen_BKLS = jnp.where(nodes_B1S[:, :, None], visible(mask), seen_BKLS)
+        read_BKS = jnp.where(nodes_B1S, key_rows(mask), read_BKS)
+    k, v = _silenced(k, read_BKS), _silenced(v, read_BKS)
+    return _attend(q_BLHC, k, v, seen_BKLS, scoring, mask)
 
 
 def column_sums(
@@ -54,16 +59,15 @@ def column_sums(
     lse_BLH: jax.Array,
     mask: Mask,
     row_mask_BL: jax.Array,
+    scoring: Scoring,
     *,
     layer: jax.Array | int | None = None,
-    scale: float,
-    softcap: float | None = None,
 ) -> jax.Array:
     """See `reference.column_sums`."""
     k_BKSC = _layer(k, layer)
     b, l, h = lse_BLH.shape
     n_kv = k_BKSC.shape[1]
-    logits = _logits(q_BLHC, k_BKSC, scale, softcap)
+    logits = _logits(q_BLHC, k_BKSC, scoring, mask)
     lse = jnp.transpose(lse_BLH.reshape(b, l, n_kv, h // n_kv), (0, 2, 3, 1))[..., None]
     counted = (visible(mask) & row_mask_BL[:, None, :, None])[:, :, None] & (lse > -jnp.inf)
     return jnp.sum(jnp.exp(jnp.where(counted, logits - lse, -jnp.inf)), axis=(2, 3))
@@ -86,19 +90,19 @@ def _precision(x: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-def _logits(q_BLHC, k_BKSC, scale, softcap):
+def _logits(q_BLHC, k_BKSC, scoring, mask):
     b, l, h, c = q_BLHC.shape
     n_kv = k_BKSC.shape[1]
-    logits = scale * jnp.einsum(
+    products = jnp.einsum(
         'blkgc,bksc->bkgls', q_BLHC.reshape(b, l, n_kv, h // n_kv, c), k_BKSC,
         precision=_precision(q_BLHC), preferred_element_type=jnp.float32,
     )  # fmt: skip
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    return complete(scoring.capped(products), terms(mask, scoring))
 
 
-def _attend(q_BLHC, k_BKSC, v_BKSC, seen_BKLS, scale, softcap):
+def _attend(q_BLHC, k_BKSC, v_BKSC, seen_BKLS, scoring, mask):
     b, l, h, c = q_BLHC.shape
-    logits = _logits(q_BLHC, k_BKSC, scale, softcap)
+    logits = _logits(q_BLHC, k_BKSC, scoring, mask)
     logits = jnp.where(seen_BKLS[:, :, None], logits, NOTHING)
     # jax.nn.softmax brings the gradient that keeps one array of this size, not several
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BKSC.dtype)

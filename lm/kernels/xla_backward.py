@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.kernels.mask import Mask, visible
+from lm.kernels.scoring import Scoring, complete, terms
 
 
 def backward(
@@ -19,18 +20,18 @@ def backward(
     d_out_BLHC: jax.Array,
     d_lse_BLH: jax.Array,
     mask: Mask,
-    *,
-    scale: float,
-    softcap: float | None = None,
+    scoring: Scoring,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of attention with respect to q, k and v, from its results and theirs.
 
     With P = exp(logits - lse) and delta = rowsum(dO * O) - d lse (Dao 2023, algorithm 2):
 
-        dV = P^T dO    dS = P * (dO V^T - delta)    dQ = scale dS K    dK = scale dS^T Q
+        dV = P^T dO    dS = P * (dO V^T - delta)    dQ = slope dS K    dK = slope dS^T Q
+
+    where slope = scale / temperature, times 1 - tanh(scale q . k / cap)^2 under a cap.
 
     Args:
-      q_BLHC, k_BKSC, v_BKSC, mask, scale, softcap: see `reference.attention`.
+      q_BLHC, k_BKSC, v_BKSC, mask, scoring: see `reference.attention`.
       out_BLHC, lse_BLH: its results, over these keys or over more.
       d_out_BLHC, d_lse_BLH: their cotangents; those of a query that sees no key count for nothing.
 
@@ -51,14 +52,15 @@ def backward(
     delta_BLH = jnp.sum(d_out_BLHC.astype(jnp.float32) * out_BLHC, axis=-1) - d_lse_BLH
     q, d_out = by_head(q_BLHC), by_head(d_out_BLHC.astype(dtype))
     lse, delta = (jnp.moveaxis(by_head(x), 1, 3)[..., None] for x in (lse_BLH, delta_BLH))
-    s_BKGLS = scale * product('blkgc,bksc->bkgls', q, k_BKSC)
-    if softcap is not None:
-        bent = jnp.tanh(s_BKGLS / softcap)
-        s_BKGLS = softcap * bent
+    found = terms(mask, scoring)
+    capped_BKGLS = scoring.capped(product('blkgc,bksc->bkgls', q, k_BKSC))
+    s_BKGLS = complete(capped_BKGLS, found)
     seen = visible(mask)[:, :, None] & (lse > -jnp.inf)
     p = jnp.exp(jnp.where(seen, s_BKGLS - jnp.where(lse > -jnp.inf, lse, 0.0), -jnp.inf))
     ds = p * (product('blkgc,bksc->bkgls', d_out, v_BKSC) - jnp.where(lse > -jnp.inf, delta, 0.0))
-    ds = scale * (ds if softcap is None else ds * (1 - bent * bent))
+    if scoring.softcap is not None:
+        ds *= 1 - (capped_BKGLS / scoring.softcap) ** 2
+    ds *= scoring.scale if found.factor is None else scoring.scale * found.factor[0]
     dq_BLKGC = product('bkgls,bksc->blkgc', ds.astype(dtype), k_BKSC)
     dk_BKSC = product('bkgls,blkgc->bksc', ds.astype(dtype), q)
     dv_BKSC = product('bkgls,blkgc->bksc', p.astype(dtype), d_out)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from lm.attention.attention import attention, attention_and_lse, column_sums
 from lm.kernels.mask import Mask
+from lm.kernels.scoring import Scoring
 from lm.model import cache as cache_lib
 from lm.model import rope
 from lm.model.cache import Cache
@@ -70,7 +71,7 @@ def among(config: Config, mask: Mask) -> Attend:
       config: of the model: scale, soft cap and ring of its attention.
       mask: over the new nodes.
     """
-    look: Any = functools.partial(attention, **_settings(config))
+    look: Any = functools.partial(attention, scoring=_scoring(config), ring=config.ring)
 
     def attend(layer, q_BLHC, k_BLKC, v_BLKC, carry, **extra):
         q_BLHC, k_BKLC = _rotated(layer, mask, q_BLHC, k_BLKC)
@@ -89,7 +90,7 @@ def cached(config: Config, mask: Mask, cache: Cache, counted_BL: jax.Array | Non
       cache: its last L rows are those of the new nodes, with their positions written.
       counted_BL: bool, which nodes' attention `mass_NBKS` counts; all by default.
     """
-    settings = _settings(config)
+    scoring = _scoring(config)
     if counted_BL is None:
         counted_BL = jnp.ones(mask.query_position.shape, bool)
     start_B = cache.length_B - mask.query_position.shape[1]
@@ -102,24 +103,22 @@ def cached(config: Config, mask: Mask, cache: Cache, counted_BL: jax.Array | Non
             mask, key_position=cache.position_NBKS[layer.number], length=cache.length_B,
             window=layer.window, query_segment=None, key_segment=None,
         )  # fmt: skip
-        look: Any = functools.partial(attention_and_lse, layer=layer.number, **settings)
-        out_BLHC, lse_BLH = look(q_BLHC, k_NBKSC, v_NBKSC, seen)
+        out_BLHC, lse_BLH = attention_and_lse(
+            q_BLHC, k_NBKSC, v_NBKSC, seen, scoring, layer=layer.number, ring=config.ring
+        )
         mass_NBKS = carry.mass_NBKS
         if mass_NBKS is not None:
             mass_BKS = column_sums(
-                q_BLHC, k_NBKSC, lse_BLH, seen, counted_BL, layer=layer.number,
-                **{name: x for name, x in settings.items() if name != 'ring'},
-            )  # fmt: skip
+                q_BLHC, k_NBKSC, lse_BLH, seen, counted_BL, scoring, layer=layer.number
+            )
             mass_NBKS = mass_NBKS.at[layer.number].set(mass_BKS)
         return Attended(out_BLHC, Rows(k_NBKSC, v_NBKSC, mass_NBKS))
 
     return attend
 
 
-def _settings(config: Config) -> dict[str, Any]:
-    return {
-        'scale': config.query_scale, 'softcap': config.attention_softcap, 'ring': config.ring,
-    }  # fmt: skip
+def _scoring(config: Config) -> Scoring:
+    return Scoring(config.query_scale, config.attention_softcap)
 
 
 def _rotated(layer: Layer, mask: Mask, q_BLHC: jax.Array, k_BLKC: jax.Array):

@@ -11,6 +11,7 @@ from experiments.plan import compile as ahead
 from lm.attention import attention
 from lm.devices import mesh as mesh_lib
 from lm.kernels.mask import Mask
+from lm.kernels.scoring import Scoring
 
 pytestmark = pytest.mark.tpu
 
@@ -21,7 +22,7 @@ def gradients(q_BLHC, k_BKSC, v_BKSC, positions_BL, segments_BL, d_out_BLHC):
     mask = Mask(positions_BL, positions_BL[:, None], segments_BL, segments_BL)
 
     def attend(q_BLHC, k_BKSC, v_BKSC):
-        return attention.attention(q_BLHC, k_BKSC, v_BKSC, mask, scale=CHANNELS**-0.5)
+        return attention.attention(q_BLHC, k_BKSC, v_BKSC, mask, scoring=Scoring(CHANNELS**-0.5))
 
     out_BLHC, vjp = jax.vjp(attend, q_BLHC, k_BKSC, v_BKSC)
     return out_BLHC, vjp(d_out_BLHC)

@@ -67,7 +67,7 @@ def bounds(flags: Blocks) -> tuple[jax.Array, jax.Array]:
 def by_key(flags: Blocks, ragged: bool) -> Blocks:
     """Returns the same flags with the key blocks as rows.
 
-    With `ragged`, the last block of queries is partial: it needs the mask, for what is not there.
+    With `ragged`, the last block of queries is partial, and needs the mask for its missing queries.
     """
     some, every = (jnp.swapaxes(x, -1, -2) for x in flags)
     return Blocks(some, every.at[..., -1].set(False) if ragged else every)

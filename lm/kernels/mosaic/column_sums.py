@@ -15,9 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lm.kernels.blocks import SMEM, VMEM, BlockSizes, check
 from lm.kernels.mask import Mask, blocks, span
-from lm.kernels.mosaic import block_mask, rows, tile
+from lm.kernels.mosaic import block_mask, logits, rows, tile
 from lm.kernels.mosaic.rows import Conditions, Keys
 from lm.kernels.mosaic.tile import BOUNDS, LANES, bytes_of, round_up
+from lm.kernels.scoring import Scoring, Terms
 
 ROWS = 512  # per block of queries: enough to fill the matrix unit
 NAME = 'column_sums'
@@ -36,16 +37,15 @@ def column_sums(
     lse_BLH: jax.Array,
     mask: Mask,
     row_mask_BL: jax.Array,
+    scoring: Scoring,
     *,
     layer: jax.Array | int | None = None,
-    scale: float,
-    softcap: float | None = None,
     sizes: BlockSizes | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Returns f32 `[B, K, S]`: sum exp(logits - lse) over queries and the heads of a group.
 
-    What H2O (Zhang et al. 2023) adds up to know which keys to keep.
+    H2O (Zhang et al. 2023) keeps the keys with the greatest such sums over all steps.
 
     Args:
       k: `[B, K, S, C]`; or with `layer`, caches `[N, B, K, S, C]`, read in place.
@@ -53,7 +53,7 @@ def column_sums(
       mask: see `Mask`.
       row_mask_BL: bool, which queries count: rejected drafts do not.
       layer: which layer of the caches; an int or an int32 scalar.
-      scale, softcap: logits are scale q . k, or cap tanh(scale q . k / cap).
+      scoring: makes the logits, see `Scoring`.
       sizes: queries and keys per block. None: `block_sizes`.
       interpret: run in the TPU interpreter, on any platform.
 
@@ -73,27 +73,27 @@ def column_sums(
     window, length_B = rows.scalars(mask)
     folded = _fold(q_BLHC, lse_BLH, mask, row_mask_BL, kv_heads, pl.cdiv(l, query), n_rows, lanes)
     kernel = functools.partial(
-        _kernel, given=rows.conditions(mask), scale=scale, softcap=softcap, key=key,
+        _kernel, given=rows.conditions(mask), scoring=scoring.static, key=key,
         key_blocks=key_blocks, key_heads=key_heads,
     )  # fmt: skip
-    keys = rows.keys(mask)
+    keys, terms = rows.keys(mask), logits.operands(mask, scoring)
 
     def call(origin, length, bounds, used):
         grid, block = (length.shape[0], kv_heads, key_blocks, steps), (n_rows, lanes, key, c)
         return pl.pallas_call(
             kernel,
-            grid_spec=_grid_spec(grid, block, folded[1].shape[1], keys),
+            grid_spec=_grid_spec(grid, block, folded[1].shape[1], keys, terms),
             out_shape=jax.ShapeDtypeStruct((grid[0], kv_heads, 1, s), jnp.float32),
             compiler_params=tile.compiler_params('parallel', 'parallel', 'parallel', 'arbitrary'),
             interpret=tile.interpreter(interpret),
             name=NAME,
-        )(origin, window, length, bounds, used, *folded, keys, rows.innermost(k))
+        )(origin, window, length, bounds, used, *folded, keys, terms, rows.innermost(k))
 
     return tile.by_batch(call, layer, length_B, bounds.reshape(b, -1), used)[:, :, 0]
 
 
 def _fold(q_BLHC, lse_BLH, mask: Mask, row_mask_BL, kv_heads, query_blocks, n_rows, lanes):
-    """Returns what the rows bring: `[B, K, R, C]`, int32 `[B, F, R]`, f32 `[B, K, 1, R]`.
+    """Returns queries `[B, K, R, C]`, fields int32 `[B, I, R]` and LSE f32 `[B, K, 1, R]` of rows.
 
     Rows that do not count have queries of zeros, and an LSE of inf: exp(logit - inf) is 0.
     """
@@ -101,8 +101,8 @@ def _fold(q_BLHC, lse_BLH, mask: Mask, row_mask_BL, kv_heads, query_blocks, n_ro
     lse_BLH1 = jnp.where(counted_BLH1, lse_BLH[..., None], jnp.inf)
     lse_BKR1 = rows.fold(lse_BLH1, kv_heads, query_blocks * lanes, jnp.inf)
     q_BKRC = rows.fold(jnp.where(counted_BLH1, q_BLHC, 0), kv_heads, query_blocks * n_rows)
-    fields_BFR = rows.fields(mask, q_BLHC.shape[2] // kv_heads, query_blocks * lanes)
-    return q_BKRC, fields_BFR, lse_BKR1.swapaxes(2, 3)
+    fields_BIR = rows.fields(mask, q_BLHC.shape[2] // kv_heads, query_blocks * lanes)
+    return q_BKRC, fields_BIR, lse_BKR1.swapaxes(2, 3)
 
 
 def _blocks(sizes: BlockSizes | None, q_BLHC, k, mask: Mask) -> tuple[int, int, int, int]:
@@ -150,7 +150,7 @@ def _vector_memory(n_rows: int, key: int, channels: int, dtype, n_fields: int) -
     return fetched + folded + columns + live + rows.fields_bytes(n_fields, n_rows)
 
 
-def _grid_spec(grid, block, n_fields, keys: Keys):
+def _grid_spec(grid, block, n_fields, keys: Keys, terms: Terms):
     n_rows, lanes, key, channels = block
     key_blocks = grid[2]
     key_heads = keys.position.shape[1]
@@ -176,6 +176,9 @@ def _grid_spec(grid, block, n_fields, keys: Keys):
     def position_at(b, h, j, step, origin, window, length, bounds, used):
         return origin[1] + b, h if key_heads > 1 else 0, 0, key_block(b, h, j, used)
 
+    def offset_at(b, h, j, step, origin, window, length, bounds, used):
+        return origin[1] + b, h, key_block(b, h, j, used)
+
     def segment_at(b, h, j, step, origin, window, length, bounds, used):
         return origin[1] + b, 0, key_block(b, h, j, used)
 
@@ -191,6 +194,7 @@ def _grid_spec(grid, block, n_fields, keys: Keys):
             pl.BlockSpec((None, n_fields, lanes), fields_at),
             pl.BlockSpec((None, None, 1, lanes), lse_at),
             Keys(pl.BlockSpec((None, None, 1, key), position_at), segment),
+            logits.specs(terms, key, offset_at),
             rows.cache_spec(key, channels, cache_at),
         ],
         out_specs=pl.BlockSpec((None, None, 1, key), lambda b, h, j, *_: (b, h, 0, j)),
@@ -199,8 +203,8 @@ def _grid_spec(grid, block, n_fields, keys: Keys):
 
 def _kernel(
     origin_ref, window_ref, length_ref, bounds_ref, used_ref, q_ref, fields_ref, lse_ref, keys,
-    k_ref, sums_ref,
-    *, given: Conditions, scale, softcap, key, key_blocks, key_heads,
+    terms, k_ref, sums_ref,
+    *, given: Conditions, scoring: Scoring, key, key_blocks, key_heads,
 ):  # fmt: skip
     b, block, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     row = rows.mask_row(b, pl.program_id(1), key_heads) * key_blocks + block
@@ -212,12 +216,13 @@ def _kernel(
 
     def update(masked: bool) -> None:
         lse_R1 = rows.upright(lse_ref[...])[:n_rows]
-        weights_RS = jnp.exp(rows.logits(q_ref[...], k_ref[...], scale, softcap) - lse_R1)
+        s_RS = scoring.capped(rows.products(q_ref[...], k_ref[...]))
+        weights_RS = jnp.exp(logits.complete(s_RS, terms) - lse_R1)
         if masked:
             keys_1S = jax.tree.map(lambda ref: ref[...], keys)
-            fields_RF = rows.upright(fields_ref[...])[:n_rows]
+            fields_RI = rows.upright(fields_ref[...])[:n_rows]
             first, length, window = block * key, length_ref[b], window_ref[0]
-            seen_RS = rows.seen(given, fields_RF, keys_1S, first, length, window)
+            seen_RS = rows.seen(given, fields_RI, keys_1S, first, length, window)
             weights_RS = jnp.where(seen_RS, weights_RS, 0.0)
         sums_ref[...] += jnp.sum(weights_RS, axis=0, keepdims=True)
 

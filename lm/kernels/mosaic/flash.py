@@ -16,10 +16,11 @@ from jax.experimental.pallas import tpu as pltpu
 from lm.kernels.blocks import BlockSizes
 from lm.kernels.mask import Mask
 from lm.kernels.mask import blocks as block_flags
-from lm.kernels.mosaic import block_mask, flash_grid, tile
+from lm.kernels.mosaic import block_mask, flash_grid, logits, tile
 from lm.kernels.mosaic.flash_backward import backward
 from lm.kernels.mosaic.flash_grid import Walk, block_sizes, held_rows
 from lm.kernels.mosaic.tile import LANES, bytes_of, dot, lanes
+from lm.kernels.scoring import Scoring
 
 __all__ = ['backward', 'block_sizes', 'forward']
 
@@ -31,20 +32,18 @@ def forward(
     k_BKSC: jax.Array,
     v_BKSC: jax.Array,
     mask: Mask,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None = None,
     sizes: BlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """softmax(scale q . k) v over the keys that each query sees, with the log of its divisor.
+    """Returns softmax(logits) v over the keys that each query sees, and the LSE of its logits.
 
     Args:
       q_BLHC: queries, bf16 or f32; head h reads key/value head `h // (H / K)`.
       k_BKSC, v_BKSC: keys and values, in the dtype of `q`. Rows that hold no key may be NaN.
       mask: which keys each query sees, without `ancestors`: trees have a kernel of their own.
-      scale: factor on q . k.
-      softcap: cap on the logits, cap tanh(logits / cap), or None.
+      scoring: makes the logits, see `Scoring`.
       sizes: queries and keys per block, multiples of 128; None for `block_sizes`.
       interpret: run on any platform, slowly, with reads out of bounds as NaN.
 
@@ -62,13 +61,14 @@ def forward(
     bounds, steps = block_mask.bounds(block_flags(mask, query, key))
     b, l, h, c = q_BLHC.shape
     rows = block_mask.rows(mask, query, key)
-    specs = flash_grid.specs(walk, walk.by_query, rows)
+    terms = logits.operands(mask, scoring, key)
+    specs = flash_grid.specs(walk, walk.by_query, rows, terms)
     out_BHLC, lse_BH1L = pl.pallas_call(
-        functools.partial(_kernel, walk=walk, scale=scale, softcap=softcap, causal=mask.causal),
+        functools.partial(_kernel, walk=walk, scoring=scoring.static, causal=mask.causal),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(b, h, walk.query_blocks, steps),
-            in_specs=[specs.query, specs.key, specs.key, specs.rows],
+            in_specs=[specs.query, specs.key, specs.key, specs.rows, specs.terms],
             out_specs=[specs.query, specs.per_query],
             scratch_shapes=[
                 pltpu.VMEM((query, LANES), jnp.float32),
@@ -83,14 +83,17 @@ def forward(
         compiler_params=tile.compiler_params('parallel', 'parallel', 'parallel', 'arbitrary'),
         interpret=tile.interpreter(interpret),
         name='flash_forward',
-    )(bounds, block_mask.scalar(mask.window), jnp.swapaxes(q_BLHC, 1, 2), k_BKSC, v_BKSC, rows)
+    )(
+        bounds, block_mask.scalar(mask.window), jnp.swapaxes(q_BLHC, 1, 2), k_BKSC, v_BKSC, rows,
+        terms,
+    )  # fmt: skip
     return jnp.swapaxes(out_BHLC, 1, 2), jnp.swapaxes(lse_BH1L[:, :, 0], 1, 2)
 
 
 def _kernel(
-    bounds_ref, window_ref, q_ref, k_ref, v_ref, rows,
+    bounds_ref, window_ref, q_ref, k_ref, v_ref, rows, terms,
     out_ref, lse_ref, highest_ref, total_ref, sum_ref,
-    *, walk: Walk, scale: float, softcap: float | None, causal: bool,
+    *, walk: Walk, scoring: Scoring, causal: bool,
 ):  # fmt: skip
     b, h, i, step = (pl.program_id(axis) for axis in range(4))
     row = walk.by_query(b, h, i, step, bounds_ref).row
@@ -102,9 +105,8 @@ def _kernel(
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
     def update(masked: bool) -> None:
-        s_LS = scale * dot(q_ref[...], k_ref[...], (1, 1))
-        if softcap is not None:
-            s_LS = softcap * jnp.tanh(s_LS / softcap)
+        s_LS = scoring.capped(dot(q_ref[...], k_ref[...], (1, 1)))
+        s_LS = logits.complete(s_LS, terms)
         v_SC = v_ref[...]
         if masked:
             seen_LS = block_mask.visible(rows, window_ref, causal, query_axis=0)
@@ -136,7 +138,7 @@ def _vmem(walk: Walk, dtype) -> int:
     query, key, c = walk.sizes.query, walk.sizes.key, walk.head_size
     f32 = jnp.float32
     moved = 2 * bytes_of((query, c), dtype) + 2 * bytes_of((key, c), dtype)
-    moved += 3 * bytes_of((1, query), f32) + 2 * bytes_of((1, key), f32)
+    moved += 3 * bytes_of((1, query), f32) + 3 * bytes_of((1, key), f32)
     kept = 2 * bytes_of((query, LANES), f32) + bytes_of((query, c), f32)
     # logits and weights; f32 operands of a product are split into bf16 ones besides
     live = (3 if dtype == f32 else 2) * bytes_of((query, key), f32)

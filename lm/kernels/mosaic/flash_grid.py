@@ -1,4 +1,4 @@
-"""How the flash kernels walk over blocks of queries and keys, and what they may ask for."""
+"""How the flash kernels walk over blocks of queries and keys, and limits on their memory."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,12 +12,14 @@ from jax.experimental import pallas as pl
 from lm.kernels import blocks
 from lm.kernels.blocks import BlockSizes
 from lm.kernels.mask import Mask
+from lm.kernels.mosaic import logits
 from lm.kernels.mosaic.block_mask import Rows
 from lm.kernels.mosaic.tile import BOUNDS, LANES, column, lanes, round_up, visited
+from lm.kernels.scoring import Terms
 
 
 class Place(NamedTuple):
-    """What one step works on: batch member, query head, KV head, blocks, and its row of bounds."""
+    """The place of one step: batch member, query head, KV head, blocks, and its row of bounds."""
 
     batch: jax.Array
     head: jax.Array
@@ -66,7 +68,7 @@ class Walk:
 
 
 class Specs(NamedTuple):
-    """Blocks of `[B, H, L, C]`, `[B, K, S, C]`, `[B, H, 1, L]`, and of the mask's rows.
+    """Blocks of `[B, H, L, C]`, `[B, K, S, C]`, `[B, H, 1, L]`, of the mask's rows and the terms.
 
     `pl.BlockSpec`s, which take the place of arrays in trees of operands.
     """
@@ -75,9 +77,10 @@ class Specs(NamedTuple):
     key: Any
     per_query: Any
     rows: Rows
+    terms: Terms
 
 
-def specs(walk: Walk, place: Callable[..., Place], rows: Rows) -> Specs:
+def specs(walk: Walk, place: Callable[..., Place], rows: Rows, terms: Terms) -> Specs:
     """The blocks that each step reads and writes; `place` is a method of `walk`."""
 
     def spec(shape, index):
@@ -86,6 +89,10 @@ def specs(walk: Walk, place: Callable[..., Place], rows: Rows) -> Specs:
 
     def kv_head(at):
         return at.kv_head if walk.mask_heads > 1 else 0
+
+    def keys_at(*args):
+        at = place(*args[:-1])
+        return at.batch, at.kv_head, at.key
 
     query, key, c = walk.sizes.query, walk.sizes.key, walk.head_size
     query_row = spec((None, 1, query), lambda at: (at.batch, 0, at.query))
@@ -100,6 +107,7 @@ def specs(walk: Walk, place: Callable[..., Place], rows: Rows) -> Specs:
             None if rows.query_segment is None else query_row,
             None if rows.key_segment is None else key_row,
         ),
+        terms=logits.specs(terms, key, keys_at),
     )
 
 

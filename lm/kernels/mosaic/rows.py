@@ -1,12 +1,12 @@
-"""Query heads folded into rows: what `tree`, `column_sums` and `sparse_decode` share.
+"""Query heads folded into rows: shared by `tree`, `column_sums` and `sparse_decode`.
 
 All G query heads that read one KV head become rows of one matrix, so that K and V are fetched
 once per KV head. Row `l G + g` is query l, head g of the group. Inside a kernel:
 
-    R rows of a block of queries      S keys of a block      F fields of a row
+    R rows of a block of queries      S keys of a block      I int32 fields of a row
 
-What a row's mask depends on comes as F int32 fields (`fields`), packed along the lanes, and is
-turned upright in the kernel: an int32 column `[R, 1]` in HBM would be padded to 128 lanes.
+The data of a row's mask comes as I int32 fields (`fields`), packed along the lanes, and is turned
+upright in the kernel: an int32 column `[R, 1]` in HBM would be padded to 128 lanes.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from lm.kernels.mask import WORD, Mask
 from lm.kernels.mosaic.tile import LANES, bytes_of, dot, round_up
 
-KEY_BYTES = 2**19  # of K per block: a transfer that hides what a grid step costs
+KEY_BYTES = 2**19  # of K per block: a transfer long enough to hide the cost of a grid step
 LOGIT_BYTES = 2**20  # of f32 logits per block: more takes long to compile
 HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # finite: -inf - -inf would be NaN
 
@@ -91,7 +91,7 @@ def fold(x_BLHC: jax.Array, kv_heads: int, rows: int, padding: float = 0.0) -> j
 
 
 def unfold(x_BKRC: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns `shape`, `[B, L, H, C]`, of what `fold` made."""
+    """Inverts `fold`: returns `shape`, `[B, L, H, C]`."""
     b, l, h, c = shape
     k = x_BKRC.shape[1]
     x_BKLGC = x_BKRC[:, :, : l * h // k].reshape(b, k, l, h // k, c)
@@ -108,7 +108,7 @@ def innermost(cache: jax.Array) -> jax.Array:
 
 
 def fill_lanes(channels: int) -> bool:
-    """Whether caches of so many channels are read as `[S, C]`; else as `[C, S]`."""
+    """Whether caches with this many channels are read as `[S, C]`; else as `[C, S]`."""
     return channels % LANES == 0
 
 
@@ -130,13 +130,13 @@ def cache_spec(key: int, channels: int, at: Callable) -> pl.BlockSpec:
 
 
 def fields(mask: Mask, group: int, rows: int) -> jax.Array:
-    """Returns int32 `[B, F, rows]`: each row's position, its segment, its words of ancestors."""
+    """Returns int32 `[B, I, rows]`: each row's position, its segment, its words of ancestors."""
     segment = mask.query_segment if conditions(mask).segment else None
     columns = [x[..., None] for x in (mask.query_position, segment) if x is not None]
     words = [] if mask.ancestors is None else [mask.ancestors]
-    fields_BLF = jnp.concatenate(columns + words, axis=-1)
-    fields_BFR = jnp.repeat(fields_BLF, group, axis=1).swapaxes(1, 2)
-    return jnp.pad(fields_BFR, ((0, 0), (0, 0), (0, rows - fields_BFR.shape[2])))
+    fields_BLI = jnp.concatenate(columns + words, axis=-1)
+    fields_BIR = jnp.repeat(fields_BLI, group, axis=1).swapaxes(1, 2)
+    return jnp.pad(fields_BIR, ((0, 0), (0, 0), (0, rows - fields_BIR.shape[2])))
 
 
 def fields_bytes(n_fields: int, n_rows: int) -> int:
@@ -174,11 +174,11 @@ def number(n: jax.Array | int) -> jax.Array:
     return jnp.asarray(n, jnp.int32).reshape(1)
 
 
-def upright(x_FR: jax.Array) -> jax.Array:
-    """In a kernel: `[F, R]` of 32 bits, R a multiple of 128, to `[R, F]`."""
-    f, r = x_FR.shape
-    x_FR = jnp.broadcast_to(x_FR, (8, r)) if f == 1 else x_FR
-    return x_FR.T[:, :f]
+def upright(x_IR: jax.Array) -> jax.Array:
+    """In a kernel: `[I, R]` of 32 bits, R a multiple of 128, to `[R, I]`."""
+    i, r = x_IR.shape
+    x_IR = jnp.broadcast_to(x_IR, (8, r)) if i == 1 else x_IR
+    return x_IR.T[:, :i]
 
 
 def flat(x_R1: jax.Array) -> jax.Array:
@@ -195,29 +195,29 @@ def _row(x_1S, first):
     return first + jax.lax.broadcasted_iota(jnp.int32, x_1S.shape, 1)
 
 
-def seen(given: Conditions, fields_RF, keys: Keys, first, length, window) -> jax.Array:
+def seen(given: Conditions, fields_RI, keys: Keys, first, length, window) -> jax.Array:
     """In a kernel: which keys of a block each row sees, bool `[R, S]`; `visible` of a block.
 
     Args:
       given: the mask's conditions.
-      fields_RF: as from `fields`, upright.
+      fields_RI: as from `fields`, upright.
       keys: of the block.
       first: the block's first row of the cache.
       length, window: scalars.
     """
     row_1S = _row(keys.position, first)
-    position_R1 = fields_RF[:, :1]
+    position_R1 = fields_RI[:, :1]
     held_1S = holds(keys.position, first, length)
-    result = jnp.broadcast_to(held_1S, (fields_RF.shape[0], held_1S.shape[1]))
+    result = jnp.broadcast_to(held_1S, (fields_RI.shape[0], held_1S.shape[1]))
     if given.causal:
         result &= keys.position <= position_R1
     if given.window:
         result &= position_R1 - keys.position < window
     if given.segment:
-        result &= fields_RF[:, 1:2] == keys.segment
+        result &= fields_RI[:, 1:2] == keys.segment
     if given.nodes:
         node_1S = row_1S - (length - given.nodes)
-        words_RW = fields_RF[:, 1 + given.segment :]
+        words_RW = fields_RI[:, 1 + given.segment :]
         word_RS = words_RW[:, :1]
         for w in range(1, words_RW.shape[1]):
             word_RS = jnp.where(node_1S >= w * WORD, words_RW[:, w : w + 1], word_RS)
@@ -226,10 +226,9 @@ def seen(given: Conditions, fields_RF, keys: Keys, first, length, window) -> jax
     return result
 
 
-def logits(q_RC, k, scale: float, softcap: float | None) -> jax.Array:
-    """In a kernel: f32 `[R, S]`, scaled and capped; k is `[S, C]` or `[C, S]`, as it was read."""
-    s_RS = scale * dot(q_RC, k, (1, 1) if fill_lanes(q_RC.shape[1]) else (1, 0))
-    return s_RS if softcap is None else softcap * jnp.tanh(s_RS / softcap)
+def products(q_RC, k) -> jax.Array:
+    """In a kernel: q . k, f32 `[R, S]`; k is `[S, C]` or `[C, S]`, as it was read."""
+    return dot(q_RC, k, (1, 1) if fill_lanes(q_RC.shape[1]) else (1, 0))
 
 
 def blank(v, held_1S: jax.Array, channels: int) -> jax.Array:
@@ -262,7 +261,7 @@ class Softmax(NamedTuple):
     def add(self, s_RS: jax.Array, v: jax.Array) -> None:
         """Adds a block of keys; hidden logits are `HIDDEN`, and all of v is finite.
 
-        What a row adds up before it sees its first key is wiped out by that key, for
+        Sums from before a row's first visible key are wiped out by that key, since
         exp(HIDDEN - logit) is 0; a row that never sees one is known by its greatest logit.
         """
         before_R1 = self.highest[...]

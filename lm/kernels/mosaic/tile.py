@@ -1,4 +1,4 @@
-"""What the TPU kernels share: tiles of vector memory, steps over live blocks, compiler settings.
+"""Shared by the TPU kernels: tiles of vector memory, steps over live blocks, compiler settings.
 
 A value of vector memory fills tiles of 128 lanes and 8 sublanes of 32 bits. A kernel gets, per row
 of blocks, the bounds of those that it has to visit (`block_mask.bounds`), and visits no other.
@@ -43,14 +43,14 @@ def compiler_params(*semantics: Literal['parallel', 'arbitrary']) -> pltpu.Compi
 
 
 def interpreter(interpret: bool):
-    """Interpret mode as strict as the hardware: what nobody wrote or owns reads as NaN."""
+    """Interpret mode as strict as the hardware: unwritten and out-of-bounds memory reads as NaN."""
     return pltpu.InterpretParams(out_of_bounds_reads='uninitialized') if interpret else False
 
 
 def by_batch(call: Callable[..., Any], layer: jax.Array | int, *scalars: jax.Array) -> Any:
-    """Calls a kernel for as many batch rows at a time as scalar memory has room for.
+    """Calls a kernel for as many batch rows at a time as fit scalar memory.
 
-    Everything else is given whole, for a part of a cache would be a copy of it: index maps add the
+    All other operands are passed whole: slicing a cache would copy it. Index maps add the
     first batch row to theirs.
 
     Args:

@@ -15,9 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lm.kernels.blocks import VMEM, BlockSizes, check
 from lm.kernels.mask import Mask, blocks
-from lm.kernels.mosaic import block_mask, rows, tile
+from lm.kernels.mosaic import block_mask, logits, rows, tile
 from lm.kernels.mosaic.rows import Conditions, Keys, Softmax
 from lm.kernels.mosaic.tile import LANES, bytes_of, round_up
+from lm.kernels.scoring import Scoring, Terms
 
 
 def block_sizes(n_rows: int, channels: int, dtype) -> BlockSizes:
@@ -30,14 +31,13 @@ def tree(
     k: jax.Array,
     v: jax.Array,
     mask: Mask,
+    scoring: Scoring,
     *,
     layer: jax.Array | int | None = None,
-    scale: float,
-    softcap: float | None = None,
     sizes: BlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns softmax(scale q . k) v over the keys that each new node sees, and its LSE.
+    """Returns softmax(logits) v over the keys that each new node sees, and its LSE.
 
     Online softmax as in FlashAttention-2 (Dao 2023); trees of drafts as in SpecInfer (Miao et
     al. 2024).
@@ -45,9 +45,9 @@ def tree(
     Args:
       q_BLHC: the L new nodes; their own keys are in the cache already.
       k, v: `[B, K, S, C]`; or with `layer`, caches `[N, B, K, S, C]`, read in place.
-      mask: with `ancestors`, a tree; without, what its positions say, such as a chain.
+      mask: with `ancestors`, a tree; without, positions decide, as for a chain.
       layer: which layer of the caches; an int or an int32 scalar.
-      scale, softcap: logits are scale q . k, or cap tanh(scale q . k / cap).
+      scoring: makes the logits, see `Scoring`.
       sizes: keys per block; all L nodes are one block. None: `block_sizes`.
       interpret: run in the TPU interpreter, on any platform.
 
@@ -58,10 +58,10 @@ def tree(
       ValueError: sizes that need more fast memory than there is, or that the tiling forbids;
         dtypes that differ.
     """
-    return attend('tree', q_BLHC, k, v, mask, layer, scale, softcap, sizes, interpret)
+    return attend('tree', q_BLHC, k, v, mask, scoring, layer, sizes, interpret)
 
 
-def attend(name, q_BLHC, k, v, mask, layer, scale, softcap, sizes, interpret):
+def attend(name, q_BLHC, k, v, mask, scoring, layer, sizes, interpret):
     """`tree`, under the name that error messages and profiles show."""
     if layer is None:
         k, v, layer = k[None], v[None], 0
@@ -71,28 +71,30 @@ def attend(name, q_BLHC, k, v, mask, layer, scale, softcap, sizes, interpret):
     n_rows = round_up(l * h // kv_heads, tile.sublanes(q_BLHC.dtype))
     sizes = sizes or block_sizes(n_rows, c, k.dtype)
     key = rows.key_block(name, sizes.key, s)
-    fields_BFR = rows.fields(mask, h // kv_heads, round_up(n_rows, LANES))
+    fields_BIR = rows.fields(mask, h // kv_heads, round_up(n_rows, LANES))
     check(
         name, f'{l} queries of {h // kv_heads} heads of a group beside blocks of {key} keys',
-        'vector memory', _vector_memory(n_rows, key, c, k.dtype, fields_BFR.shape[1]), VMEM,
+        'vector memory', _vector_memory(n_rows, key, c, k.dtype, fields_BIR.shape[1]), VMEM,
         'lower the number of queries' + (' or BlockSizes.key' if key > LANES else ''),
     )  # fmt: skip
     keys, key_heads = rows.keys(mask), mask.key_position.shape[1]
     bounds, steps = block_mask.bounds(blocks(mask, l, key))
     window, length_B = rows.scalars(mask)
+    terms = logits.operands(mask, scoring)
     operands = (
-        rows.fold(q_BLHC, kv_heads, n_rows), fields_BFR, keys, rows.innermost(k), rows.innermost(v)
+        rows.fold(q_BLHC, kv_heads, n_rows), fields_BIR, keys, terms,
+        rows.innermost(k), rows.innermost(v),
     )  # fmt: skip
     kernel = functools.partial(
-        _kernel, given=rows.conditions(mask), scale=scale, softcap=softcap, key=key,
-        key_heads=key_heads,
-    )  # fmt: skip
+        _kernel, given=rows.conditions(mask), scoring=scoring.static, key=key, key_heads=key_heads
+    )
 
     def call(origin, length, bounds):
         n = length.shape[0]
+        grid = n, kv_heads, steps
         return pl.pallas_call(
             kernel,
-            grid_spec=_grid_spec((n, kv_heads, steps), n_rows, c, key, fields_BFR.shape, keys),
+            grid_spec=_grid_spec(grid, n_rows, c, key, fields_BIR.shape, keys, terms),
             out_shape=[
                 jax.ShapeDtypeStruct((n, kv_heads, n_rows, c), q_BLHC.dtype),
                 jax.ShapeDtypeStruct((n, kv_heads, 1, n_rows), jnp.float32),
@@ -117,7 +119,7 @@ def _vector_memory(n_rows: int, key: int, channels: int, dtype, n_fields: int) -
     return cached + folded + kept + live + blanked + rows.fields_bytes(n_fields, n_rows)
 
 
-def _grid_spec(grid, n_rows, channels, key, fields_shape, keys: Keys):
+def _grid_spec(grid, n_rows, channels, key, fields_shape, keys: Keys, terms: Terms):
     _, n_fields, field_rows = fields_shape
     key_heads = keys.position.shape[1]
 
@@ -129,6 +131,9 @@ def _grid_spec(grid, n_rows, channels, key, fields_shape, keys: Keys):
 
     def position_at(b, h, step, origin, window, length, bounds):
         return origin[1] + b, h if key_heads > 1 else 0, 0, block(b, h, step, bounds)
+
+    def offset_at(b, h, step, origin, window, length, bounds):
+        return origin[1] + b, h, block(b, h, step, bounds)
 
     def segment_at(b, h, step, origin, window, length, bounds):
         return origin[1] + b, 0, block(b, h, step, bounds)
@@ -150,6 +155,7 @@ def _grid_spec(grid, n_rows, channels, key, fields_shape, keys: Keys):
             pl.BlockSpec((None, None, n_rows, channels), queries_at),
             pl.BlockSpec((None, n_fields, field_rows), fields_at),
             Keys(pl.BlockSpec((None, None, 1, key), position_at), segment),
+            logits.specs(terms, key, offset_at),
             rows.cache_spec(key, channels, cache_at),
             rows.cache_spec(key, channels, cache_at),
         ],
@@ -165,9 +171,9 @@ def _grid_spec(grid, n_rows, channels, key, fields_shape, keys: Keys):
 
 
 def _kernel(
-    origin_ref, window_ref, length_ref, bounds_ref, q_ref, fields_ref, keys, k_ref, v_ref,
-    out_ref, lse_ref, softmax, fields_RF_ref,
-    *, given: Conditions, scale, softcap, key, key_heads,
+    origin_ref, window_ref, length_ref, bounds_ref, q_ref, fields_ref, keys, terms, k_ref,
+    v_ref, out_ref, lse_ref, softmax, fields_RI_ref,
+    *, given: Conditions, scoring: Scoring, key, key_heads,
 ):  # fmt: skip
     b, step = pl.program_id(0), pl.program_id(2)
     n_rows, channels = q_ref.shape
@@ -177,15 +183,16 @@ def _kernel(
     @pl.when(step == 0)
     def _():
         softmax.start()
-        fields_RF_ref[...] = rows.upright(fields_ref[...])
+        fields_RI_ref[...] = rows.upright(fields_ref[...])
 
     def update(masked: bool) -> None:
-        s_RS = rows.logits(q_ref[...], k_ref[...], scale, softcap)
+        s_RS = scoring.capped(rows.products(q_ref[...], k_ref[...]))
+        s_RS = logits.complete(s_RS, terms)
         values = v_ref[...]
         if masked:
             keys_1S = jax.tree.map(lambda ref: ref[...], keys)
-            fields_RF = fields_RF_ref[:n_rows]
-            seen_RS = rows.seen(given, fields_RF, keys_1S, first, length, window_ref[0])
+            fields_RI = fields_RI_ref[:n_rows]
+            seen_RS = rows.seen(given, fields_RI, keys_1S, first, length, window_ref[0])
             s_RS = jnp.where(seen_RS, s_RS, rows.HIDDEN)
             values = rows.blank(values, rows.holds(keys_1S.position, first, length), channels)
         softmax.add(s_RS, values)

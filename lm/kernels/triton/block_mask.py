@@ -16,7 +16,10 @@ from lm.kernels.mask import WORD, Mask
 
 
 def operands(mask: Mask, rows: int) -> Mask:
-    """Returns the mask as arrays for a kernel: with a length, at most `rows`, and a window [1]."""
+    """Returns the mask as arrays for a kernel: with a length, at most `rows`, and a window [1].
+
+    Without the bias, which comes apart (`logits.operands`).
+    """
     length = jnp.full(mask.query_position.shape[:1], rows) if mask.length is None else mask.length
     window = mask.window
     both = mask.query_segment is not None and mask.key_segment is not None
@@ -26,11 +29,12 @@ def operands(mask: Mask, rows: int) -> Mask:
         window=None if window is None else jnp.asarray(window, jnp.int32).reshape(1),
         query_segment=mask.query_segment if both else None,
         key_segment=mask.key_segment if both else None,
+        key_bias=None,
     )
 
 
 class Queries(NamedTuple):
-    """What the mask needs to know of the rows of a tile, each `[rows]`."""
+    """The mask's data on the queries of a tile, each `[rows]`."""
 
     node: jax.Array  # which query of the sequence
     position: jax.Array
@@ -38,7 +42,7 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """What the mask needs to know of the keys of a tile, each `[keys]` but `start`."""
+    """The mask's data on the keys of a tile, each `[keys]` but `start`."""
 
     start: jax.Array  # int32 scalar: the first of `row`
     row: jax.Array  # in the cache, one after another

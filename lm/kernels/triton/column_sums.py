@@ -10,7 +10,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from lm.kernels.blocks import BlockSizes
 from lm.kernels.mask import Mask, blocks
-from lm.kernels.triton import block_mask, tile
+from lm.kernels.scoring import Scoring
+from lm.kernels.triton import block_mask, logits, tile
 from lm.kernels.triton import rows as folded
 
 
@@ -42,10 +43,9 @@ def column_sums(
     lse_BLH: jax.Array,
     mask: Mask,
     row_mask_BL: jax.Array,
+    scoring: Scoring,
     *,
     layer: jax.Array | int | None = None,
-    scale: float,
-    softcap: float | None = None,
     sizes: BlockSizes | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -61,7 +61,7 @@ def column_sums(
       mask: which keys each query sees; rows behind `length` are not read.
       row_mask_BL: bool, which queries count; a rejected draft node does not.
       layer: which of the stacked caches, int or int32 scalar.
-      scale, softcap: logits are scale q . k, or cap tanh(scale q . k / cap).
+      scoring: makes the logits, see `Scoring`.
       sizes: `query` rows (of L H / K) and `key` rows per block; see `block_sizes`.
       interpret: runs the kernel on the CPU.
 
@@ -80,22 +80,23 @@ def column_sums(
     sizes = _checked(sizes, q_BKRC.shape[2], group, c, q_BLHC.dtype)
     lse_BKR = _counted(lse_BLH, row_mask_BL, heads)
     bounds = _live_queries(mask, sizes.query // group, sizes.key)
+    terms = logits.operands(mask, scoring)
     mask = block_mask.operands(mask, s)
     q_spec = pl.BlockSpec((None, None, l * group, width), lambda _, h, b: (b, h, 0, 0))
     return pl.pallas_call(
-        functools.partial(
-            _kernel, sizes=sizes, group=group, columns=c, scale=scale, softcap=softcap
-        ),
+        functools.partial(_kernel, sizes=sizes, group=group, columns=c, scoring=scoring.static),
         name='column_sums',
         grid=(pl.cdiv(s, sizes.key), heads, b),
         in_specs=[
-            *tile.whole((bounds, layer_1, mask, lse_BKR)), q_spec, folded.cache_spec(k, width)
+            *tile.whole((bounds, layer_1, mask, terms, lse_BKR)),
+            q_spec,
+            folded.cache_spec(k, width),
         ],
         out_specs=pl.BlockSpec((None, None, sizes.key), lambda i, h, b: (b, h, i)),
         out_shape=jax.ShapeDtypeStruct((b, heads, s), jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages),
         interpret=interpret,
-    )(bounds, layer_1, mask, lse_BKR, q_BKRC, k)  # fmt: skip
+    )(bounds, layer_1, mask, terms, lse_BKR, q_BKRC, k)  # fmt: skip
 
 
 def _counted(lse_BLH: jax.Array, row_mask_BL: jax.Array, heads: int) -> jax.Array:
@@ -124,13 +125,14 @@ def _checked(sizes: BlockSizes | None, rows: int, group: int, head: int, dtype) 
 
 
 def _kernel(
-    bounds_ref, layer_ref, mask, lse_ref, q_ref, k_ref, out_ref,
-    *, sizes, group, columns, scale, softcap
+    bounds_ref, layer_ref, mask, terms, lse_ref, q_ref, k_ref, out_ref,
+    *, sizes, group, columns, scoring
 ):  # fmt: skip
     block, head, batch = (pl.program_id(i) for i in range(3))
     step = sizes.query // group * group  # whole queries
     start = block * sizes.key
     keys = block_mask.load_keys(mask, batch, head, start, sizes.key)
+    loaded = logits.load(terms, batch, head, start, sizes.key)
     index = layer_ref[0], pl.ds(start, sizes.key)
     k = tile.load_rows(k_ref, index, columns, keys.held)
 
@@ -142,7 +144,7 @@ def _kernel(
         there = own & (row < q_ref.shape[0])
         lse = plgpu.load(lse_ref.at[batch, head, at], mask=there, other=jnp.inf)
         q = tile.load_rows(q_ref, (at,), columns, lse < jnp.inf)
-        s = tile.logits(k, q, scale=scale, softcap=softcap)
+        s = logits.complete(logits.capped(k, q, scoring), loaded, query_axis=1)
         if masked:
             node = jax.lax.div(row, jnp.full_like(row, group))
             queries = block_mask.load_queries(mask, batch, node)

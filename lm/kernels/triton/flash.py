@@ -9,7 +9,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from lm.kernels.blocks import BlockSizes
 from lm.kernels.mask import Mask, blocks
-from lm.kernels.triton import block_mask, tile
+from lm.kernels.scoring import Scoring
+from lm.kernels.triton import block_mask, logits, tile
 from lm.kernels.triton.flash_backward import backward
 
 __all__ = ['backward', 'block_sizes', 'forward', 'shared_memory']
@@ -35,9 +36,8 @@ def forward(
     k_BKSC: jax.Array,
     v_BKSC: jax.Array,
     mask: Mask,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None = None,
     sizes: BlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -46,7 +46,7 @@ def forward(
     Args:
       q_BLHC, k_BKSC, v_BKSC: of one dtype; query head h reads key/value head `h // (H / K)`.
       mask: which keys each query sees; dead blocks are not visited.
-      scale, softcap: logits are scale q . k, or cap tanh(scale q . k / cap).
+      scoring: makes the logits, see `Scoring`.
       sizes: `query` and `key` per block; see `block_sizes`.
       interpret: runs the kernel on the CPU.
 
@@ -63,6 +63,7 @@ def forward(
     tile.check_operands('flash', q_BLHC, k_BKSC, v_BKSC)
     tile.check_sizes('flash', sizes, shared_memory(sizes, c, q_BLHC.dtype))
     bounds = tile.ranges(*blocks(mask, sizes.query, sizes.key))
+    terms = logits.operands(mask, scoring)
     mask = block_mask.operands(mask, s)
     width, n = tile.padded(c), pl.cdiv(l, sizes.query)
 
@@ -77,11 +78,11 @@ def forward(
     kv_spec = pl.BlockSpec((None, None, s, width), keys)
     return pl.pallas_call(
         functools.partial(
-            _kernel, key=sizes.key, group=h // heads, columns=c, scale=scale, softcap=softcap
+            _kernel, key=sizes.key, group=h // heads, columns=c, scoring=scoring.static
         ),
         name='flash_forward',
         grid=(n, h, b),
-        in_specs=[pl.BlockSpec(), tile.whole(mask), q_spec, kv_spec, kv_spec],
+        in_specs=[pl.BlockSpec(), *tile.whole((mask, terms)), q_spec, kv_spec, kv_spec],
         out_specs=[q_spec, pl.BlockSpec((None, sizes.query, None), lambda *i: rows(*i)[:3])],
         out_shape=[
             jax.ShapeDtypeStruct(q_BLHC.shape, q_BLHC.dtype),
@@ -89,11 +90,11 @@ def forward(
         ],
         compiler_params=plgpu.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages),
         interpret=interpret,
-    )(bounds, mask, q_BLHC, k_BKSC, v_BKSC)
+    )(bounds, mask, terms, q_BLHC, k_BKSC, v_BKSC)
 
 
 def _kernel(
-    bounds_ref, mask, q_ref, k_ref, v_ref, out_ref, lse_ref, *, key, group, columns, scale, softcap
+    bounds_ref, mask, terms, q_ref, k_ref, v_ref, out_ref, lse_ref, *, key, group, columns, scoring
 ):
     rows, width = q_ref.shape
     block = pl.num_programs(0) - 1 - pl.program_id(0)
@@ -109,7 +110,8 @@ def _kernel(
         held = None if keys is None else keys.held
         k = tile.load_rows(k_ref, (pl.ds(start, key),), columns, held)
         v = tile.load_rows(v_ref, (pl.ds(start, key),), columns, held)
-        s = tile.logits(q, k, scale=scale, softcap=softcap)
+        s = logits.capped(q, k, scoring)
+        s = logits.complete(s, logits.load(terms, batch, head, start, key))
         if keys is not None:
             s = jnp.where(block_mask.visible(mask, batch, queries, keys), s, -jnp.inf)
         return state.add(s, v)

@@ -9,7 +9,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from lm.kernels.blocks import BlockSizes
 from lm.kernels.mask import Mask, blocks
-from lm.kernels.triton import block_mask, tile
+from lm.kernels.scoring import Scoring
+from lm.kernels.triton import block_mask, logits, tile
 
 
 def block_sizes(head: int, dtype: jax.typing.DTypeLike) -> BlockSizes:
@@ -37,19 +38,21 @@ def backward(
     d_out_BLHC: jax.Array,
     d_lse_BLH: jax.Array,
     mask: Mask,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None = None,
     sizes: BlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of `forward`, through both of its results.
 
-    With p = exp(s - lse) and delta = sum(d_out out) - d_lse: dv = p^T d_out, and
-    ds = p (d_out v^T - delta), from which dq = scale ds k and dk = scale ds^T q.
+    With P = exp(S - lse) recomputed tile by tile, and delta = rowsum(dO * O) - d lse:
+
+        dV = P^T dO    dS = P * (dO V^T - delta)    dQ = slope dS K    dK = slope dS^T Q
+
+    where slope = scale / temperature, times 1 - tanh(scale q . k / cap)^2 under a cap.
 
     Args:
-      q_BLHC, k_BKSC, v_BKSC, mask, scale, softcap, sizes, interpret: as for `forward`.
+      q_BLHC, k_BKSC, v_BKSC, mask, scoring, sizes, interpret: as for `forward`.
       out_BLHC, lse_BLH: its results.
       d_out_BLHC, d_lse_BLH: gradients of them.
 
@@ -72,15 +75,16 @@ def backward(
     delta = jnp.where(seen, delta - d_lse_BLH, 0.0)
     rows_BHL = jnp.swapaxes(lse, 1, 2), jnp.swapaxes(delta, 1, 2)
     some, every = blocks(mask, sizes.query, sizes.key)
+    terms = logits.operands(mask, scoring)
     mask = block_mask.operands(mask, k_BKSC.shape[2])
-    arguments = (mask, q_BLHC, k_BKSC, v_BKSC, d_out_BLHC, *rows_BHL)
-    settings = {'sizes': sizes, 'scale': scale, 'softcap': softcap, 'interpret': interpret}
+    arguments = (mask, terms, q_BLHC, k_BKSC, v_BKSC, d_out_BLHC, *rows_BHL)
+    settings = {'sizes': sizes, 'scoring': scoring.static, 'interpret': interpret}
     dq = _dq(tile.ranges(some, every), *arguments, **settings)
     by_key = tile.ranges(jnp.swapaxes(some, 2, 3), jnp.swapaxes(every, 2, 3))
     return dq, *_dkv(by_key, *arguments, **settings)
 
 
-def _dq(bounds, mask, q, k, v, d_out, lse, delta, *, sizes, scale, softcap, interpret):
+def _dq(bounds, mask, terms, q, k, v, d_out, lse, delta, *, sizes, scoring, interpret):
     b, l, h, c = q.shape
     heads, s = k.shape[1:3]
     width, n = tile.padded(c), pl.cdiv(l, sizes.query)
@@ -96,14 +100,12 @@ def _dq(bounds, mask, q, k, v, d_out, lse, delta, *, sizes, scale, softcap, inte
     kv_spec = pl.BlockSpec((None, None, s, width), keys)
     row_spec = pl.BlockSpec((None, None, sizes.query), lambda i, h, b: (b, h, n - 1 - i))
     return pl.pallas_call(
-        functools.partial(
-            _dq_kernel, key=sizes.key, group=h // heads, columns=c, scale=scale, softcap=softcap
-        ),
+        functools.partial(_dq_kernel, key=sizes.key, group=h // heads, columns=c, scoring=scoring),
         name='flash_dq',
         grid=(n, h, b),
         in_specs=[
             pl.BlockSpec(),
-            tile.whole(mask),
+            *tile.whole((mask, terms)),
             q_spec,
             kv_spec,
             kv_spec,
@@ -115,12 +117,12 @@ def _dq(bounds, mask, q, k, v, d_out, lse, delta, *, sizes, scale, softcap, inte
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages),
         interpret=interpret,
-    )(bounds, mask, q, k, v, d_out, lse, delta)
+    )(bounds, mask, terms, q, k, v, d_out, lse, delta)
 
 
 def _dq_kernel(
-    bounds_ref, mask, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, dq_ref,
-    *, key, group, columns, scale, softcap
+    bounds_ref, mask, terms, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, dq_ref,
+    *, key, group, columns, scoring
 ):  # fmt: skip
     rows, width = q_ref.shape
     block = pl.num_programs(0) - 1 - pl.program_id(0)
@@ -140,27 +142,28 @@ def _dq_kernel(
         k = tile.load_rows(k_ref, (pl.ds(start, key),), columns, held)
         v = tile.load_rows(v_ref, (pl.ds(start, key),), columns, held)
         seen = None if keys is None else block_mask.visible(mask, batch, queries, keys)
-        s = tile.logits(q, k, scale=scale, softcap=softcap)
+        capped = logits.capped(q, k, scoring)
+        s = logits.complete(capped, logits.load(terms, batch, head, start, key))
         d_weight = tile.dot(d_out, v, trans_b=True)
-        _, ds = _weights(s, d_weight, lse, delta, seen, softcap)
+        _, ds = _weights(s, capped, d_weight, lse, delta, seen, scoring.softcap)
         return dq + tile.dot(ds.astype(k.dtype), k)
 
     bounds = tile.load_range(bounds_ref, batch, head, block)
     dq = tile.loop(bounds, body, jnp.zeros((rows, width), jnp.float32))
-    tile.store_rows(dq_ref, dq * scale, columns, there)
+    tile.store_rows(dq_ref, dq * logits.slope(scoring, terms), columns, there)
 
 
-def _weights(s, d_weight, lse, delta, seen, softcap):
-    """Returns the weights p = exp(s - lse) of a tile, and the gradient of the logits."""
+def _weights(s, capped, d_weight, lse, delta, seen, softcap):
+    """Returns P = exp(S - lse) of a tile, and dS up to the factor `logits.slope`."""
     weight = jnp.exp2((s if seen is None else jnp.where(seen, s, -jnp.inf)) - lse)
     ds = weight * (d_weight - delta)
     if softcap is not None:
-        tanh = s / (softcap * tile.LOG2E)
+        tanh = capped / (softcap * tile.LOG2E)
         ds = ds * (1 - tanh * tanh)
     return weight, ds
 
 
-def _dkv(bounds, mask, q, k, v, d_out, lse, delta, *, sizes, scale, softcap, interpret):
+def _dkv(bounds, mask, terms, q, k, v, d_out, lse, delta, *, sizes, scoring, interpret):
     b, l, h, c = q.shape
     heads, s = k.shape[1:3]
     width, group = tile.padded(c), h // heads
@@ -171,12 +174,12 @@ def _dkv(bounds, mask, q, k, v, d_out, lse, delta, *, sizes, scale, softcap, int
     )
     row_spec = pl.BlockSpec((None, group, l), lambda i, head, batch: (batch, head, 0))
     return pl.pallas_call(
-        functools.partial(_dkv_kernel, query=sizes.query, columns=c, scale=scale, softcap=softcap),
+        functools.partial(_dkv_kernel, query=sizes.query, columns=c, scoring=scoring),
         name='flash_dkv',
         grid=(pl.cdiv(s, sizes.key), heads, b),
         in_specs=[
             pl.BlockSpec(),
-            tile.whole(mask),
+            *tile.whole((mask, terms)),
             q_spec,
             kv_spec,
             kv_spec,
@@ -188,18 +191,19 @@ def _dkv(bounds, mask, q, k, v, d_out, lse, delta, *, sizes, scale, softcap, int
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)],
         compiler_params=plgpu.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages),
         interpret=interpret,
-    )(bounds, mask, q, k, v, d_out, lse, delta)
+    )(bounds, mask, terms, q, k, v, d_out, lse, delta)
 
 
 def _dkv_kernel(
-    bounds_ref, mask, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, dk_ref, dv_ref,
-    *, query, columns, scale, softcap
+    bounds_ref, mask, terms, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, dk_ref, dv_ref,
+    *, query, columns, scoring
 ):  # fmt: skip
     rows, width = k_ref.shape
     block, head, batch = (pl.program_id(i) for i in range(3))
     keys = block_mask.load_keys(mask, batch, head, block * rows, rows)
     k = tile.load_rows(k_ref, (slice(None),), columns, keys.held)
     v = tile.load_rows(v_ref, (slice(None),), columns, keys.held)
+    loaded = logits.load(terms, batch, head, block * rows, rows)
     length, group = q_ref.shape[:2]
 
     # Tiles have keys as rows: then no product needs a weight or a gradient transposed.
@@ -217,9 +221,10 @@ def _dkv_kernel(
         if masked:
             queries = block_mask.load_queries(mask, batch, node)
             seen = block_mask.visible(mask, batch, queries, keys, query_axis=1)
-        s = tile.logits(k, q, scale=scale, softcap=softcap)
+        capped = logits.capped(k, q, scoring)
+        s = logits.complete(capped, loaded, query_axis=1)
         d_weight = tile.dot(v, d_out, trans_b=True)
-        weight, ds = _weights(s, d_weight, lse, delta, seen, softcap)
+        weight, ds = _weights(s, capped, d_weight, lse, delta, seen, scoring.softcap)
         dk, dv = state
         dk = dk + tile.dot(ds.astype(q.dtype), q)
         return dk, dv + tile.dot(weight.astype(d_out.dtype), d_out)
@@ -228,5 +233,5 @@ def _dkv_kernel(
     bounds = tile.load_range(bounds_ref, batch, head, block)
     dk, dv = tile.loop(bounds, body, (zeros, zeros), group)
     there = block * rows + jnp.arange(rows) < mask.key_position.shape[2]
-    tile.store_rows(dk_ref, dk * scale, columns, there)
+    tile.store_rows(dk_ref, dk * logits.slope(scoring, terms), columns, there)
     tile.store_rows(dv_ref, dv, columns, there)

@@ -64,7 +64,7 @@ def cache_spec(k: jax.Array, width: int) -> pl.BlockSpec:
 def partial_results(
     q_BKRC: jax.Array, rows: int, width: int, parts: int
 ) -> tuple[list[jax.ShapeDtypeStruct], list[pl.BlockSpec]]:
-    """Returns shapes and specifications of what the parts leave: f32 out `[X, B, K, R, C]`, LSE.
+    """Returns shapes and specifications of the partial results: f32 out `[X, B, K, R, C]`, LSE.
 
     The grid is (blocks of rows, parts, KV heads, batch).
     """

@@ -1,4 +1,4 @@
-"""Attention of one query over the rows of a cache that each KV head keeps."""
+"""Attention over the cache rows that each KV head keeps, and over the nodes of a draft tree."""
 
 import dataclasses
 import functools
@@ -9,11 +9,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from lm.kernels.blocks import BlockSizes
-from lm.kernels.mask import WORD
+from lm.kernels.mask import WORD, Mask
 from lm.kernels.merge import merge
-from lm.kernels.sparse import SparseIndex
+from lm.kernels.scoring import Scoring, Terms
+from lm.kernels.sparse import SparseIndex, with_nodes
+from lm.kernels.triton import logits, tile, tree
 from lm.kernels.triton import rows as folded
-from lm.kernels.triton import tile
 
 
 def block_sizes(
@@ -22,7 +23,7 @@ def block_sizes(
     """Returns the default block sizes of `sparse_decode`.
 
     Args:
-      rows: query heads per key/value head, H / K.
+      rows: rows of queries per key/value head, L H / K.
       head: head size.
       dtype: of the operands.
       index: whose blocks are cut into equal tiles of `key` rows.
@@ -48,35 +49,64 @@ def sparse_decode(
     k: jax.Array,
     v: jax.Array,
     index: SparseIndex,
+    scoring: Scoring,
+    mask: Mask | None = None,
     *,
     layer: jax.Array | int | None = None,
-    scale: float,
-    softcap: float | None = None,
     sizes: BlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """`reference.sparse_decode`: Flash-Decoding (Dao et al. 2023) over listed blocks of rows.
 
-    Rows that are not kept are not fetched.
+    Rows that are not kept are not fetched. Nodes are left to `tree`.
 
     Args:
-      q_BLHC: one query per sequence, L = 1; head h reads key/value head `h // (H / K)`.
+      q_BLHC: the L new nodes; without a mask one query per sequence. Head h reads key/value head
+        `h // (H / K)`.
       k, v: `[B, K, S, C]`, or with `layer` a stack `[N, B, K, S, C]`, read in place; of q's dtype.
       index: which rows each key/value head keeps.
       layer: which of the stacked caches, int or int32 scalar.
-      scale, softcap: logits are scale q . k, or cap tanh(scale q . k / cap).
-      sizes: `query` heads (of H / K) and `key` rows per tile, which must divide `index.rows`;
+      scoring: makes the logits, see `Scoring`.
+      mask: which nodes of a draft tree, or of a chain, each query sees.
+      sizes: `query` rows (of L H / K) and `key` rows per tile, which must divide `index.rows`;
         `splits` of the listed blocks; see `block_sizes`.
       interpret: runs the kernel on the CPU.
 
     Returns:
-      `[B, 1, H, C]` in the dtype of `q_BLHC`, zeros where nothing is kept; LSE, f32 `[B, 1, H]`,
+      `[B, L, H, C]` in the dtype of `q_BLHC`, zeros where nothing is seen; LSE, f32 `[B, L, H]`,
       there -inf.
 
     Raises:
-      ValueError: more than one query; block sizes that Triton or the shared memory refuses or that
-        do not divide the index's; dtypes that differ.
+      ValueError: more than one query without a mask; block sizes that Triton or the shared memory
+        refuses or that do not divide the index's; dtypes that differ.
     """
+    terms = logits.operands(mask, scoring)
+
+    def committed(index: SparseIndex):
+        return _committed(q_BLHC, k, v, index, scoring.static, terms, layer, sizes, interpret)
+
+    if mask is not None:
+        run = functools.partial(tree.tree, layer=layer, interpret=interpret)
+        run = functools.partial(run, sizes=_node_sizes(q_BLHC, k, mask))
+        return with_nodes(committed, lambda nodes: run(q_BLHC, k, v, nodes, scoring), index, mask)
+    if q_BLHC.shape[1] != 1:
+        raise ValueError(
+            f'sparse_decode: {q_BLHC.shape[1]} queries per sequence and no mask; expected 1'
+        )
+    return committed(index)
+
+
+def _node_sizes(q_BLHC, k, mask: Mask) -> BlockSizes:
+    """Returns the default sizes of `tree`, split over no more blocks than the nodes lie in."""
+    b, l, h, c = q_BLHC.shape
+    heads, s = k.shape[-3:-1]
+    sizes = tree.block_sizes(l * h // heads, c, q_BLHC.dtype, keys=s, groups=b * heads)
+    blocks = pl.cdiv(max(mask.tree_nodes, 1) - 1, sizes.key) + 1
+    return dataclasses.replace(sizes, splits=min(sizes.splits, blocks))
+
+
+def _committed(q_BLHC, k, v, index: SparseIndex, scoring, terms: Terms, layer, sizes, interpret):
+    """Returns attention of all queries over all kept rows, and its LSE."""
     b, l, _, c = q_BLHC.shape
     layer_1, k, v = folded.stacked(layer, k, v)
     heads = k.shape[2]
@@ -84,24 +114,21 @@ def sparse_decode(
     rows, width = q_BKRC.shape[2], tile.padded(c)
     tile.check_operands('sparse_decode', q_BLHC, k, v)
     sizes = _checked(sizes, rows, c, q_BLHC.dtype, index)
-    if l != 1:
-        raise ValueError(f'sparse_decode: {l} queries per sequence; expected 1')
     shapes, specs = folded.partial_results(q_BKRC, sizes.query, width, sizes.splits)
     q_spec = pl.BlockSpec((None, None, sizes.query, width), lambda i, _, h, b: (b, h, i, 0))
     kv_spec = folded.cache_spec(k, width)
     out, lse = pl.pallas_call(
-        functools.partial(_kernel, key=sizes.key, heads=rows, columns=c, scale=scale,
-                          softcap=softcap),
+        functools.partial(_kernel, key=sizes.key, queries=rows, columns=c, scoring=scoring),
         name='sparse_decode',
         grid=(pl.cdiv(rows, sizes.query), sizes.splits, heads, b),
-        in_specs=[*tile.whole((layer_1, index)), q_spec, kv_spec, kv_spec],
+        in_specs=[*tile.whole((layer_1, index, terms)), q_spec, kv_spec, kv_spec],
         out_specs=specs,
         out_shape=shapes,
         compiler_params=plgpu.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages),
         interpret=interpret,
-    )(layer_1, index, q_BKRC, k, v)  # fmt: skip
+    )(layer_1, index, terms, q_BKRC, k, v)  # fmt: skip
     out, lse = merge(out, lse)
-    return folded.unfold(out, 1).astype(q_BLHC.dtype), folded.unfold(lse, 1)
+    return folded.unfold(out, l).astype(q_BLHC.dtype), folded.unfold(lse, l)
 
 
 def _checked(
@@ -119,11 +146,23 @@ def _checked(
 
 
 def _kernel(
-    layer_ref, index, q_ref, k_ref, v_ref, out_ref, lse_ref, *, key, heads, columns, scale, softcap
+    layer_ref,
+    index,
+    terms,
+    q_ref,
+    k_ref,
+    v_ref,
+    out_ref,
+    lse_ref,
+    *,
+    key,
+    queries,
+    columns,
+    scoring,
 ):
     rows, width = q_ref.shape
     head, batch = pl.program_id(2), pl.program_id(3)
-    there = pl.program_id(0) * rows + jnp.arange(rows) < heads
+    there = pl.program_id(0) * rows + jnp.arange(rows) < queries
     q = tile.load_rows(q_ref, (slice(None),), columns, there)
     layer = layer_ref[0]
     block_rows = index.bits.shape[3] * WORD
@@ -138,7 +177,8 @@ def _kernel(
         kept = kept & (start + jnp.arange(key) < k_ref.shape[1])
         k = tile.load_rows(k_ref, (layer, pl.ds(start, key)), columns, kept)
         v = tile.load_rows(v_ref, (layer, pl.ds(start, key)), columns, kept)
-        s = tile.logits(q, k, scale=scale, softcap=softcap)
+        s = logits.capped(q, k, scoring)
+        s = logits.complete(s, logits.load(terms, batch, head, start, key))
         return state.add(jnp.where(kept[None, :], s, -jnp.inf), v)
 
     count = index.used[batch, head] * tiles

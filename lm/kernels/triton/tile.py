@@ -1,4 +1,4 @@
-"""What the Triton kernels share: sizes, partial tiles, loops over live blocks, the running softmax.
+"""Shared by the Triton kernels: sizes, partial tiles, loops over live blocks, the running softmax.
 
 A kernel gets, per block of queries, the range of key blocks that it has to visit (`ranges`), and
 visits no other.
@@ -32,7 +32,7 @@ def f32_sizes(head: int) -> BlockSizes:
 
 
 def check_sizes(kernel: str, sizes: BlockSizes, needed: int) -> None:
-    """Refuses what Triton cannot cut, and what overflows a multiprocessor's shared memory.
+    """Refuses sizes that Triton cannot cut or that overflow a multiprocessor's shared memory.
 
     Args:
       kernel: its name, for the message.
@@ -114,7 +114,7 @@ def load_rows(ref, index: tuple, columns: int, rows: jax.Array | None = None) ->
     Args:
       ref: last axis padded to a tile.
       index: of the axes before the last.
-      columns: true length of the last axis; what lies behind is zero.
+      columns: true length of the last axis; the padding is zero.
       rows: bool, which rows to load; the others are zero.
     """
     width = ref.shape[-1]
@@ -136,13 +136,6 @@ def dot(a: jax.Array, b: jax.Array, *, trans_a: bool = False, trans_b: bool = Fa
     """Returns the f32 product of two tiles; f32 operands are not rounded to TF32."""
     highest = jax.lax.Precision.HIGHEST
     return plgpu.dot(a, b, trans_a=trans_a, trans_b=trans_b, precision=highest)
-
-
-def logits(a: jax.Array, b: jax.Array, *, scale: float, softcap: float | None) -> jax.Array:
-    """Returns the logits in base 2 of two tiles of queries and keys, in either order."""
-    if softcap is None:
-        return dot(a, b, trans_b=True) * (scale * LOG2E)
-    return jnp.tanh(dot(a, b, trans_b=True) * (scale / softcap)) * (softcap * LOG2E)
 
 
 class Softmax(NamedTuple):

@@ -14,7 +14,8 @@ from jax.experimental.pallas import triton as plgpu
 from lm.kernels.blocks import BlockSizes
 from lm.kernels.mask import Mask, blocks
 from lm.kernels.merge import merge
-from lm.kernels.triton import block_mask, tile
+from lm.kernels.scoring import Scoring
+from lm.kernels.triton import block_mask, logits, tile
 from lm.kernels.triton import rows as folded
 
 
@@ -52,10 +53,9 @@ def tree(
     k: jax.Array,
     v: jax.Array,
     mask: Mask,
+    scoring: Scoring,
     *,
     layer: jax.Array | int | None = None,
-    scale: float,
-    softcap: float | None = None,
     sizes: BlockSizes | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -67,7 +67,7 @@ def tree(
       mask: which keys each node sees: by position, or also by `ancestors`; rows behind `length`
         are not read.
       layer: which of the stacked caches, int or int32 scalar.
-      scale, softcap: logits are scale q . k, or cap tanh(scale q . k / cap).
+      scoring: makes the logits, see `Scoring`.
       sizes: `query` rows (of L H / K) and `key` rows per block, `splits` of the live keys; see
         `block_sizes`.
       interpret: runs the kernel on the CPU.
@@ -88,29 +88,30 @@ def tree(
     tile.check_operands('tree', q_BLHC, k, v)
     tile.check_sizes('tree', sizes, shared_memory(sizes, c, q_BLHC.dtype))
     bounds = tile.ranges(*blocks(mask, l, sizes.key))
+    terms = logits.operands(mask, scoring)
     mask = block_mask.operands(mask, s)
     shapes, specs = folded.partial_results(q_BKRC, sizes.query, width, sizes.splits)
     q_spec = pl.BlockSpec((None, None, sizes.query, width), lambda i, _, h, b: (b, h, i, 0))
     kv_spec = folded.cache_spec(k, width)
     out, lse = pl.pallas_call(
         functools.partial(
-            _kernel, key=sizes.key, group=h // heads, columns=c, scale=scale, softcap=softcap
+            _kernel, key=sizes.key, group=h // heads, columns=c, scoring=scoring.static
         ),
         name='tree',
         grid=(pl.cdiv(rows, sizes.query), sizes.splits, heads, b),
-        in_specs=[*tile.whole((bounds, layer_1, mask)), q_spec, kv_spec, kv_spec],
+        in_specs=[*tile.whole((bounds, layer_1, mask, terms)), q_spec, kv_spec, kv_spec],
         out_specs=specs,
         out_shape=shapes,
         compiler_params=plgpu.CompilerParams(num_warps=sizes.warps, num_stages=sizes.stages),
         interpret=interpret,
-    )(bounds, layer_1, mask, q_BKRC, k, v)
+    )(bounds, layer_1, mask, terms, q_BKRC, k, v)
     out, lse = merge(out, lse)
     return folded.unfold(out, l).astype(q_BLHC.dtype), folded.unfold(lse, l)
 
 
 def _kernel(
-    bounds_ref, layer_ref, mask, q_ref, k_ref, v_ref, out_ref, lse_ref,
-    *, key, group, columns, scale, softcap
+    bounds_ref, layer_ref, mask, terms, q_ref, k_ref, v_ref, out_ref, lse_ref,
+    *, key, group, columns, scoring
 ):  # fmt: skip
     rows, width = q_ref.shape
     head, batch = pl.program_id(2), pl.program_id(3)
@@ -126,7 +127,8 @@ def _kernel(
         held = None if keys is None else keys.held
         k = tile.load_rows(k_ref, (layer, pl.ds(start, key)), columns, held)
         v = tile.load_rows(v_ref, (layer, pl.ds(start, key)), columns, held)
-        s = tile.logits(q, k, scale=scale, softcap=softcap)
+        s = logits.capped(q, k, scoring)
+        s = logits.complete(s, logits.load(terms, batch, head, start, key))
         if keys is not None:
             s = jnp.where(block_mask.visible(mask, batch, queries, keys), s, -jnp.inf)
         return state.add(s, v)

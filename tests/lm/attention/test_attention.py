@@ -12,12 +12,13 @@ from lm.attention import attention as attention_lib
 from lm.attention.attention import attention
 from lm.devices import mesh as mesh_lib
 from lm.kernels.mask import Mask
+from lm.kernels.scoring import Scoring
 
 B, L, S, C = 2, 5, 9, 8
 
 
-def formula(q, k, v, visible, scale, softcap):
-    """softmax(cap tanh(scale q k / cap)) v, one query at a time, in f64."""
+def formula(q, k, v, visible, scale, softcap, added=None, temperature=1.0):
+    """softmax((cap tanh(scale q k / cap) + added) / temperature) v, one query at a time, in f64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
     for b, l, h in np.ndindex(q.shape[:3]):
@@ -28,6 +29,9 @@ def formula(q, k, v, visible, scale, softcap):
         logits = scale * k[b, group, keys] @ q[b, l, h]
         if softcap is not None:
             logits = softcap * np.tanh(logits / softcap)
+        if added is not None:
+            logits = logits + added[b, group, keys]
+        logits = logits / temperature
         weights = np.exp(logits - logits.max())
         out[b, l, h] = weights @ v[b, group, keys] / weights.sum()
     return out
@@ -50,15 +54,29 @@ def test_equals_the_formula(heads, kv_heads, softcap):
         & (query_position[:, None, :, None] - key_position[:, :, None] < 4)
     )
     expected = formula(q, k, v, np.asarray(visible), 0.4, softcap)
-    out = attention(q, k, v, mask, scale=0.4, softcap=softcap)
+    out = attention(q, k, v, mask, scoring=Scoring(0.4, softcap))
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
     assert (out[1, 0] == 0).all()
+
+
+def test_bias_and_noise_come_after_the_cap_and_before_the_temperature():
+    keys = jax.random.split(jax.random.key(1), 5)
+    q = jax.random.normal(keys[0], (B, L, 4, C))
+    k, v = jax.random.normal(keys[1], (2, B, 2, S, C))
+    bias, noise = jax.random.normal(keys[2], (B, 2, S)), jax.random.gumbel(keys[3], (B, 1, S))
+    position = jnp.broadcast_to(jnp.arange(S), (B, 1, S))
+    mask = Mask(jnp.full((B, L), S), position, key_bias=bias)
+    out = attention(q, k, v, mask, Scoring(0.9, 1.5, 1.7, noise))
+    added = np.asarray(bias + noise, np.float64)
+    expected = formula(q, k, v, np.ones((B, 1, L, S), bool), 0.9, 1.5, added, 1.7)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_query_that_sees_nothing_has_no_gradient():
     q, k = jnp.ones((1, 1, 1, 2)), jnp.ones((1, 1, 3, 2))
     mask = Mask(jnp.zeros((1, 1), jnp.int32), jnp.full((1, 1, 3), -1))
-    gradient = jax.grad(lambda q, k: attention(q, k, k, mask, scale=1.0).sum(), (0, 1))(q, k)
+    total = lambda q, k: attention(q, k, k, mask, Scoring(1.0)).sum()  # noqa: E731
+    gradient = jax.grad(total, (0, 1))(q, k)
     assert all((g == 0).all() for g in gradient)
 
 
@@ -66,7 +84,7 @@ def test_shapes_that_do_not_fit_are_refused():
     q, k = jnp.ones((1, 2, 4, 2)), jnp.ones((1, 2, 3, 2))
     mask = Mask(jnp.zeros((1, 2), jnp.int32), jnp.zeros((1, 1, 3), jnp.int32))
     with pytest.raises(AssertionError):
-        attention(q, k, k[:, :, :2], mask, scale=1.0)
+        attention(q, k, k[:, :, :2], mask, scoring=Scoring(1.0))
 
 
 @pytest.mark.parametrize(

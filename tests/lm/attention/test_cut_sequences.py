@@ -16,6 +16,7 @@ from lm.attention import ring, ring_blocks
 from lm.devices import mesh as mesh_lib
 from lm.kernels import sparse
 from lm.kernels.mask import Mask
+from lm.kernels.scoring import Scoring
 from lm.losses import next_token as losses
 from lm.model import lexinvariant, params, presets
 from lm.model.config import Config, Lexinvariant
@@ -92,8 +93,8 @@ def test_features_that_need_whole_sequences_are_refused():
     ones = jnp.ones((1, 1, 4)), mask, jnp.ones((1, 1), bool)
     calls = [
         lambda: step(params.init(config, key), config, empty(config, 1, 8), jnp.zeros((1, 4), int)),
-        lambda: attention_lib.column_sums(q, k, *ones, scale=1.0),
-        lambda: attention_lib.sparse_decode(q, k, k, index, scale=1.0),
+        lambda: attention_lib.column_sums(q, k, *ones, scoring=Scoring(1.0)),
+        lambda: attention_lib.sparse_decode(q, k, k, index, scoring=Scoring(1.0)),
     ]
     with jax.set_mesh(mesh_lib.make('sequence=2', jax.devices('cpu')[:2])):
         for call in calls:
@@ -102,8 +103,8 @@ def test_features_that_need_whole_sequences_are_refused():
         # short ones, such as a hypernetwork's pieces, are replicated
         assert not ring.is_cut(jnp.zeros((1, 7, 4, 16)), jnp.zeros((1, 2, 7, 16)))
         with pytest.raises(ValueError, match="ring 'both': expected one of keys, queries"):
-            settings = ring_blocks.Settings('xla', False, 1.0, None, True)
-            ring.attention(q, k, k, mask, settings, 'both')
+            settings = ring_blocks.Settings('xla', False, Scoring(1.0), True)
+            ring.attention(q, k, k, mask, settings.scoring, settings, 'both')
     with pytest.raises(ValueError, match=r'Config.ring.*expected one of'):
         small(ring='both')
 

@@ -20,6 +20,7 @@ from lm.data.packing import Shared
 from lm.devices import mesh as mesh_lib
 from lm.kernels import reference
 from lm.kernels.mask import Mask, visible
+from lm.kernels.scoring import Scoring
 from lm.training import train
 from tests.lm.attention.packed_rows import packed
 
@@ -101,7 +102,7 @@ def test_each_device_runs_exactly_those_pairs(monkeypatch):
     position = zigzag.apply(np.arange(16)[None], DEVICES).astype(np.int32)
     q = k = jnp.ones((1, 16, 1, 4))
     with jax.set_mesh(grid):
-        attend = functools.partial(attention_lib.attention, scale=1.0)
+        attend = functools.partial(attention_lib.attention, scoring=Scoring(1.0))
         jax.jit(attend)(q, k.swapaxes(1, 2), k.swapaxes(1, 2), Mask(position, position[:, None]))
         jax.effects_barrier()
     assert ran == dict.fromkeys(range(DEVICES), 3 + 2 * (DEVICES - 1))
@@ -119,15 +120,16 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     kernels: str = 'xla'
+    terms: bool = False  # bias, noise and temperature
 
 
 CASES = [
     Case('data=2,sequence=4', 'keys', window=9, softcap=4.0),
     Case('data=2,sequence=4', 'queries', window=9, softcap=4.0),
     Case('data=2,sequence=2,model=2', 'keys', kv_heads=1, segments=False),
-    Case('data=2,sequence=2,model=2', 'queries', causal=False),
+    Case('data=2,sequence=2,model=2', 'queries', causal=False, terms=True),
     # Triton kernels in interpret mode: Mosaic's interpreter serves one device at a time
-    Case('data=4,sequence=2', 'keys', kernels='triton', softcap=4.0),
+    Case('data=4,sequence=2', 'keys', kernels='triton', softcap=4.0, terms=True),
 ]
 
 
@@ -143,20 +145,27 @@ def case(request):
     if not case.segments:
         segment, position = None, np.broadcast_to(np.arange(32, dtype=np.int32), (4, 32))
 
-    def results(attend, q, k, v, segment, position, weight):
+    bias, noise, temperature = None, None, None
+    if case.terms:
+        bias, noise = rng.normal(size=(2, 4, case.kv_heads, 32)).astype(np.float32)
+        noise, temperature = noise[:, :1], 1.7
+
+    def results(attend, q, k, v, segment, position, weight, bias, noise):
         window = None if case.window is None else jnp.int32(case.window)
         mask = Mask(position, position[:, None], segment, segment, None, None, window, case.causal)
-        settings = {'scale': 0.3, 'softcap': case.softcap}
+        mask = mask.replace(key_bias=bias)
+        scoring = Scoring(0.3, case.softcap, temperature, noise)
 
         def total(q, k, v):
-            out, lse = attend(q, k, v, mask, **settings)
+            out, lse = attend(q, k, v, mask, scoring)
             return jnp.sum(jnp.sin(out) * weight) + 0.1 * jnp.sum(lse * weight[..., 0]), (out, lse)
 
         gradients, found = jax.grad(total, (0, 1, 2), has_aux=True)(q, k, v)
         return (*found, *gradients)
 
-    arrays = (q, k, v, segment, position, rng.normal(size=q.shape).astype(np.float32))
-    axes = (1, 2, 2, 1, 1, 1)  # the sharded axis of each
+    weight = rng.normal(size=q.shape).astype(np.float32)
+    arrays = (q, k, v, segment, position, weight, bias, noise)
+    axes = (1, 2, 2, 1, 1, 1, 2, 2)  # the sharded axis of each
     expected = jax.jit(functools.partial(results, reference.attention))(*arrays)
     attend = functools.partial(
         attention_lib.attention_and_lse, implementation=case.kernels, ring=case.ring
@@ -166,7 +175,7 @@ def case(request):
         here = [
             None if x is None else jax.device_put(
                 zigzag.apply(x, devices, axis),
-                mesh_lib.sharding(grid, KEYS if axis == 2 else kinds[x.ndim], x.shape),
+                mesh_lib.sharding(grid, KEYS[: x.ndim] if axis == 2 else kinds[x.ndim], x.shape),
             )
             for x, axis in zip(arrays, axes)
         ]  # fmt: skip

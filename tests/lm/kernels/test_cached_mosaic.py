@@ -1,4 +1,4 @@
-"""What is special about the TPU kernels that read a cache: blocks, steps and refusals."""
+"""TPU kernels that read a cache: blocks, steps and refusals."""
 
 import functools
 
@@ -16,6 +16,7 @@ from lm.kernels.mosaic.column_sums import column_sums
 from lm.kernels.mosaic.decode import decode
 from lm.kernels.mosaic.sparse_decode import sparse_decode
 from lm.kernels.mosaic.tree import tree
+from lm.kernels.scoring import Scoring
 
 SMALL = BlockSizes(query=32, key=128)
 
@@ -35,6 +36,11 @@ def chain(queries, rows, length_B, **conditions):
     return Mask(query, key, length=length_B, **conditions)
 
 
+def noise_of(k, temperature=1.7):
+    """Returns a scoring with noise per KV head."""
+    return Scoring(0.3, 4.0, temperature, jax.random.gumbel(jax.random.key(9), k.shape[:3]))
+
+
 def poisoned(x, mask):
     return jnp.where(key_rows(mask)[..., None], x, jnp.nan)
 
@@ -45,32 +51,36 @@ def assert_near(actual, expected, tolerance=1e-5):
     )
 
 
-@pytest.mark.parametrize('channels,window', [(80, 100), (128, None)])
-def test_decode_over_several_blocks(channels, window):
+@pytest.mark.parametrize('channels,window,terms', [(80, 100, True), (128, None, False)])
+def test_decode_over_several_blocks(channels, window, terms):
     q, k, v, length_B = random_inputs(1, 400, 4, 2, channels)
     mask = chain(1, 400, length_B, window=window)
     k, v = poisoned(k, mask), poisoned(v, mask)
-    run = functools.partial(decode, scale=0.3, softcap=4.0, sizes=SMALL, interpret=True)
-    expected = reference.attention(q, k, v, mask, scale=0.3, softcap=4.0)
+    scoring = noise_of(k) if terms else Scoring(0.3, 4.0)
+    run = functools.partial(decode, scoring=scoring, sizes=SMALL, interpret=True)
+    expected = reference.attention(q, k, v, mask, scoring)
     assert_near(jax.jit(run)(q, k, v, mask), expected)
 
 
-def test_column_sums_over_several_blocks_of_queries():
+@pytest.mark.parametrize('terms', [False, True])
+def test_column_sums_over_several_blocks_of_queries(terms):
     q, k, v, length_B = random_inputs(150, 300, 8, 2, 128)
+    scoring = noise_of(k) if terms else Scoring(0.3)
     mask = chain(150, 300, length_B, window=40)
     counted = jnp.arange(150) % 3 > 0
     counted = jnp.stack([counted, ~counted])
-    _, lse = reference.attention(q, k, v, mask, scale=0.3)
-    expected = reference.column_sums(q, k, lse, mask, counted, scale=0.3)
+    _, lse = reference.attention(q, k, v, mask, scoring)
+    expected = reference.column_sums(q, k, lse, mask, counted, scoring)
     # neither queries that do not count nor rows that are not in use may reach the sums
     q = jnp.where(counted[..., None, None], q, jnp.nan)
-    run = functools.partial(column_sums, scale=0.3, sizes=SMALL, interpret=True)
+    run = functools.partial(column_sums, scoring=scoring, sizes=SMALL, interpret=True)
     actual = jax.jit(run)(q, poisoned(k, mask), lse, mask, counted)
     assert_near(actual, expected, tolerance=3e-5)
 
 
+@pytest.mark.parametrize('terms', [False, True])
 @pytest.mark.parametrize('channels,rows', [(64, 32), (128, 96)])
-def test_sparse_decode_in_several_steps(channels, rows):
+def test_sparse_decode_in_several_steps(channels, rows, terms):
     """Blocks smaller than 128 rows are read as parts of such blocks where C is 64."""
     q, k, v, _ = random_inputs(1, 700, 4, 2, channels)
     kept = jax.random.bernoulli(jax.random.key(0), 0.1, k.shape[:3])
@@ -79,8 +89,9 @@ def test_sparse_decode_in_several_steps(channels, rows):
     kept = sparse.kept_rows(index, 700)[..., None]
     k, v = jnp.where(kept, k, jnp.nan), jnp.where(kept, v, jnp.nan)
     sizes = BlockSizes(key=3 * max(rows, 128 if channels == 64 else 0))
-    run = functools.partial(sparse_decode, scale=0.3, sizes=sizes, interpret=True)
-    expected = reference.sparse_decode(q, k, v, index, scale=0.3)
+    scoring = noise_of(k) if terms else Scoring(0.3)
+    run = functools.partial(sparse_decode, scoring=scoring, sizes=sizes, interpret=True)
+    expected = reference.sparse_decode(q, k, v, index, scoring)
     assert np.isneginf(expected[1][0]).any() and np.isfinite(expected[1][1]).all()
     assert_near(jax.jit(run)(q, k, v, index), expected)
 
@@ -97,7 +108,7 @@ def test_sizes_are_refused_before_compiling(sizes, message):
     shape = jax.ShapeDtypeStruct
     q, k = shape((1, 4, 8, 128), jnp.float32), shape((1, 2, 2**17, 128), jnp.float32)
     mask = Mask(shape((1, 4), jnp.int32), shape((1, 1, 2**17), jnp.int32))
-    settings = {'scale': 0.3, 'sizes': sizes}
+    settings = {'scoring': Scoring(0.3), 'sizes': sizes}
     with pytest.raises(ValueError, match=f'^tree: .*{message}'):
         jax.eval_shape(functools.partial(tree, **settings), q, k, k, mask)
     lse, counted = shape((1, 4, 8), jnp.float32), shape((1, 4), jnp.bool_)
@@ -110,7 +121,9 @@ def test_sizes_that_the_tiling_forbids():
     mask = chain(150, 300, length_B)
     with pytest.raises(ValueError, match=r'query: 10, 40 rows .* multiple of 128 rows'):
         sizes = BlockSizes(query=10)
-        column_sums(q, k, q[..., 0], mask, mask.query_position > 0, scale=1.0, sizes=sizes)
+        column_sums(
+            q, k, q[..., 0], mask, mask.query_position > 0, scoring=Scoring(1.0), sizes=sizes
+        )
 
 
 def tree_shapes(nodes, heads, channels, dtype):
@@ -126,7 +139,9 @@ def test_a_tree_whose_ancestors_vector_memory_cannot_hold():
     """The compiler's own refusal takes many seconds."""
     message = '^tree: 1024 queries of 4 heads .* blocks of 128 keys .* MiB of vector memory'
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(functools.partial(tree, scale=1.0), *tree_shapes(1024, 4, 128, jnp.bfloat16))
+        jax.eval_shape(
+            functools.partial(tree, scoring=Scoring(1.0)), *tree_shapes(1024, 4, 128, jnp.bfloat16)
+        )
 
 
 @pytest.mark.parametrize('channels', [64, 80, 128, 256])
@@ -134,7 +149,7 @@ def test_a_tree_whose_ancestors_vector_memory_cannot_hold():
 def test_trees_of_as_many_rows_as_attention_sends_are_taken(channels, dtype):
     for heads in (1, 8):
         shapes = tree_shapes(TREE_ROWS // heads, heads, channels, dtype)
-        jax.eval_shape(functools.partial(tree, scale=1.0), *shapes)
+        jax.eval_shape(functools.partial(tree, scoring=Scoring(1.0)), *shapes)
 
 
 def test_a_batch_that_scalar_memory_cannot_hold(monkeypatch):
@@ -147,7 +162,7 @@ def test_a_batch_that_scalar_memory_cannot_hold(monkeypatch):
     mask = Mask(length_B[:, None] - 1, position, length=length_B, window=120)
     index = sparse.from_rows(jnp.asarray(rng.random((3, 1, 200)) < 0.1), 128, 2)
     counted = jnp.ones((3, 1), bool)
-    settings = {'scale': 0.3}
+    settings = {'scoring': Scoring(0.3)}
     expected = reference.attention(q, k[1], v[1], mask, **settings)
     sums = reference.column_sums(q, k[1], expected[1], mask, counted, **settings)
     kept = reference.sparse_decode(q, k[1], v[1], index, **settings)
@@ -172,8 +187,8 @@ def test_an_index_that_scalar_memory_cannot_hold():
         *(shape((64, 8, *more), jnp.int32) for more in [(), (4096,), (4096, 4)])
     )
     with pytest.raises(ValueError, match=r'sparse_decode: .* 4096 blocks .* scalar memory'):
-        jax.eval_shape(functools.partial(sparse_decode, scale=1.0), q, k, k, index)
+        jax.eval_shape(functools.partial(sparse_decode, scoring=Scoring(1.0)), q, k, k, index)
     index = sparse.from_rows(jnp.ones((1, 2, 256), bool), 64, 4)
     q, k = jnp.ones((1, 1, 2, 128)), jnp.ones((1, 2, 256, 128))
     with pytest.raises(ValueError, match='key: 96; expected a multiple of the 64 rows'):
-        sparse_decode(q, k, k, index, scale=1.0, sizes=BlockSizes(key=96))
+        sparse_decode(q, k, k, index, scoring=Scoring(1.0), sizes=BlockSizes(key=96))

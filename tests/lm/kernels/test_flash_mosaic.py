@@ -1,15 +1,16 @@
-"""What is special about flash attention on TPU: many blocks, the steps they cost, refusals."""
+"""Flash attention on TPU: many blocks, the steps they cost, refusals."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.attention.flash import flash
 from lm.kernels import reference
 from lm.kernels.blocks import BlockSizes
-from lm.kernels.flash import flash
 from lm.kernels.mask import Mask, blocks, key_rows, pack_bits
 from lm.kernels.mosaic import block_mask, tile
+from lm.kernels.scoring import Scoring
 
 SMALL = BlockSizes(query=128, key=128)
 
@@ -43,28 +44,36 @@ def everything_at_once():
     )
 
 
+def with_terms(mask):
+    """Returns a mask with a bias per KV head, and noise and a temperature."""
+    bias, noise = np.random.default_rng(2).normal(size=(2, *mask.key_position.shape))
+    bias, noise = jnp.asarray(bias, jnp.float32), jnp.asarray(noise[:, :1], jnp.float32)
+    return mask.replace(key_bias=bias), Scoring(0.3, 5.0, 1.7, noise)
+
+
 CASES = {
-    'causal': (aligned(300, 300, 1), (300, 300, 2, 1, 64), None),
-    'all keys': (aligned(140, 300, 1, causal=False), (140, 300, 1, 1, 80), None),
-    'everything': (everything_at_once(), (260, 390, 2, 2, 64), 5.0),
+    'causal': (aligned(300, 300, 1), Scoring(0.3), (300, 300, 2, 1, 64)),
+    'all keys': (aligned(140, 300, 1, causal=False), Scoring(0.3), (140, 300, 1, 1, 80)),
+    'everything': (everything_at_once(), Scoring(0.3, 5.0), (260, 390, 2, 2, 64)),
+    'terms': (*with_terms(everything_at_once()), (260, 390, 4, 2, 64)),
+    'unmasked terms': (*with_terms(aligned(140, 300, 1, causal=False)), (140, 300, 1, 1, 64)),
 }
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_results_and_gradients_over_many_blocks(case):
-    mask, shape, softcap = CASES[case]
+    mask, scoring, shape = CASES[case]
     q, k, v, d_out = random_inputs(*shape, batch=mask.query_position.shape[0])
     held = key_rows(mask)[..., None]
     poisoned = [jnp.where(held, x, jnp.nan) for x in (k, v)]
 
     def ours(q, k, v):
         return flash(
-            q, k, v, mask,
-            scale=0.3, softcap=softcap, sizes=SMALL, backend='mosaic', interpret=True,
+            q, k, v, mask, scoring, sizes=SMALL, backend='mosaic', interpret=True
         )  # fmt: skip
 
     def theirs(q, k, v):
-        return reference.attention(q, k, v, mask, scale=0.3, softcap=softcap)
+        return reference.attention(q, k, v, mask, scoring)
 
     def with_gradients(call):
         def value(q, k, v):
@@ -120,4 +129,4 @@ def test_is_refused_before_compiling(mistake, expected):
         mask = mask.replace(ancestors=pack_bits(jnp.ones((1, 8192, 32), bool)))
     q = q.astype(mistake.get('dtype', q.dtype))
     with pytest.raises(ValueError, match=expected):
-        flash(q, k, v, mask, scale=1.0, sizes=mistake.get('sizes'), backend='mosaic')
+        flash(q, k, v, mask, scoring=Scoring(1.0), sizes=mistake.get('sizes'), backend='mosaic')

@@ -1,4 +1,4 @@
-"""Masks kept as positions and bits: what their bounds promise, against the mask in full."""
+"""Masks kept as positions and bits: their bounds against the mask in full."""
 
 import hypothesis
 import hypothesis.strategies as st

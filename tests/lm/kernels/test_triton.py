@@ -1,4 +1,4 @@
-"""What is particular to the Triton kernels: CUDA lowering, refused sizes, splits, small oracles."""
+"""Triton kernels: CUDA lowering, refused sizes, splits, small oracles."""
 
 import functools
 
@@ -11,6 +11,7 @@ from lm.kernels import reference
 from lm.kernels.blocks import BlockSizes
 from lm.kernels.mask import Mask, pack_bits
 from lm.kernels.merge import merge
+from lm.kernels.scoring import Scoring
 from lm.kernels.sparse import SparseIndex, from_rows
 from lm.kernels.triton import column_sums, decode, flash, sparse_decode, tree
 
@@ -73,7 +74,7 @@ def test_flash_and_its_gradients_over_many_small_blocks():
     b, l, h, k, s, c = 2, 37, 4, 2, 53, 24
     q, key, value = normal('q', b, l, h, c), normal('k', b, k, s, c), normal('v', b, k, s, c)
     mask = packed_documents(b, l, s, k)
-    options = {'scale': 0.3, 'softcap': 3.0}
+    options = {'scoring': Scoring(0.3, 3.0)}
 
     @jax.jit
     def formula(q, key, value, d_out, d_lse):
@@ -104,12 +105,12 @@ def test_split_tree_and_column_sums_of_a_stacked_cache():
 
     @jax.jit
     def formula(key, value):
-        out, lse = reference.attention(q, key, value, mask, scale=0.3)
-        return out, lse, reference.column_sums(q, key, lse, mask, counts, scale=0.3)
+        out, lse = reference.attention(q, key, value, mask, scoring=Scoring(0.3))
+        return out, lse, reference.column_sums(q, key, lse, mask, counts, scoring=Scoring(0.3))
 
     @jax.jit
     def kernels(key, value, layer):
-        run = {'layer': layer, 'scale': 0.3, 'sizes': SMALL, 'interpret': True}
+        run = {'layer': layer, 'scoring': Scoring(0.3), 'sizes': SMALL, 'interpret': True}
         out, lse = tree.tree(q, key, value, mask, **run)
         return out, lse, column_sums.column_sums(shown, key, lse, mask, counts, **run)
 
@@ -124,9 +125,9 @@ def test_split_sparse_decode_reads_no_row_that_is_not_kept():
     index = from_rows(kept, 32, 3)
     unread = jnp.where(kept[..., None], 0.0, jnp.nan)
     call = functools.partial(
-        sparse_decode.sparse_decode, scale=0.3, sizes=SMALL, interpret=True
+        sparse_decode.sparse_decode, scoring=Scoring(0.3), sizes=SMALL, interpret=True
     )  # fmt: skip
-    formula = functools.partial(reference.sparse_decode, scale=0.3)
+    formula = functools.partial(reference.sparse_decode, scoring=Scoring(0.3))
     actual = jax.jit(call)(q, key + unread, value + unread, index)
     close(actual, jax.jit(formula)(q, key, value, index))
 
@@ -136,7 +137,7 @@ def test_merged_halves_are_the_whole():
     q, key, value = normal('q', b, l, h, c), normal('k', b, k, s, c), normal('v', b, k, s, c)
     position = jnp.broadcast_to(jnp.arange(s), (b, 1, s))
     mask = Mask(jnp.asarray([[-1, 3, 9, 12, 15]]), position)  # the first sees nothing
-    attend = jax.jit(functools.partial(reference.attention, scale=0.3))
+    attend = jax.jit(functools.partial(reference.attention, scoring=Scoring(0.3)))
     halves = [
         attend(
             q, key[:, :, at], value[:, :, at],
@@ -167,23 +168,25 @@ def test_all_kernels_lower_for_cuda_at_real_sizes(head, dtype):
     drafted = mask.replace(ancestors=shape(b, l, 2))
     one = q.update(shape=(b, 1, h, head))
     index = SparseIndex(shape(b, k), shape(b, k, 64), shape(b, k, 64, 2))
-    forward = functools.partial(flash.forward, scale=1.0, softcap=30.0)
-    backward = functools.partial(flash.backward, scale=1.0, softcap=30.0)
-    call = '__gpu$xla.gpu.triton'
-    assert lowered(forward, q, flat, flat, mask).count(call) == 1
-    assert lowered(backward, q, flat, flat, q, row, q, row, mask).count(call) == 2
+    capped = Scoring(1.0, 30.0)
+    call, plain = '__gpu$xla.gpu.triton', Scoring(1.0)
+    assert lowered(flash.forward, q, flat, flat, mask, capped).count(call) == 1
+    assert lowered(flash.backward, q, flat, flat, q, row, q, row, mask, capped).count(call) == 2
     several = [
-        (lambda q, k, m, i: tree.tree(q, k, k, m, layer=i, scale=1.0), q, cache, drafted, shape()),
         (
-            lambda q, k, m, i: decode.decode(q, k, k, m, layer=i, scale=1.0),
+            lambda q, k, m, i: tree.tree(q, k, k, m, plain, layer=i),
+            *(q, cache, drafted, shape()),
+        ),
+        (
+            lambda q, k, m, i: decode.decode(q, k, k, m, plain, layer=i),
             *(one, cache, mask.replace(query_position=shape(b, 1)), shape()),
         ),
         (
-            lambda q, k, l, m, r, i: column_sums.column_sums(q, k, l, m, r, layer=i, scale=1.0),
+            lambda q, k, l, m, r, i: column_sums.column_sums(q, k, l, m, r, plain, layer=i),
             *(q, cache, row, drafted, shape(b, l, dtype=jnp.bool_), shape()),
         ),
         (
-            lambda q, k, x, i: sparse_decode.sparse_decode(q, k, k, x, layer=i, scale=1.0),
+            lambda q, k, x, i: sparse_decode.sparse_decode(q, k, k, x, plain, layer=i),
             *(one, cache, index, shape()),
         ),
     ]
@@ -194,10 +197,30 @@ def test_all_kernels_lower_for_cuda_at_real_sizes(head, dtype):
         assert f'tensor<{b}x{k}x{s}x{head}x' not in text
 
 
+@pytest.mark.parametrize('head', [80, 128])
+def test_all_kernels_lower_for_cuda_with_bias_noise_and_temperature(head):
+    b, l, s, k, h, f32 = 2, 16, 4096, 8, 32, jnp.float32
+    q, cache = shape(b, l, h, head, dtype=jnp.bfloat16), shape(b, k, s, head, dtype=jnp.bfloat16)
+    mask = Mask(shape(b, l), shape(b, 1, s), length=shape(b), key_bias=shape(b, k, s, dtype=f32))
+    drafted, lse = mask.replace(ancestors=shape(b, l, 1)), shape(b, l, h, dtype=f32)
+    scoring = Scoring(1.0, 30.0, shape(dtype=f32), shape(b, 1, s, dtype=f32))
+    index = SparseIndex(shape(b, k), shape(b, k, 64), shape(b, k, 64, 2))
+    counted = shape(b, l, dtype=jnp.bool_)
+    calls = [
+        (1, flash.forward, (q, cache, cache, mask, scoring)),
+        (2, flash.backward, (q, cache, cache, q, lse, q, lse, mask, scoring)),
+        (1, tree.tree, (q, cache, cache, drafted, scoring)),
+        (1, column_sums.column_sums, (q, cache, lse, drafted, counted, scoring)),
+        (2, sparse_decode.sparse_decode, (q, cache, cache, index, scoring, drafted)),
+    ]
+    for kernels, function, arguments in calls:
+        assert lowered(function, *arguments).count('__gpu$xla.gpu.triton') == kernels
+
+
 def test_what_cannot_run_is_refused_in_one_line():
     q, kv = shape(1, 8, 2, 128, dtype=jnp.bfloat16), shape(1, 1, 64, 128, dtype=jnp.bfloat16)
     mask = Mask(shape(1, 8), shape(1, 1, 64))
-    run = functools.partial(flash.forward, scale=1.0)
+    run = functools.partial(flash.forward, scoring=Scoring(1.0))
     with pytest.raises(ValueError, match=r'flash: .* need .* of shared memory') as error:
         jax.eval_shape(functools.partial(run, sizes=BlockSizes(512, 512)), q, kv, kv, mask)
     assert '\n' not in str(error.value)
@@ -206,8 +229,10 @@ def test_what_cannot_run_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r'one dtype'):
         jax.eval_shape(run, q, shape(*kv.shape, dtype=jnp.float32), kv, mask)
     index = SparseIndex(shape(1, 1), shape(1, 1, 2), shape(1, 1, 2, 1))
-    sparse = functools.partial(sparse_decode.sparse_decode, scale=1.0, sizes=BlockSizes(16, 64))
+    sparse = functools.partial(
+        sparse_decode.sparse_decode, scoring=Scoring(1.0), sizes=BlockSizes(16, 64)
+    )
     with pytest.raises(ValueError, match=r'divisor of the 32 rows'):
         jax.eval_shape(sparse, q.update(shape=(1, 1, 2, 128)), kv, kv, index)
     with pytest.raises(ValueError, match=r'8 queries .* use tree'):
-        jax.eval_shape(functools.partial(decode.decode, scale=1.0), q, kv, kv, mask)
+        jax.eval_shape(functools.partial(decode.decode, scoring=Scoring(1.0)), q, kv, kv, mask)

@@ -10,6 +10,7 @@ import pytest
 
 from lm.kernels import reference
 from lm.kernels.mask import Mask, pack_bits
+from lm.kernels.scoring import Scoring
 from lm.model import contract, params, rope, stepped, transformer
 from lm.model.attend import Attended
 from lm.model.config import Config, Lexinvariant
@@ -195,12 +196,13 @@ def test_mass_is_the_attention_that_each_row_received(name):
     # of the first layer, by hand
     weights = subject(name)[1]
     if name == 'plain':
+        scoring = Scoring(config.query_scale, config.attention_softcap)
         position = jnp.broadcast_to(jnp.arange(L), (2, L))
         q, k = first_queries_and_keys(weights, config, position)
         mask = Mask(position, position[:, None])
-        _, lse = reference.attention(q, k, k, mask, **scoring(config))
+        _, lse = reference.attention(q, k, k, mask, scoring)
         counted = position < jnp.asarray([L, L - 2])[:, None]
-        by_hand = reference.column_sums(q, k, lse, mask, counted, **scoring(config))
+        by_hand = reference.column_sums(q, k, lse, mask, counted, scoring)
         np.testing.assert_allclose(mass[0][..., :L], by_hand, rtol=1e-4, atol=1e-5)
 
 
@@ -214,11 +216,6 @@ def first_queries_and_keys(weights, config, position):
     h, k, c = config.n_heads, config.n_kv_heads, config.head_dim
     carry = jnp.zeros((2, L, h, c)), jnp.zeros((2, k, L, c))
     return transformer.run(weights, config, chain(TOKENS), attend, carry, layers=range(1)).carry
-
-
-def scoring(config):
-    """How the reference scores keys."""
-    return {'scale': config.query_scale, 'softcap': config.attention_softcap}
 
 
 def test_equal_models_are_the_same_functions():

@@ -8,6 +8,7 @@ import jax
 from lm.kernels.blocks import BlockSizes
 from lm.kernels.mask import Mask
 from lm.kernels.mosaic import flash as mosaic
+from lm.kernels.scoring import Scoring
 from lm.kernels.triton import flash as triton
 
 Backend = Literal['mosaic', 'triton']
@@ -18,14 +19,13 @@ def flash(
     k_BKSC: jax.Array,
     v_BKSC: jax.Array,
     mask: Mask,
+    scoring: Scoring,
     *,
-    scale: float,
-    softcap: float | None = None,
     sizes: BlockSizes | None = None,
     backend: Backend,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """softmax(scale q . k) v and its LSE, differentiable in q, k and v through both results.
+    """Returns softmax(logits) v and its LSE, differentiable in q, k and v through both results.
 
     Keeps q, k, v, the output and the LSE for the backward pass, and no weights
     (FlashAttention-2, Dao 2023).
@@ -33,9 +33,8 @@ def flash(
     Args:
       q_BLHC: queries, bf16 or f32; head h reads key/value head `h // (H / K)`.
       k_BKSC, v_BKSC: keys and values, in the dtype of `q`. Rows that hold no key may be NaN.
-      mask: which keys each query sees.
-      scale: factor on q . k.
-      softcap: cap on the logits, cap tanh(logits / cap), or None.
+      mask: which keys each query sees, and their bias.
+      scoring: makes the logits, see `Scoring`.
       sizes: of the blocks of both passes; None for the default of the backend.
       backend: 'mosaic' for TPU, 'triton' for NVIDIA GPUs.
       interpret: run on any platform, slowly.
@@ -47,30 +46,25 @@ def flash(
     Raises:
       ValueError: the sizes or the mask are not what the backend can run.
     """
-    return _flash(q_BLHC, k_BKSC, v_BKSC, mask, scale, softcap, sizes, backend, interpret)
+    return _flash(q_BLHC, k_BKSC, v_BKSC, mask, scoring, sizes, backend, interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
-def _flash(q_BLHC, k_BKSC, v_BKSC, mask, scale, softcap, sizes, backend, interpret):
-    kernels = {'mosaic': mosaic, 'triton': triton}[backend]
-    return kernels.forward(
-        q_BLHC, k_BKSC, v_BKSC, mask,
-        scale=scale, softcap=softcap, sizes=sizes, interpret=interpret,
-    )  # fmt: skip
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _flash(q_BLHC, k_BKSC, v_BKSC, mask, scoring, sizes, backend, interpret):
+    forward = {'mosaic': mosaic, 'triton': triton}[backend].forward
+    return forward(q_BLHC, k_BKSC, v_BKSC, mask, scoring, sizes=sizes, interpret=interpret)
 
 
-def _flash_forward(q_BLHC, k_BKSC, v_BKSC, mask, *static):
-    out_BLHC, lse_BLH = _flash(q_BLHC, k_BKSC, v_BKSC, mask, *static)
-    return (out_BLHC, lse_BLH), (q_BLHC, k_BKSC, v_BKSC, out_BLHC, lse_BLH, mask)
+def _flash_forward(q_BLHC, k_BKSC, v_BKSC, mask, scoring, *static):
+    out_BLHC, lse_BLH = _flash(q_BLHC, k_BKSC, v_BKSC, mask, scoring, *static)
+    return (out_BLHC, lse_BLH), (q_BLHC, k_BKSC, v_BKSC, out_BLHC, lse_BLH, mask, scoring)
 
 
-def _flash_backward(scale, softcap, sizes, backend, interpret, residuals, cotangents):
-    *arrays, mask = residuals
-    kernels = {'mosaic': mosaic, 'triton': triton}[backend]
-    gradients = kernels.backward(
-        *arrays, *cotangents, mask, scale=scale, softcap=softcap, sizes=sizes, interpret=interpret
-    )
-    return *gradients, None  # the mask is all integers
+def _flash_backward(sizes, backend, interpret, residuals, cotangents):
+    *arrays, mask, scoring = residuals
+    backward = {'mosaic': mosaic, 'triton': triton}[backend].backward
+    gradients = backward(*arrays, *cotangents, mask, scoring, sizes=sizes, interpret=interpret)
+    return *gradients, None, None  # bias, noise and temperature are constants
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
