@@ -46,13 +46,23 @@ def _compiled_programs():
         gc.collect()
 
 
+@pytest.fixture
+def optimised():
+    """Compiles as users do, where a test compares two programs bit for bit."""
+    jax.clear_caches()  # which are not told apart by this setting
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.config.update('jax_disable_most_optimizations', True)
+    jax.clear_caches()
+
+
 def pytest_configure(config):
     """Measures every test, in every process that runs tests."""
     config.pluginmanager.register(budget.Budget())
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Lists the most expensive tests; says which attention kernels were compiled, where they ran."""
+    """Lists the most expensive tests; says which attention kernels were compiled."""
     budget.summary(terminalreporter)
     ran = [report for kind in ('passed', 'failed') for report in terminalreporter.getreports(kind)]
     if not any(report.nodeid.startswith('tests/lm/kernels/') for report in ran):

@@ -80,7 +80,7 @@ def test_other_threads_than_the_main_one_may_train():
 # A call that runs no bytecode for a minute, as a compilation does.
 STUCK = """
 import hashlib, sys
-from lm import preemption
+from lm.devices import preemption
 with preemption.ends_cleanly(patience=0.3), {block}:
     print('ready', flush=True)
     hashlib.pbkdf2_hmac('sha256', b'', b'', 100_000_000)
@@ -151,6 +151,7 @@ def test_hosts_stop_after_the_same_step_when_one_is_told(tmp_path):
     assert step in (20, 21)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_in_every_phase_ends_as_the_whole_one(tmp_path):
     whole = kill_harness.Run(tmp_path, 'whole')
     whole.finish()

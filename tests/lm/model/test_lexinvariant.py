@@ -184,6 +184,7 @@ def test_probability_0_is_the_learned_model_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, none, learned)
 
 
+@pytest.mark.usefixtures('optimised')
 def test_probability_1_is_the_lexinvariant_model_bit_for_bit():
     whole = of_law(LAWS['gaussian'])
     every = of_law(Lexinvariant(probability=0.0, always=tuple(range(V))))  # with an idle table

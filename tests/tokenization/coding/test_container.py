@@ -59,7 +59,7 @@ def test_another_process_reads_a_float_models_container(tmp_path):
     program = (
         'import pathlib, sys\n'
         'from tests.tokenization import toy\n'
-        'from tokenization import container\n'
+        'from tokenization.coding import container\n'
         'folder = pathlib.Path(sys.argv[1])\n'
         "packed = (folder / 'packed').read_bytes()\n"
         "(folder / 'text').write_bytes(container.unpack(packed, toy.float_model(context=30)))\n"
