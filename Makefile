@@ -10,6 +10,7 @@
 #   PYTHON=python3.12      the interpreter for .venv, 3.11 or newer
 #   JAX_PLATFORMS=cuda     the device to run on (after make gpu)
 #   WORKERS=4              number of test processes
+#   JAX_COMPILATION_CACHE_DIR=DIR   for compiled programs, instead of ~/.cache/tessera/jax
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -22,13 +23,25 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 VENV ?= .venv
 WORKERS ?= 2
 JAX_PLATFORMS ?= cpu
-JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
-export JAX_PLATFORMS JAX_COMPILATION_CACHE_DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS
+export JAX_PLATFORMS JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# Compiled programs are kept per user, since clones come and go, and by the versions that made them,
+# so that old ones can be deleted. They are not kept where that folder cannot be written.
+PROGRAMS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/tessera/jax
+VERSIONS := import importlib.metadata as m; print(*(m.version(x) for x in ("jax", "jaxlib")), sep="-")
+ifndef JAX_COMPILATION_CACHE_DIR
+KEEP = programs="$(PROGRAMS)/$$($(BIN)/python -c '$(VERSIONS)')" && \
+	mkdir -p "$$programs" 2>/dev/null && [ -w "$$programs" ] && \
+	export JAX_COMPILATION_CACHE_DIR="$$programs";
+else
+export JAX_COMPILATION_CACHE_DIR
+endif
+RUN = $(KEEP) $(BIN)/python -m
+PYTEST = $(RUN) pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: setup demo test test-slow soak test-tpu test-beam beam lint format torch gpu tpu clean
 
@@ -48,18 +61,18 @@ $(VENV)/.test: $(VENV)/.package
 	@touch $@
 
 demo: $(VENV)/.package
-	$(BIN)/python -m experiments.run equal_info --scale demo --out out/demo
+	$(RUN) experiments.run equal_info --scale demo --out out/demo
 
 # Tests of one file run in one process, so that shared models are compiled and trained once.
 test: $(VENV)/.test
 	$(PYTEST) -m 'not slow and not tpu'
 
 test-slow: $(VENV)/.test
-	$(PYTEST) -m slow
+	$(PYTEST) -m 'slow and not tpu'
 
 # Eight kills make one run; CI does one run, this target five. About ten minutes.
 soak: $(VENV)/.test
-	$(BIN)/python -m tests.kill_harness --kills 40
+	$(RUN) tests.kill_harness --kills 40
 
 # The TPU compiler (libtpu) is a separate library; its compiled programs are never run here.
 $(VENV)/.tpu: $(VENV)/.test
@@ -67,7 +80,7 @@ $(VENV)/.tpu: $(VENV)/.test
 	@touch $@
 
 test-tpu: $(VENV)/.tpu
-	$(BIN)/python -m pytest -m tpu
+	$(RUN) pytest -m tpu
 
 # Apache Beam conflicts with our pinned versions of four packages, so it gets its own environment,
 # where pip chooses versions of those four that Beam accepts.
@@ -90,7 +103,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_contracts.py
+	$(RUN) pytest tests/test_contracts.py tests/test_contracts_docs.py
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .
@@ -110,3 +123,4 @@ tpu: $(VENV)/.package
 
 clean:
 	rm -rf $(VENV) $(BEAM) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	@[ ! -d "$(PROGRAMS)" ] || echo 'Kept, for other clones: compiled programs in $(PROGRAMS)'

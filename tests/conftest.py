@@ -1,4 +1,4 @@
-"""Settings of all tests: devices, memory, how hypothesis draws, a line on the kernels."""
+"""Settings of all tests: devices, memory, hypothesis, budgets, what the end of a run says."""
 
 import gc
 import os
@@ -17,8 +17,13 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 
 import jax  # noqa: E402
 
+from tests import budget  # noqa: E402
+
 # Not an environment variable: commands that tests start see the machine as it is.
 jax.config.update('jax_num_cpu_devices', 8)
+# Compiling is nine tenths of the suite, and half of that is LLVM's optimisation of programs that
+# run for milliseconds. Tests of transformer.py: 102 s of CPU with it, 55 without.
+jax.config.update('jax_disable_most_optimizations', True)
 
 hypothesis.settings.register_profile('default', deadline=None, max_examples=50)
 hypothesis.settings.register_profile(
@@ -41,8 +46,24 @@ def _compiled_programs():
         gc.collect()
 
 
+@pytest.fixture
+def optimised():
+    """Compiles as users do, where a test compares two programs bit for bit."""
+    jax.clear_caches()  # which are not told apart by this setting
+    jax.config.update('jax_disable_most_optimizations', False)
+    yield
+    jax.config.update('jax_disable_most_optimizations', True)
+    jax.clear_caches()
+
+
+def pytest_configure(config):
+    """Measures every test, in every process that runs tests."""
+    config.pluginmanager.register(budget.Budget())
+
+
 def pytest_terminal_summary(terminalreporter):
-    """Says which attention kernels were compiled and which interpreted, where their tests ran."""
+    """Lists the most expensive tests; says which attention kernels were compiled."""
+    budget.summary(terminalreporter)
     ran = [report for kind in ('passed', 'failed') for report in terminalreporter.getreports(kind)]
     if not any(report.nodeid.startswith('tests/lm/kernels/') for report in ran):
         return

@@ -22,6 +22,7 @@ from tests.lm.checkpoints import make
 
 def main(port: str, index: int, folder: str, step: int) -> None:
     """Trains until a signal comes; ends as `experiments.run` does."""
+    jax.config.update('jax_disable_most_optimizations', True)  # as in tests/conftest.py
     jax.config.update('jax_enable_preemption_service', False)  # as `lm.devices.mesh.start` does
     jax.distributed.initialize(f'localhost:{port}', 2, index)
     put, read = train.put, []

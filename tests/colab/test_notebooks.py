@@ -1,5 +1,6 @@
 """Every notebook runs from its first cell to its last, at a tiny scale."""
 
+import os
 import pathlib
 
 import nbclient
@@ -13,6 +14,9 @@ FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'colab'
 def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv('TESSERA_SCALE', 'tiny')
     monkeypatch.setenv('TESSERA_OUT', str(tmp_path))
+    monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')  # as in tests/conftest.py
+    packages = [str(FOLDER.parent), os.environ.get('PYTHONPATH', '')]  # whatever is installed
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, packages)))
     notebook = nbformat.read(path, as_version=4)
     nbclient.NotebookClient(
         notebook, timeout=600, resources={'metadata': {'path': str(FOLDER)}}

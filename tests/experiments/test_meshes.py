@@ -108,6 +108,7 @@ def test_training(kind):
             assert ' all-gather(' not in line, line
 
 
+@pytest.mark.slow
 def test_training_a_hypernetwork():
     model = dataclasses.replace(TINY, vocab_size=64)
     shape = HypernetworkConfig(
@@ -136,13 +137,14 @@ def test_training_a_hypernetwork():
     assert_equal(*runs)
 
 
-def test_decoding_with_a_drafter():
+@pytest.mark.parametrize('drafted', ['chain', 'early exit'])
+def test_decoding_with_a_drafter(drafted):
     config = dataclasses.replace(TINY, n_layers=2, tied=False)
     small = dataclasses.replace(config, n_layers=1)
 
     known = [(c, jax.device_get(params.init(c, jax.random.key(0)))) for c in (config, small)]
 
-    def texts(text, drafted):
+    def texts(text):
         here = grid(text)
         with jax.set_mesh(here):
             target, draft = (
@@ -155,11 +157,10 @@ def test_decoding_with_a_drafter():
                 target, prompts, key=jax.random.key(1), max_new_tokens=8, drafter=drafter
             )
 
-    for drafted in ('chain', 'early exit'):
-        one, many = (texts(text, drafted) for text in (ONE, MANY))
-        assert [x.tolist() for x in many.tokens] == [x.tolist() for x in one.tokens]
-        for field in ('rounds', 'acceptance_by_depth', 'acceptance_by_rank'):
-            assert getattr(many.metrics, field) == getattr(one.metrics, field)
+    one, many = (texts(text) for text in (ONE, MANY))
+    assert [x.tolist() for x in many.tokens] == [x.tolist() for x in one.tokens]
+    for field in ('rounds', 'acceptance_by_depth', 'acceptance_by_rank'):
+        assert getattr(many.metrics, field) == getattr(one.metrics, field)
 
 
 def test_decoding_where_sequences_are_cut_is_refused_before_any_work(tmp_path):

@@ -5,22 +5,20 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 
-from experiments import resume
+from experiments import resume, run
 from experiments.pretrain import config
-from lm.files import provenance
 
 
-def command(out, steps):
-    return [
-        sys.executable, '-m', 'experiments.run', 'pretrain', '--scale', 'tiny', '--out', str(out),
+def pretrain(out, steps):
+    """Runs the command; returns its exit code."""
+    return run.main([
+        'pretrain', '--scale', 'tiny', '--out', str(out), '--mesh', 'one',
         '--data', str(out.parent / 'text' / '*.txt'), '--train.steps', str(steps),
         '--train.log-every', '1', '--train.checkpoint-every', '50',
-    ]  # fmt: skip
+    ])  # fmt: skip
 
 
 @pytest.fixture
@@ -43,14 +41,12 @@ def test_a_run_of_an_older_version_lacks_settings_and_goes_on(tmp_path):
         resume.claim(tmp_path, dataclasses.replace(now, train=longer))
 
 
-def test_another_config_is_refused_before_anything_is_written(texts):
-    done = subprocess.run(command(texts / 'run', 2), cwd=provenance.ROOT)
-    assert done.returncode == 0
+def test_another_config_is_refused_before_anything_is_written(texts, capsys):
+    assert pretrain(texts / 'run', 2) == 0
     before = (texts / 'run' / 'config.json').read_text()
-    done = subprocess.run(
-        command(texts / 'run', 3), cwd=provenance.ROOT, capture_output=True, text=True
-    )  # fmt: skip
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith('error: ') and 'another train' in last and 'Traceback' not in done.stderr
+    capsys.readouterr()
+    assert pretrain(texts / 'run', 3) == 1
+    error = capsys.readouterr().err
+    last = error.strip().splitlines()[-1]
+    assert last.startswith('error: ') and 'another train' in last and 'Traceback' not in error
     assert (texts / 'run' / 'config.json').read_text() == before

@@ -151,6 +151,7 @@ def test_hosts_stop_after_the_same_step_when_one_gets_sigterm(tmp_path):
     assert step in (20, 21)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_every_phase_ends_like_an_undisturbed_one(tmp_path):
     whole = kill_harness.Run(tmp_path, 'whole')
     whole.finish()

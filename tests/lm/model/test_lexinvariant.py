@@ -183,6 +183,7 @@ def test_probability_0_is_the_learned_model_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, none, learned)
 
 
+@pytest.mark.usefixtures('optimised')
 def test_probability_1_is_the_lexinvariant_model_bit_for_bit():
     whole = with_spec(SPECS['gaussian'])
     every = with_spec(Lexinvariant(probability=0.0, always=tuple(range(V))))  # with an idle table
