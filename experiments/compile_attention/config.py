@@ -21,6 +21,8 @@ class Config:
 
     Attributes:
       targets: TPU slices (kernels are compiled for one chip of each) and `cuda` (lowered only).
+      with_terms: those for which kernels are also compiled with a bias and noise per key and with a
+        temperature.
       batch_size, heads, kv_heads, channels: B, H, K and C.
       queries: number of queries in training.
       keys: number of keys in training and in the cache.
@@ -31,6 +33,7 @@ class Config:
     """
 
     targets: tuple[Target, ...] = ('v5e:2x2', 'v5p:2x2x1', 'v6e:2x2', 'cuda')
+    with_terms: tuple[Target, ...] = ('v5e:2x2', 'cuda')
     batch_size: int = 1
     heads: int = 32
     kv_heads: int = 8
@@ -51,5 +54,5 @@ class Config:
 
 SCALES = {
     'real': Config(),
-    'tiny': Config(('cuda',), 1, 4, 2, 64, 256, 512, 2, 8, 2),
+    'tiny': Config(('cuda',), ('cuda',), 1, 4, 2, 64, 256, 512, 2, 8, 2),
 }

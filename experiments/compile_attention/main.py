@@ -1,5 +1,6 @@
 """Compiles each kernel, through `lm.attention.attention`, for one chip of each target."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def compile_for(config: Config, target: str) -> list[dict[str, Any]]:
     with use:
         return [
             _compile(kernel, function, operands, target, sharding)
-            for kernel, (function, operands) in functions(config, name).items()
+            for kernel, (function, operands) in functions(config, target, name).items()
         ]
 
 
@@ -109,21 +110,24 @@ def _compile(kernel, function, operands, target, sharding) -> dict[str, Any]:
 Functions = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
 
 
-def functions(config: Config, name: str) -> Functions:
-    """Returns each kernel as a function of abstract arrays, and these; also with all of the terms.
+def functions(config: Config, target: str, name: str) -> Functions:
+    """Returns each kernel as a function of abstract arrays, and these.
 
-    Those are a bias and noise per key, and a temperature.
+    With all terms (bias and noise per key, temperature) too, for the targets that ask for them.
     """
     plain = Scoring(config.channels**-0.5)
+    found = _functions(config, name, plain, None)
+    if target not in config.with_terms:
+        return found
     shape = config.batch_size, config.kv_heads, config.keys
     per_key = _array(*shape, dtype=jnp.float32)
-    scored = plain.replace(temperature=_array(dtype=jnp.float32), noise=per_key)
+    scored = dataclasses.replace(plain, temperature=_array(dtype=jnp.float32), noise=per_key)
     with_terms = _functions(config, name, scored, per_key)
     renamed = {f'{kernel}_with_terms': function for kernel, function in with_terms.items()}
-    return _functions(config, name, plain, None) | renamed
+    return found | renamed
 
 
-def _functions(config: Config, name: str, scoring: Scoring, bias: Any) -> Functions:
+def _functions(config: Config, name: Any, scoring: Scoring, bias: Any) -> Functions:
     b, h, n_kv, c = config.batch_size, config.heads, config.kv_heads, config.channels
     s, t, n = config.keys, config.nodes, config.queries
     dtype = jnp.dtype(config.dtype)

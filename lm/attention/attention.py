@@ -256,7 +256,9 @@ def _mask_axes(mask: Mask) -> Mask:
 def _scoring_axes(scoring: Scoring) -> Scoring:
     """Returns the logical axes of the arrays that a scoring has."""
     axes = jax.tree.map(lambda _: Axes(), scoring)
-    return axes if axes.noise is None else axes.replace(noise=Axes('batch', 'kv_heads'))
+    if scoring.noise is not None:
+        axes = dataclasses.replace(axes, noise=Axes('batch', 'kv_heads'))
+    return axes
 
 
 def _with_gradients(kernel: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:

@@ -208,7 +208,7 @@ def _mask(settings: Settings, query: Queries, key: Keys, scalars: Scalars) -> Ma
 def _forward(
     settings: Settings, query: Queries, key: Keys, mask: Mask, scalars: Scalars
 ) -> Partial:
-    scoring = settings.scoring.replace(temperature=scalars.temperature)
+    scoring = dataclasses.replace(settings.scoring, temperature=scalars.temperature)
     operands = (query.q_BLHC, key.k_BKSC, key.v_BKSC, mask, scoring)
     if settings.implementation == 'xla':
         out_BLHC, lse_BLH = xla.attention(*operands)
@@ -225,7 +225,7 @@ def _backward(
     operands = (
         known.queries.q_BLHC, key.k_BKSC, key.v_BKSC, jnp.zeros_like(known.d_out_BLHC),
         known.lse_BLH, known.d_out_BLHC, -known.delta_BLH, mask,
-        settings.scoring.replace(temperature=scalars.temperature),
+        dataclasses.replace(settings.scoring, temperature=scalars.temperature),
     )  # fmt: skip
     if settings.implementation == 'xla':
         dq, dk, dv = xla_backward.backward(*operands)

@@ -1,5 +1,6 @@
 """Which keys a query sees, kept as positions and bits and never as a dense [L, S] array."""
 
+import dataclasses
 from typing import NamedTuple
 
 import flax.struct
@@ -120,7 +121,7 @@ def tree_rows(mask: Mask) -> jax.Array:
 def tree_alone(mask: Mask) -> Mask:
     """Returns the mask that hides all keys but those of the draft tree."""
     key_position = jnp.where(tree_rows(mask), mask.key_position, -1)
-    return mask.replace(key_position=key_position)
+    return dataclasses.replace(mask, key_position=key_position)
 
 
 class Blocks(NamedTuple):

@@ -1,6 +1,6 @@
 """How attention turns products of queries and keys into logits: one argument of every kernel."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -52,10 +52,12 @@ class Terms(NamedTuple):
     Attributes:
       factor: f32 `[1]`, 1 / temperature; None stands for 1.
       offset: f32 `[B, K or 1, S]`, (bias + noise) / temperature; None stands for 0.
+
+    In kernels, references and block specs take the place of the arrays.
     """
 
-    factor: jax.Array | None
-    offset: jax.Array | None
+    factor: Any
+    offset: Any
 
 
 def key_terms(mask: Mask | None, scoring: Scoring) -> jax.Array | None:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.tpu
 def test_every_kernel_at_real_sizes(target, capsys):
     rows = kernels.compile_for(kernels_config.SCALES['real'], target)
     assert {row['kernel'] for row in rows} == set(
-        kernels.functions(kernels_config.SCALES['real'], 'xla')
+        kernels.functions(kernels_config.SCALES['real'], target, 'xla')
     )
     with capsys.disabled():
         for row in rows:
