@@ -1,6 +1,7 @@
 """Settings of all tests: devices, memory, hypothesis, budgets, what the end of a run says."""
 
 import gc
+import importlib.metadata
 import os
 import pathlib
 
@@ -21,9 +22,19 @@ from tests import budget  # noqa: E402
 
 # Not an environment variable: commands that tests start see the machine as it is.
 jax.config.update('jax_num_cpu_devices', 8)
-# Compiling is nine tenths of the suite, and half of that is LLVM's optimisation of programs that
-# run for milliseconds. Tests of transformer.py: 102 s of CPU with it, 55 without.
+# Compiling is nine tenths of the suite, and most of that optimises programs that run for
+# milliseconds. Seconds of CPU without this and the flag below, with this, and with both: 102, 55
+# and @TF@ for the tests of the transformer; @MOSAIC0@, 171 and 93 for those of the Mosaic kernels.
 jax.config.update('jax_disable_most_optimizations', True)
+# XLA reads its flags as the first device is made. They are then taken back, for the same reason as
+# above; and a version of XLA that does not know one ends the process.
+flags = os.environ.get('XLA_FLAGS')
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
+    os.environ['XLA_FLAGS'] = f'{flags or ""} --xla_cpu_use_fusion_emitters=false'
+    jax.devices()
+    os.environ.pop('XLA_FLAGS')
+    if flags is not None:
+        os.environ['XLA_FLAGS'] = flags
 
 hypothesis.settings.register_profile('default', deadline=None, max_examples=50)
 hypothesis.settings.register_profile(

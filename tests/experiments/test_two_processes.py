@@ -95,6 +95,7 @@ def lose(started, lost, out, steps):
     started[lost].wait()
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_two_processes_goes_on_as_if_nothing_had_happened(folder, port):
     whole, killed = folder / 'whole', folder / 'killed'
     assert finish(start(folder, whole, port)) == [0, 0]
