@@ -171,9 +171,7 @@ class _PackedIterator(grain.DatasetIterator):
 
     def _empty_batch(self) -> tuple[np.ndarray, ...]:
         """Returns rows of padding: tokens, targets, starts and documents, as in `_Rows`."""
-        size, length, codebooks = (
-            self._packing.batch_size, self._packing.length, self._packing.codebooks
-        )  # fmt: skip
+        size, length, _, _, codebooks = self._packing
         shape = (size, length) if codebooks == 1 else (size, length, codebooks)
         starts = np.zeros((size, length), bool)
         starts[:, 0] = True

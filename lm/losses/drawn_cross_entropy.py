@@ -5,7 +5,7 @@ drawn again for the gradient (`lm.losses.online_softmax` has the formulas).
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,25 +46,28 @@ def cross_entropy(
 
 
 class _Arrays(NamedTuple):
-    """What tables are made from; None for the learned table where every row is drawn."""
+    """What tables are made from, or its gradient, which has None for keys and segments.
+
+    The learned table is None where every row is drawn.
+    """
 
     learned_VD: jax.Array | None
-    key_B: jax.Array
-    segments_BL: jax.Array
+    key_B: Any
+    segments_BL: Any
+
+
+class _Learned(NamedTuple):
+    """Rows of the learned table, and which symbols have drawn rows instead."""
+
+    rows_CD: jax.Array
+    is_drawn_B1C: jax.Array
 
 
 class _Rows(NamedTuple):
-    """A chunk of the B tables: drawn rows, and beside them learned ones of a partial model.
-
-    Attributes:
-      drawn_BCD: rows drawn for each row of the batch.
-      learned_CD: rows of the learned table, or None.
-      is_drawn_B1C: which symbols have their drawn row; None: all.
-    """
+    """A chunk of the B tables: drawn rows, and learned ones of a partially lexinvariant model."""
 
     drawn_BCD: jax.Array
-    learned_CD: jax.Array | None
-    is_drawn_B1C: jax.Array | None
+    learned: _Learned | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +107,10 @@ class _Drawn:
         known_C = jnp.minimum(ids_C, self.config.vocab_size - 1)  # the last chunk may pass V
         drawn_BCD = lexinvariant.rows(self.config, key_B, row_BV, known_C)
         if learned_CnD is None:
-            return _Rows(drawn_BCD, None, None)
+            return _Rows(drawn_BCD, None)
         ids_BC = jnp.broadcast_to(known_C, drawn_BCD.shape[:2])
         is_drawn_BC = lexinvariant.is_drawn(self.config, key_B[:, None], ids_BC)
-        return _Rows(drawn_BCD, learned_CnD[:, index], is_drawn_BC[:, None])
+        return _Rows(drawn_BCD, _Learned(learned_CnD[:, index], is_drawn_BC[:, None]))
 
     def no_gradient(self, arrays: _Arrays) -> jax.Array | None:
         if arrays.learned_VD is None:
@@ -124,19 +127,19 @@ class _Drawn:
 
 def _logits(h_BLD: jax.Array, rows: _Rows) -> jax.Array:
     logits = layers.einsum('bld,bcd->blc', h_BLD, rows.drawn_BCD, jnp.float32)
-    if rows.learned_CD is None:
+    if rows.learned is None:
         return logits
-    learned = layers.einsum('bld,cd->blc', h_BLD, rows.learned_CD, jnp.float32)
-    return jnp.where(rows.is_drawn_B1C, logits, learned)
+    learned = layers.einsum('bld,cd->blc', h_BLD, rows.learned.rows_CD, jnp.float32)
+    return jnp.where(rows.learned.is_drawn_B1C, logits, learned)
 
 
 def _back(h_BLD: jax.Array, rows: _Rows, d_logits: jax.Array, index, gradient_CnD):
-    if rows.learned_CD is None:
+    if rows.learned is None:
         dh_BLD = layers.einsum('blc,bcd->bld', d_logits, rows.drawn_BCD, jnp.float32)
         return dh_BLD, gradient_CnD
-    d_drawn = jnp.where(rows.is_drawn_B1C, d_logits, 0)
-    d_learned = jnp.where(rows.is_drawn_B1C, 0, d_logits)
-    dh_BLD = layers.einsum('blc,cd->bld', d_learned, rows.learned_CD, jnp.float32)
+    d_drawn = jnp.where(rows.learned.is_drawn_B1C, d_logits, 0)
+    d_learned = jnp.where(rows.learned.is_drawn_B1C, 0, d_logits)
+    dh_BLD = layers.einsum('blc,cd->bld', d_learned, rows.learned.rows_CD, jnp.float32)
     dh_BLD += layers.einsum('blc,bcd->bld', d_drawn, rows.drawn_BCD, jnp.float32)
     d_rows_CD = layers.einsum('blc,bld->cd', d_learned, h_BLD, jnp.float32)
     d_rows_CD = mesh.constrain(d_rows_CD, ('vocab', 'embed'))

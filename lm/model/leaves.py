@@ -53,8 +53,11 @@ def matrix(
 
 def stacked(leaf: Leaf, n: int) -> Leaf:
     """Returns the leaf of N layers, stacked along a new first dimension."""
-    sides = leaf.matrix and tuple(tuple(i + 1 for i in side) for side in leaf.matrix)
-    return leaf._replace(shape=(n, *leaf.shape), axes=('layers', *leaf.axes), matrix=sides)
+    moved = leaf._replace(shape=(n, *leaf.shape), axes=('layers', *leaf.axes))
+    if leaf.matrix is None:
+        return moved
+    inputs, outputs = (tuple(i + 1 for i in side) for side in leaf.matrix)
+    return moved._replace(matrix=(inputs, outputs))
 
 
 def map_leaves(function: Callable[[Leaf], Any], tree: Leaves) -> dict[str, Any]:

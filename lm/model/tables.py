@@ -141,8 +141,10 @@ def for_batch(
         return BatchTables(tables, tokens_BL, targets_BL, key_B)
     # after renaming, the loss is a learned model's, without its gradient
     table_VD = lexinvariant.fixed_table(config, jnp.arange(config.vocab_size))
-    renamed = lexinvariant.relabel(config, key_B, batch['segments'], tokens_BL, targets_BL)
-    return BatchTables({'input_VD': table_VD}, *renamed, None)
+    tokens_BL, targets_BL = lexinvariant.relabel(
+        config, key_B, batch['segments'], tokens_BL, targets_BL
+    )
+    return BatchTables({'input_VD': table_VD}, tokens_BL, targets_BL, None)
 
 
 def embed_batch(own: BatchTables, config: Config, segments_BL: jax.Array) -> jax.Array:

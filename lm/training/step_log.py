@@ -23,7 +23,7 @@ class StepFailed(Exception):
 class StepLog:
     """Reads each step's metrics only once the next step is under way, so devices never wait."""
 
-    def __init__(self, every: int, last: int, writer: Writer | None, progress: ProgressLine):
+    def __init__(self, every: int, last: int, writer: Writer, progress: ProgressLine):
         """Writes the first step, each `every`-th one and the `last` one."""
         self._every, self._last, self._writer, self._progress = every, last, writer, progress
         self._pending: tuple[int, dict[str, Any], dict[str, Any]] | None = None
@@ -52,10 +52,9 @@ class StepLog:
         self._progress.update(step, f'loss {values["loss"]:.3f}')
         if step % self._every == 0 or step in (1, self._last):
             now = time.monotonic()
-            if self._writer is not None:
-                speed = self._tokens / max(now - self._since, 1e-9)
-                timings = {'tokens_per_second': speed} if self._tokens else {}
-                self._writer.write(step, values, timings)
+            speed = self._tokens / max(now - self._since, 1e-9)
+            timings = {'tokens_per_second': speed} if self._tokens else {}
+            self._writer.write(step, values, timings)
             self._since, self._tokens = now, 0
 
 

@@ -4,6 +4,7 @@ The loop knows nothing of a model but its parameters, their declarations and a l
 (`lm.losses.loss.LossFn`).
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,7 @@ from lm.attention import zigzag
 from lm.checkpoints.checkpoint import Checkpoints
 from lm.data.packing import DOCUMENTS, Shared
 from lm.devices import mesh as mesh_lib
-from lm.devices import preemption, processes
+from lm.devices import preemption
 from lm.losses.loss import LossFn, Sum
 from lm.model.leaves import Leaves
 from lm.training import divergence
@@ -89,9 +90,9 @@ def run(
       config: see `TrainConfig`.
       init: key -> params, already sharded over the mesh.
       loss: see `LossFn`.
-      batches: an endless dataset of dicts of arrays whose first axis is rows, or that are `Shared`.
+      batches: an endless dataset of dicts of arrays, split by rows unless `Shared`.
       folder: gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
-      mesh: batches are split over it by rows.
+      mesh: the devices.
       label: the run's name in the progress line.
       frozen: arrays that the loss reads; never updated and in no checkpoint.
       leaves: declarations of the parameters that `init` makes (`lm.model.leaves`).
@@ -104,16 +105,16 @@ def run(
       Preempted: SIGTERM arrived; the state after the current step is saved.
     """
     optimizer = optimizer_lib.make(config.optimizer, config.steps, leaves)
-    state = init_state(init(jax.random.key(config.seed)), optimizer, mesh)
-    checkpoints, iterator, start = Checkpoints(epath.Path(folder) / 'checkpoints'), iter(batches), 0
-    if checkpoints.steps():
-        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        del state  # two states at once may not fit
-        start, state = checkpoints.restore(like, iterator)
+    checkpoints, iterator = Checkpoints(epath.Path(folder) / 'checkpoints'), iter(batches)
+    start, state = _start(config, init, optimizer, mesh, checkpoints, iterator)
     step_fn = _compiled(config, loss, optimizer, state, mesh)
     guard = divergence.start(_first_loss(folder), mesh)
-    with preemption.noticed() as notice, ProgressLine(label, config.steps, start) as progress:
-        writer = Writer(folder, start) if processes.is_first() else None
+    with (
+        preemption.noticed() as notice,
+        ProgressLine(label, config.steps, start) as progress,
+        contextlib.closing(Writer(folder, start)) as writer,
+        contextlib.closing(checkpoints),
+    ):
         log = StepLog(config.log_every, config.steps, writer, progress)
         try:
             for step in range(start + 1, config.steps + 1):
@@ -129,11 +130,19 @@ def run(
                     break
         except StepFailed as found:
             raise FloatingPointError(divergence.keep(found.failure, state, folder)) from None
-        finally:
-            if writer is not None:
-                writer.close()
-            checkpoints.close()
     return state
+
+
+def _start(
+    config: TrainConfig, init, optimizer, mesh: Mesh, checkpoints: Checkpoints, iterator: Any
+) -> tuple[int, TrainState]:
+    """Returns the step and the state of the newest checkpoint, or 0 and the initial state."""
+    state = init_state(init(jax.random.key(config.seed)), optimizer, mesh)
+    if not checkpoints.steps():
+        return 0, state
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    del state  # two states at once may not fit
+    return checkpoints.restore(like, iterator)
 
 
 def _compiled(

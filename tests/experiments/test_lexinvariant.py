@@ -17,7 +17,7 @@ from experiments.lexinvariant import (
     results,
     tasks,
 )
-from lm.model import params
+from lm.model import params, transformer
 from tokenization.vocabularies.alphabet import AlphabetTokenizer
 
 SETTINGS = config.SCALES['tiny']
@@ -122,7 +122,7 @@ def test_an_answer_is_predicted_from_the_column_before_it(monkeypatch):
     shape = dataclasses.replace(SETTINGS.model, vocab_size=129, d_model=129, scale_embeddings=False)
     fitted = Fitted(shape, {'tables': {'input_VD': jax.numpy.eye(129)}}, 0.0)
     monkeypatch.setattr(
-        models, 'hidden', lambda params, config, tokens, key: jax.nn.one_hot(tokens, 129)
+        transformer, 'forward', lambda params, config, tokens: jax.nn.one_hot(tokens, 129)
     )
     assert tasks.accuracy(fitted, made) == 0
     twice = made.tokens_QL.copy()
