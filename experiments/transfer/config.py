@@ -5,6 +5,8 @@ or made by a heuristic, and the body stays as it is. Then it is trained on for a
 
     python -m experiments.run transfer                       # 2 cores: about 25 minutes, resumable
     python -m experiments.run transfer --bundle out/pretrain/bundle --data 'my/*.txt'
+    python -m experiments.run transfer --bundle out/transfer/source/bundle \\
+        --hypernetwork_bundle out/transfer/bundles/hypernetwork --targets bytes
     python -m experiments.run transfer --ranks 'tokenizers/*.tiktoken'
     python -m experiments.run transfer --scale gpu
 
@@ -50,6 +52,8 @@ class Config:
     Attributes:
       data: glob of text files; the interpreter's standard library if not given.
       bundle: a model to start from, instead of one that is trained here.
+      hypernetwork_bundle: the hypernetwork that an earlier run trained for that model, its
+        `bundles/hypernetwork`, instead of one that is trained here.
       ranks: glob that finds `r50k_base.tiktoken` (GPT-2) and `cl100k_base.tiktoken`; of one that
         it does not find, the first 5,000 tokens stand for it.
       targets: tokenizers that the model is moved to.
@@ -75,6 +79,7 @@ class Config:
 
     data: str | None = None
     bundle: str | None = None
+    hypernetwork_bundle: str | None = None
     ranks: str | None = None
     targets: tuple[Target, ...] = TARGETS
     oracle: tuple[Target, ...] = ('bytes',)
@@ -121,6 +126,9 @@ class Config:
         require('shots', self.shots, min(self.shots, default=-1) == 0, '0 and more steps')
         for share in self.reductions:
             require('reductions', share, 0 < share <= 1, 'above 0, at most 1')
+        given = self.hypernetwork_bundle
+        require('hypernetwork_bundle', given, not given or self.bundle is not None,
+                'none without --bundle: it was trained for one model')  # fmt: skip
         require('auxiliary', self.auxiliary, self.auxiliary >= 0, 'at least 0')
 
 
