@@ -6,6 +6,8 @@ of continued training.
 
     python -m experiments.run transfer                       # 2 cores: about 25 minutes, resumable
     python -m experiments.run transfer --bundle out/pretrain/bundle --data 'my/*.txt'
+    python -m experiments.run transfer --bundle out/transfer/source/bundle \\
+        --hypernetwork_bundle out/transfer/bundles/hypernetwork --targets bytes
     python -m experiments.run transfer --ranks 'tokenizers/*.tiktoken'
     python -m experiments.run transfer --scale gpu
 
@@ -51,6 +53,8 @@ class Config:
     Attributes:
       data: glob of text files; default: the interpreter's standard library.
       bundle: the source model; default: it is trained here.
+      hypernetwork_bundle: a hypernetwork that an earlier run trained for that model, its
+        `bundles/hypernetwork`; default: it is trained here.
       ranks: glob that matches `r50k_base.tiktoken` (GPT-2) and `cl100k_base.tiktoken`; if a file is
         missing, the first 5,000 tokens are used.
       targets: tokenizers that the model is transferred to.
@@ -76,6 +80,7 @@ class Config:
 
     data: str | None = None
     bundle: str | None = None
+    hypernetwork_bundle: str | None = None
     ranks: str | None = None
     targets: tuple[Target, ...] = TARGETS
     oracle: tuple[Target, ...] = ('bytes',)
@@ -122,6 +127,9 @@ class Config:
         require('shots', self.shots, min(self.shots, default=-1) == 0, '0 and more steps')
         for share in self.reductions:
             require('reductions', share, 0 < share <= 1, 'above 0, at most 1')
+        given = self.hypernetwork_bundle
+        require('hypernetwork_bundle', given, not given or self.bundle is not None,
+                'none without --bundle: it was trained for one model')  # fmt: skip
         require('auxiliary', self.auxiliary, self.auxiliary >= 0, 'at least 0')
 
 

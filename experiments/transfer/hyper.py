@@ -1,4 +1,4 @@
-"""Training of the hypernetwork."""
+"""The hypernetwork: trained in two stages, or loaded from a bundle."""
 
 import functools
 import time
@@ -10,13 +10,17 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from experiments import resume
 from experiments.corpora import Corpus
 from experiments.transfer.config import Config
+from lm.checkpoints import bundle
+from lm.devices import processes
 from lm.model import leaves as leaves_lib
 from lm.model.leaves import Params
 from lm.training import train
 from lm.training.train import TrainConfig
-from tokenization.transfer import hypernetwork
+from tokenization import loading
+from tokenization.transfer import hypernetwork, transfer
 from tokenization.transfer import losses as hypernetwork_losses
 from tokenization.transfer.hypernetwork import HypernetworkConfig
 from tokenization.transfer.sampled_batches import Settings, sampled_batches
@@ -27,14 +31,57 @@ _BYTES_PER_TOKEN = 6
 
 
 class Trained(NamedTuple):
-    """A trained hypernetwork."""
+    """A trained hypernetwork; `seconds` that its training took."""
 
     config: HypernetworkConfig
     weights: Params
     seconds: float
 
 
-def fit(
+def open_network(
+    config: Config, source: SourceModel, corpus: Corpus, out: epath.Path, mesh: Mesh
+) -> Trained:
+    """Returns the hypernetwork of the config's bundle, or trains one and saves it as a bundle.
+
+    Raises:
+      FileNotFoundError, ValueError: what `bundle.load` raises; the bundle's hypernetwork was
+        trained for another model or another tokenizer.
+    """
+    if config.hypernetwork_bundle is not None:
+        return _load(config.hypernetwork_bundle, source, mesh)
+    network = _fit(config, source, corpus, out / 'hypernetwork', mesh)
+    # of the process that trained it, not of one that found it trained
+    seconds = resume.part_once(out / 'parts' / 'hypernetwork.json', lambda: network.seconds)
+    path = out / 'bundles' / 'hypernetwork'
+    if not processes.agree((path / 'config.json').exists()):
+        bundle.save(
+            path, network.config, network.weights, source.tokenizer, None,
+            {'train_seconds': seconds}, architecture=hypernetwork.ARCHITECTURE,
+        )  # fmt: skip
+    return network._replace(seconds=seconds)
+
+
+def _load(path: str, source: SourceModel, mesh: Mesh) -> Trained:
+    known = {hypernetwork.ARCHITECTURE.name: hypernetwork.ARCHITECTURE}
+    loaded = bundle.load(path, mesh, architectures=known)
+    size = source.tokenizer.vocab_size
+    config = hypernetwork.for_model(loaded.config, source.config, size)
+    for name in ('vocab_size', 'd_model', 'tied'):
+        had, wanted = getattr(loaded.config, name), getattr(config, name)
+        if had != wanted:
+            raise ValueError(
+                f'--hypernetwork_bundle {path}: {name} {had}, and the model has {wanted}: it was '
+                'trained for another model'
+            )
+    tokenizer = loading.load(loaded.tokenizer_path)
+    if transfer.token_table(tokenizer) != transfer.token_table(source.tokenizer):
+        raise ValueError(
+            f'--hypernetwork_bundle {path}: it was trained for another tokenizer than the model has'
+        )
+    return Trained(config, loaded.params, loaded.metrics.get('train_seconds', 0.0))
+
+
+def _fit(
     config: Config, source: SourceModel, corpus: Corpus, out: epath.Path, mesh: Mesh
 ) -> Trained:
     """Trains a hypernetwork in two stages, resuming from the checkpoints in `out`."""

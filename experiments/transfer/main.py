@@ -35,9 +35,7 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
     source = open_source(config, corpus, out, mesh)
     _check(config, source.config, mesh)
     found = targets.build(config, corpus, out)
-    network = hyper.fit(config, source, corpus, out / 'hypernetwork', mesh)
-    # seconds of the process that trained it, even if this one only loaded it
-    seconds = resume.part_once(out / 'parts' / 'hypernetwork.json', lambda: network.seconds)
+    network = hyper.open_network(config, source, corpus, out, mesh)
     texts = corpora.first_bytes(corpus.test, config.valid_bytes)
     rows = _rows(_Setting(config, source, corpus, texts, out, mesh), found, network)
     ids, samples = (
@@ -55,7 +53,7 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
         results.table(rows)
         | results.dynamic(shorter)
         | results.variants(tuned)
-        | {'train_seconds/hypernetwork': seconds}
+        | {'train_seconds/hypernetwork': network.seconds}
     )
     results.plot(out, rows, shorter)
     Console().print(f'plots, bundles and result.json: {out}')
@@ -64,10 +62,14 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
 
 def _check(config: Config, model: ModelConfig, mesh: Mesh) -> None:
     """Raises ValueError unless all training runs fit the model and the devices."""
-    language_model.check_rows(config.identity, mesh, 'identity')  # single ids, without a length
-    for name in ('train', 'transfer', 'continued'):
-        if name != 'train' or config.bundle is None or config.oracle:
-            language_model.check(model, getattr(config, name), mesh, name)
+    trained = ['continued']
+    if config.hypernetwork_bundle is None:
+        language_model.check_rows(config.identity, mesh, 'identity')  # single ids, without a length
+        trained.append('transfer')
+    if config.bundle is None or config.oracle:
+        trained.append('train')
+    for name in trained:
+        language_model.check(model, getattr(config, name), mesh, name)
 
 
 class _Setting(NamedTuple):

@@ -1,13 +1,12 @@
-"""A model on disk: its config, its tokenizer, its parameters, and where they come from.
+"""A model on disk: its architecture and config, its tokenizer, its parameters, its provenance.
 
-PATH/config.json    format, model config, metrics, commit
+PATH/config.json    format, architecture unless it is the transformer, config, metrics, commit
 PATH/tokenizer/     written by the tokenizer's own `save`
 PATH/params/        Orbax
 """
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -17,19 +16,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from lm.checkpoints import restore
+from lm.checkpoints import architecture as architecture_lib
+from lm.checkpoints import bundle_checks, restore
+from lm.checkpoints.architecture import KNOWN, TRANSFORMER, Architecture
 from lm.devices import mesh as mesh_lib
 from lm.devices import processes
 from lm.files import atomic, checksums, json_fields, provenance
-from lm.model import config as config_lib
-from lm.model import params as params_lib
-from lm.model.config import Config
 from lm.model.params import Params
 
 FORMAT = 1
-# Parameters may take so many times their bytes on disk, and so many more: what was trained hardly
-# packs at all.
-MOST_TIMES, MOST_MORE = 64, 1 << 30
 
 
 class Saves(Protocol):
@@ -44,59 +39,76 @@ class Bundle(NamedTuple):
     """A loaded model; `tokenization.loading.load(bundle.tokenizer_path)` gives its tokenizer.
 
     Attributes:
-      config, params: the model.
+      config, params: the model; the config is `lm.model.config.Config` for a transformer.
       tokenizer_path: folder of its tokenizer.
       bos: the id that starts a document, not one of the tokenizer's; None if there is none.
       metrics: as they were saved.
+      architecture: of the config and the parameters.
     """
 
-    config: Config
+    config: Any
     params: Params
     tokenizer_path: epath.Path
     bos: int | None
     metrics: dict[str, float]
+    architecture: Architecture = TRANSFORMER
 
 
 def save(
     path: epath.PathLike,
-    config: Config,
+    config: Any,
     params: Params,
     tokenizer: Saves,
     bos: int | None,
     metrics: Mapping[str, float] | None = None,
+    *,
+    architecture: Architecture = TRANSFORMER,
 ) -> None:
     """Writes a bundle, replacing an older one at `path`; a failure leaves the older one.
 
-    All processes that hold parts of `params` call it; each writes its own.
+    Refuses what `load` would refuse, before anything is written. All processes that hold parts of
+    `params` call it; each writes its own.
 
     Args:
       path: a folder, local or on `gs://`, that all processes see.
       config: of the model.
       params: its parameters.
       tokenizer: writes itself into the bundle.
-      bos: the input-only id in front of each document that the model was trained on, or None.
-      metrics: what is known of the model; numbers that are not finite are left out.
+      bos: the input-only id in front of every document in training, or None.
+      metrics: measurements of the model, by name; those that are not finite are left out.
+      architecture: of the model.
 
     Raises:
       FileExistsError: `path` is there and is no bundle.
+      ValueError: leaves are missing, left over, or of another shape or dtype than the config's,
+        all of them named; the config does not come back from its JSON; `bos` is no id of the
+        model; a metric is no number.
       OSError: the bundle could not be written; says why.
     """
     check_replaceable(path)
-    hashed = digest(config, params)
+    try:
+        bundle_checks.check_config(architecture, config)
+        bundle_checks.check_bos(bos, architecture.vocab_size(config))
+        bundle_checks.check_metrics(metrics or {})
+        bundle_checks.check_params(params, architecture_lib.abstract(architecture, config))
+    except ValueError as error:
+        raise ValueError(f'{path}: not saved: {error}') from None
+    described = {
+        'format': FORMAT,
+        # left out by default: bundles are older than architectures
+        **({} if architecture.name == TRANSFORMER.name else {'architecture': architecture.name}),
+        'model': architecture.to_json(config),
+        'digest': digest(config, params, architecture),
+        'checksums': checksums.of(params),
+        'bos': bos,
+        'metrics': bundle_checks.finite(metrics or {}),
+        'commit': provenance.commit()[0],
+    }
     with processes.new_folder(path) as folder:
         if processes.is_first():
             tokenizer.save(folder / 'tokenizer')
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / 'params', params)
-        described = {
-            'format': FORMAT,
-            'model': config_lib.to_dict(config),
-            'digest': hashed,
-            'checksums': checksums.of(params),
-            'bos': bos,
-            'metrics': {n: x for n, x in (metrics or {}).items() if math.isfinite(x)},
-            'commit': provenance.commit()[0],
-        }
         if processes.is_first():
             (folder / 'config.json').write_text(json.dumps(described, indent=2) + '\n')
 
@@ -106,57 +118,81 @@ def check_replaceable(path: epath.PathLike) -> None:
     atomic.check_replaceable(path, 'bundle', 'format')
 
 
-def load(path: epath.PathLike, mesh: Mesh | None = None) -> Bundle:
+def load(
+    path: epath.PathLike,
+    mesh: Mesh | None = None,
+    *,
+    architectures: Mapping[str, Architecture] = KNOWN,
+) -> Bundle:
     """Returns the bundle at `path`, its parameters sharded over `mesh` (default: all devices).
 
     Reads JSON and arrays; executes nothing from there.
 
+    Args:
+      path: the bundle.
+      mesh: over which parameters are sharded.
+      architectures: those that may be in it, by name; the transformer if not given.
+
     Raises:
       FileNotFoundError: no bundle at `path`.
-      ValueError: the format is unknown; leaves are missing, left over or of another shape; or a
-        byte of them has changed.
+      ValueError: the format or the architecture is unknown; leaves are missing, left over or of
+        another shape; or a byte of them has changed.
     """
-    folder, config, described = _described(path)
-    bos, metrics = described.get('bos'), described.get('metrics', {})
-    if not (bos is None or (type(bos) is int and 0 <= bos < config.vocab_size)):
-        raise ValueError(
-            f'{folder / "config.json"}: bos: {bos!r}; expected null or an id below '
-            f'{config.vocab_size}'
-        )
-    if not isinstance(metrics, dict):
-        raise ValueError(f'{folder / "config.json"}: metrics: expected an object')
-    params = _read(path, folder, params_lib.abstract(config, mesh or mesh_lib.make()), ())
-    if 'digest' in described and described['digest'] != digest(config, params):
+    folder, architecture, config, fields = _described(path, architectures)
+    bos, metrics = fields.get('bos'), fields.get('metrics', {})
+    try:
+        bundle_checks.check_bos(bos, architecture.vocab_size(config))
+        bundle_checks.check_metrics(metrics)
+    except ValueError as error:
+        raise ValueError(f'{folder / "config.json"}: {error}') from None
+    like = architecture_lib.abstract(architecture, config, mesh or mesh_lib.make())
+    params = _read(path, folder, like, ())
+    if 'digest' in fields and fields['digest'] != digest(config, params, architecture):
         raise ValueError(f'{path}: params/ is not what was saved: damaged; copy the bundle again')
-    return Bundle(config, params, folder / 'tokenizer', bos, metrics)
+    return Bundle(config, params, folder / 'tokenizer', bos, metrics, architecture)
 
 
-def load_part(path: epath.PathLike, part: str, mesh: Mesh | None = None) -> tuple[Config, Params]:
+def load_part(
+    path: epath.PathLike,
+    part: str,
+    mesh: Mesh | None = None,
+    *,
+    architectures: Mapping[str, Architecture] = KNOWN,
+) -> tuple[Any, Params]:
     """Returns a bundle's config and one part of its parameters, and reads no other part.
 
     Args:
       path: the bundle.
-      part: `body` or `tables`.
+      part: a top-level entry of the architecture's leaves: `body` or `tables` of a transformer.
       mesh: over which the part is sharded; all devices if not given.
+      architectures: as for `load`.
 
     Raises:
       FileNotFoundError, ValueError: as `load`; or the model has no such part.
     """
-    folder, config, described = _described(path)
-    abstract = params_lib.abstract(config, mesh or mesh_lib.make())
-    if not abstract.get(part):
-        raise ValueError(
-            f'{path}: no part {part!r}; there are: {", ".join(filter(abstract.get, abstract))}'
-        )
-    others = tuple(name for name in abstract if name != part)
-    params = _read(path, folder, {part: abstract[part]}, others)
-    if 'checksums' in described and checksums.differing(params, described['checksums']):
+    folder, architecture, config, fields = _described(path, architectures)
+    like = architecture_lib.abstract(architecture, config, mesh or mesh_lib.make())
+    parts = [name for name in like if jax.tree.leaves(like[name])]
+    if part not in parts:
+        raise ValueError(f'{path}: no part {part!r}; there are: {", ".join(parts)}')
+    others = tuple(name for name in like if name != part)
+    params = _read(path, folder, {part: like[part]}, others)
+    if 'checksums' in fields and checksums.differing(params, fields['checksums']):
         raise ValueError(f'{path}: params/ is not what was saved: damaged; copy the bundle again')
     return config, params[part]
 
 
-def _described(path: epath.PathLike) -> tuple[epath.Path, Config, dict[str, Any]]:
-    """Returns the folder of a bundle, its model's config, and what else config.json says."""
+class _Described(NamedTuple):
+    """The content of config.json; `fields` holds all of it as JSON."""
+
+    folder: epath.Path
+    architecture: Architecture
+    config: Any
+    fields: dict[str, Any]
+
+
+def _described(path: epath.PathLike, known: Mapping[str, Architecture]) -> _Described:
+    """Finds the folder of a bundle and reads its config.json."""
     folder = atomic.absolute(path)
     if not folder.exists() and folder.with_name(f'{folder.name}.old').exists():
         folder = folder.with_name(f'{folder.name}.old')  # killed while it was replaced
@@ -164,71 +200,48 @@ def _described(path: epath.PathLike) -> tuple[epath.Path, Config, dict[str, Any]
     if not file.exists():
         raise FileNotFoundError(f'{path}: no bundle here (config.json is missing)')
     try:
-        described = json_fields.read(file)
-        version, model = described['format'], described['model']
+        fields = json_fields.read(file)
+        version, model = fields['format'], fields['model']
     except (ValueError, KeyError) as error:
         raise ValueError(f'{file}: not the config of a bundle ({error})') from None
     if version != FORMAT:
         raise ValueError(f'{file}: format {version!r}; this version reads format {FORMAT}')
     try:
-        return folder, config_lib.from_dict(model), described
+        architecture = architecture_lib.named(fields.get('architecture', TRANSFORMER.name), known)
+        return _Described(folder, architecture, architecture.from_json(model), fields)
     except ValueError as error:
         raise ValueError(f'{file}: {error}') from None
 
 
-def _check_size(path: epath.PathLike, folder: epath.Path, abstract: Params) -> None:
-    """Refuses a few bytes on disk that stand for a memory full of zeros.
-
-    Missing pieces of an array are zeros to TensorStore, however large its header says it is.
-    """
-    wanted = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    if wanted <= MOST_MORE:
-        return
-    held = sum((at / name).stat().length for at, _, names in folder.walk() for name in names)
-    if wanted > MOST_TIMES * held + MOST_MORE:
-        raise ValueError(
-            f'{path}: config.json asks for {wanted:,} bytes of parameters, params/ has {held:,}: '
-            'damaged; copy the bundle again'
-        )
-
-
-def _read(path, folder: epath.Path, like: Params, others: tuple[str, ...]) -> Params:
-    """Returns the leaves of `like`; there may be those of `others`, too, which stay unread."""
-    _check_size(path, folder / 'params', like)
+def _read(
+    path: epath.PathLike, folder: epath.Path, like: Params, others: tuple[str, ...]
+) -> Params:
+    """Returns the leaves of `like`; parts named in `others` may be present and stay unread."""
     try:
-        saved = dict(restore.metadata(folder / 'params'))
-    except Exception:
-        raise ValueError(f'{path}: params/ is missing or damaged; copy the bundle again') from None
-    _check_leaves(path, {name: x for name, x in saved.items() if name not in others}, like)
+        bundle_checks.check_size(folder / 'params', like)
+        saved = _metadata(folder / 'params')
+        bundle_checks.check_saved({n: x for n, x in saved.items() if n not in others}, like)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
     try:
         return restore.leaves(folder / 'params', like)
     except Exception as error:
         raise ValueError(f'{path}: params cannot be read; copy them again: {error}') from error
 
 
-def _check_leaves(path: epath.PathLike, saved: Params, like: Params) -> None:
-    """Compares what is saved with what the config asks for, and names every difference."""
-    have, want = checksums.kinds(saved), checksums.kinds(like)
-    problems = [f'{name} is missing' for name in sorted(set(want) - set(have))]
-    problems += [f'{name} is not part of this model' for name in sorted(set(have) - set(want))]
-    problems += [
-        f'{name} is {have[name]}, expected {want[name]}'
-        for name in sorted(set(want) & set(have))
-        if have[name] != want[name]
-    ]
-    # a piece is unpacked whole, whatever part of it the array needs
-    problems += [
-        f'{checksums.name(p)} is stored in pieces of {x.storage.chunk_shape}'
-        for p, x in jax.tree_util.tree_leaves_with_path(saved)
-        if any(piece > size for piece, size in zip(x.storage.chunk_shape, x.shape))
-    ]
-    if problems:
-        raise ValueError(f'{path}: params do not fit config.json: ' + '; '.join(problems))
+def _metadata(folder: epath.Path) -> dict[str, Any]:
+    try:
+        return dict(restore.metadata(folder))
+    except Exception:
+        raise ValueError('params/ is missing or damaged; copy the bundle again') from None
 
 
-def digest(config: Config, params: Params) -> str:
-    """Returns a hex SHA-256 of the config and of every parameter's bytes."""
-    result = hashlib.sha256(json.dumps(config_lib.to_dict(config), sort_keys=True).encode())
+def digest(config: Any, params: Params, architecture: Architecture = TRANSFORMER) -> str:
+    """Returns a hex SHA-256 of the architecture, the config and every parameter's bytes."""
+    described = json.dumps(architecture.to_json(config), sort_keys=True)
+    if architecture.name != TRANSFORMER.name:  # digests are older than architectures
+        described = f'{architecture.name} {described}'
+    result = hashlib.sha256(described.encode())
     for path, leaf in sorted(
         jax.tree_util.tree_leaves_with_path(params), key=lambda entry: checksums.name(entry[0])
     ):

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-import types
-import typing
 from typing import Any, Literal
+
+from lm.files import dataclass_json
 
 # Fields added later, with their value in older models.
 _LATER = {'lexinvariant': None, 'induction_init': False, 'ring': 'keys', 'codebooks': 1}
@@ -216,45 +216,4 @@ def from_dict(fields: dict[str, Any]) -> Config:
     Raises:
       ValueError: a field is unknown or missing, or a value is not allowed.
     """
-    if not isinstance(fields, dict):
-        raise ValueError('model config: expected an object of fields')
-    known = {field.name: field for field in dataclasses.fields(Config)}
-    unknown = sorted(set(fields) - set(known))
-    required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
-    missing = sorted(required - set(fields))
-    if unknown or missing:
-        raise ValueError(f'model config: unknown fields {unknown}, missing fields {missing}')
-    values = dict(fields)
-    for name, value in fields.items():
-        if not _fits(known[name].type, value):
-            kind = getattr(known[name].type, '__name__', known[name].type)
-            raise ValueError(f'model config: {name}: {value!r}; expected {kind}')
-    try:
-        if values.get('rope_scaling') is not None:
-            values['rope_scaling'] = RopeScaling(**values['rope_scaling'])
-        if values.get('lexinvariant') is not None:
-            values['lexinvariant'] = _lexinvariant(values['lexinvariant'])
-        if 'window_pattern' in values:
-            values['window_pattern'] = tuple(values['window_pattern'])
-        return Config(**values)
-    except TypeError as error:
-        raise ValueError(f'model config: a value has the wrong type: {error}') from None
-
-
-def _lexinvariant(fields: dict[str, Any]) -> Lexinvariant:
-    values: Any = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
-    return Lexinvariant(**values)
-
-
-def _fits(kind: Any, value: Any) -> bool:
-    """Whether a JSON value can stand in a field of this type."""
-    parts = typing.get_args(kind)
-    if typing.get_origin(kind) is types.UnionType:
-        return any(_fits(part, value) for part in parts)
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, list | tuple) and all(_fits(parts[0], item) for item in value)
-    if typing.get_origin(kind) is Literal:
-        return value in parts
-    if kind in (RopeScaling, Lexinvariant):
-        return isinstance(value, dict)
-    return type(value) in ((int, float) if kind is float else (kind,))
+    return dataclass_json.read(Config, fields, 'model config')

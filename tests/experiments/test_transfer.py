@@ -29,7 +29,7 @@ from lm.model.config import Config as ModelConfig
 from tokenization.coding.ngram import count
 from tokenization.equal_info.compiler import compile_equal_info
 from tokenization.huggingface.tokenizer import HuggingFaceTokenizer
-from tokenization.transfer import heuristics, hypernetwork
+from tokenization.transfer import heuristics, hypernetwork, transfer
 from tokenization.transfer.hypernetwork import HypernetworkConfig
 from tokenization.transfer.transfer import SourceModel
 from tokenization.vocabularies.bpe import BPETokenizer
@@ -143,6 +143,75 @@ def test_documents_of_a_model_without_bos_begin_behind_eos(mesh, tmp_path):
             open_source(given, None, tmp_path, mesh)
 
 
+@pytest.fixture
+def saved_network(source, network, tmp_path):
+    """A given model, and its hypernetwork as a bundle; nothing may be trained."""
+    bundle.save(
+        tmp_path / 'network', network.config, network.weights, source.tokenizer, None,
+        {'train_seconds': 7.0}, architecture=hypernetwork.ARCHITECTURE,
+    )  # fmt: skip
+    path = str(tmp_path / 'network')
+    return dataclasses.replace(SETTINGS, bundle='given', hypernetwork_bundle=path)
+
+
+class TestHypernetworkBundle:
+    def test_it_predicts_what_the_trained_one_does(
+        self, source, network, mesh, saved_network, tmp_path
+    ):
+        loaded = hyper.open_network(saved_network, source, None, tmp_path / 'out', mesh)
+        assert (loaded.config, loaded.seconds) == (network.config, 7.0)
+        assert not (tmp_path / 'out').exists()  # nothing was trained
+        moved = [
+            measure.move(source, ByteTokenizer(), transfer.predicted(x.weights, x.config), mesh)
+            for x in (network, loaded)
+        ]
+        jax.tree.map(np.testing.assert_array_equal, *(x.fitted.params for x in moved))
+
+    def test_it_computes_in_the_dtype_of_the_model(self, source, mesh, saved_network, tmp_path):
+        half = source._replace(config=dataclasses.replace(source.config, dtype='bfloat16'))
+        assert hyper.open_network(saved_network, half, None, tmp_path, mesh).config.dtype == (
+            'bfloat16'
+        )
+
+    def test_one_of_another_model_or_tokenizer_is_refused(
+        self, source, mesh, saved_network, tmp_path
+    ):
+        tied = dataclasses.replace(source.config, tied=True)
+        with pytest.raises(ValueError, match=r'hypernetwork_bundle .*: tied False, and the model'):
+            hyper.open_network(saved_network, source._replace(config=tied), None, tmp_path, mesh)
+        text = TEXT[::-1]
+        other = source._replace(tokenizer=BPETokenizer.train([text], 290))
+        with pytest.raises(ValueError, match=r'hypernetwork_bundle .*: .* another tokenizer'):
+            hyper.open_network(saved_network, other, None, tmp_path, mesh)
+
+    def test_a_bundle_of_a_language_model_is_none(self, source, mesh, tmp_path):
+        path = tmp_path / 'model'
+        bundle.save(path, source.config, source.params, source.tokenizer, source.bos)
+        given = dataclasses.replace(SETTINGS, bundle='given', hypernetwork_bundle=str(path))
+        with pytest.raises(ValueError, match="architecture 'transformer'; expected hypernetwork"):
+            hyper.open_network(given, source, None, tmp_path, mesh)
+
+    def test_its_training_is_not_checked(self, source, saved_network):
+        four = mesh_lib.make('data=4', jax.devices('cpu')[:4])
+        odd = dataclasses.replace(SETTINGS.transfer, batch_size=3)
+        with pytest.raises(ValueError, match=r'transfer\.batch_size'):
+            main._check(dataclasses.replace(SETTINGS, transfer=odd), source.config, four)
+        main._check(dataclasses.replace(saved_network, transfer=odd), source.config, four)
+
+    def test_it_is_saved_once_and_a_resumed_run_finds_it(
+        self, source, network, mesh, tmp_path, monkeypatch
+    ):
+        trained = [network._replace(seconds=5.0), network._replace(seconds=0.1)]
+        monkeypatch.setattr(hyper, '_fit', lambda *arguments: trained.pop(0))
+        path = tmp_path / 'bundles' / 'hypernetwork' / 'config.json'
+        first = hyper.open_network(SETTINGS, source, None, tmp_path, mesh)
+        written = path.stat().st_mtime_ns
+        again = hyper.open_network(SETTINGS, source, None, tmp_path, mesh)
+        assert (first.seconds, again.seconds) == (5.0, 5.0)
+        assert path.stat().st_mtime_ns == written
+        assert json.loads(path.read_text())['metrics'] == {'train_seconds': 5.0}
+
+
 def test_rows_are_held_where_they_began(source):
     start = source.params['tables']
     assert measure.distance_of_rows(start, start) == 0
@@ -219,7 +288,7 @@ def test_a_variant_moves_by_what_its_base_learned(source, mesh, tmp_path, monkey
     [
         {'vocab_size': 256}, {'sampled_size': 257}, {'targets': ()}, {'targets': ('latin',)},
         {'shots': (10,)}, {'reductions': (0.0,)}, {'auxiliary': -1.0}, {'oracle': ('latin',)},
-        {'variants': ('latin',)}, {'variant_steps': 0},
+        {'variants': ('latin',)}, {'variant_steps': 0}, {'hypernetwork_bundle': 'x'},
     ],
 )  # fmt: skip
 def test_refuses_what_cannot_work(fields):

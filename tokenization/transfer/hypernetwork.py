@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.checkpoints.architecture import Architecture
 from lm.devices import mesh
+from lm.files import dataclass_json
 from lm.model import layers, params, transformer
 from lm.model import leaves as leaves_lib
 from lm.model.config import Config
@@ -75,6 +77,7 @@ class HypernetworkConfig:
             raise ValueError(f'HypernetworkConfig.pieces: {self.pieces}; expected at least 2')
         if self.d_ff < 0:
             raise ValueError(f'HypernetworkConfig.d_ff: {self.d_ff}; expected 0 or more')
+        _ = self.encoder  # refuses a head_dim or a dtype that no encoder can have
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -143,6 +146,15 @@ def leaves(config: HypernetworkConfig) -> dict[str, Any]:
         'encoder': params.body_leaves(config.encoder),
         'heads': {name: head() for name in config.tables},
     }
+
+
+# Reads tables, not ids: a bundle of it has no BOS.
+ARCHITECTURE = Architecture(
+    'hypernetwork',
+    dataclasses.asdict,
+    lambda fields: dataclass_json.read(HypernetworkConfig, fields, 'hypernetwork config'),
+    leaves,
+)
 
 
 def init(config: HypernetworkConfig, source: Params, key: jax.Array) -> Params:

@@ -1,6 +1,7 @@
 """Bundles load as they were saved, and damaged ones say what is wrong."""
 
 import json
+import pathlib
 import shutil
 
 import jax
@@ -9,7 +10,12 @@ import pytest
 
 from lm.checkpoints import bundle
 from lm.model import params, presets
+from tests.lm.checkpoints import make_bundle
+from tokenization.vocabularies.byte import ByteTokenizer
 
+OLD = pathlib.Path(__file__).parent / 'old_bundle'
+OLD_DIGEST = 'bea926b434f2df79f0cdd4928a579483cec8c17f4fe3ac1d817e940e5ab6a3a5'
+OLD_WEIGHTS = [0.28289473056793213, 0.05839574709534645]
 CONFIG = presets.tiny(40)
 # of CONFIG with all weights 0, as the version before that field printed it
 BEFORE_LEXINVARIANT = '110c6fe6bd1e6505fe8a8a804a6c9da33fae262c78b8aefe706f6698f9ab4133'
@@ -58,6 +64,27 @@ def test_the_digest_sees_one_changed_weight(saved):
 def test_digests_of_models_from_before_a_field_was_added_stand():
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params.abstract(CONFIG))
     assert bundle.digest(CONFIG, zeros) == BEFORE_LEXINVARIANT
+
+
+def test_a_bundle_from_before_architectures_loads():
+    loaded = bundle.load(OLD)
+    assert loaded.config == make_bundle.CONFIG and loaded.bos == 256
+    assert loaded.metrics == make_bundle.METRICS and loaded.architecture.name == 'transformer'
+    assert bundle.digest(loaded.config, loaded.params) == OLD_DIGEST
+    wq_NDHC = loaded.params['body']['layers']['wq_NDHC']
+    assert wq_NDHC.shape == (1, 4, 2, 2) and wq_NDHC[0, 3, 1].tolist() == OLD_WEIGHTS
+    _, tables = bundle.load_part(OLD, 'tables')
+    np.testing.assert_array_equal(tables['input_VD'], loaded.params['tables']['input_VD'])
+
+
+def test_an_old_bundle_is_written_again_as_it_was(tmp_path):
+    loaded = bundle.load(OLD)
+    bundle.save(
+        tmp_path / 'x', loaded.config, loaded.params, ByteTokenizer(), loaded.bos, loaded.metrics
+    )
+    lines = [(path / 'config.json').read_text().split('\n') for path in (OLD, tmp_path / 'x')]
+    old, new = ([x for x in some if '"commit"' not in x] for some in lines)
+    assert old == new and len(new) == len(lines[1]) - 1
 
 
 def test_a_missing_folder_and_a_foreign_one(tmp_path):
@@ -134,7 +161,7 @@ def test_a_full_disk_leaves_the_older_bundle(saved, tmp_path):
             raise OSError(28, 'No space left on device')
 
     with pytest.raises(OSError, match='No space left'):
-        bundle.save(path, CONFIG, saved[1], Full(), 40)
+        bundle.save(path, CONFIG, saved[1], Full(), 39)
     assert [p.name for p in tmp_path.iterdir()] == ['copy']
     assert bundle.load(path).metrics == {'bits_per_byte': 1.5}
 
