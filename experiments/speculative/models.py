@@ -9,6 +9,8 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from decoding.drafts import adapter as adapter_lib
+from decoding.drafts import adapter_architecture
+from decoding.drafts.adapter_architecture import AdapterConfig
 from decoding.drafts.early_exit import Adapter
 from decoding.model import LM, for_decoding
 from experiments import corpora, decoding_models, language_model, resume
@@ -19,6 +21,7 @@ from experiments.pretrain.config import Config as PretrainConfig
 from experiments.speculative.config import Config
 from lm.checkpoints import bundle
 from lm.data.documents import Documents
+from lm.devices import processes
 from lm.losses import next_token as losses
 from lm.model.params import Params
 from lm.training import train
@@ -136,6 +139,12 @@ def _adapter(
         run, init, loss, batches, out / 'adapter', mesh, 'adapter',
         leaves=adapter_lib.leaves(model),
     )  # fmt: skip
+    path = out / 'bundles' / 'adapter'
+    if not processes.agree((path / 'config.json').exists()):
+        bundle.save(
+            path, AdapterConfig(model, config.exit_layers), state.params, target.tokenizer, lm.bos,
+            architecture=adapter_architecture.ARCHITECTURE,
+        )  # fmt: skip
     return Adapter(adapter_lib.model(model), adapter_lib.as_params(state.params))
 
 

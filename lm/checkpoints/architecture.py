@@ -27,8 +27,8 @@ class Architecture(NamedTuple):
       to_json: returns a config as plain JSON values.
       from_json: returns the config that `to_json` described; raises ValueError, naming the field,
         if a field is unknown, missing or has a value that is not allowed.
-      leaves: returns the nested dict of `lm.model.leaves.Leaf`s: one per parameter array. A bundle can be loaded
-        by its top-level entries (`bundle.load_part`).
+      leaves: returns the nested dict of `lm.model.leaves.Leaf`s: one per parameter array. A bundle
+        can be loaded by its top-level entries (`bundle.load_part`).
       param_dtype: returns the name of the parameters' dtype.
       vocab_size: returns the number of ids, BOS among them; 0 for what reads no ids.
       model: `(config, never=()) -> Model`, the functions that step it (`lm.model.contract`);
