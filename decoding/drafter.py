@@ -1,4 +1,4 @@
-"""What a drafter and a verifier are, and what passes between them and the loop.
+"""The contracts of drafters and verifiers, and the data that the loop passes between them.
 
 One round of decoding (`decoding.rounds`):
 
@@ -22,7 +22,7 @@ from lm.model.contract import NOTHING, Ask, Memory, Seen
 
 @flax.struct.dataclass
 class Text:
-    """What is known of each row.
+    """The texts of a batch.
 
     Attributes:
       token_BS: int32, prompt and continuation; behind `length_B`, anything.
@@ -38,7 +38,7 @@ class Text:
 
 
 class Prompt(NamedTuple):
-    """What the target saw of the prompts.
+    """The prompts, and the target's pass over them.
 
     Attributes:
       token_BL: int32, the prompts, padded on the right.
@@ -57,7 +57,7 @@ class Prompt(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a drafter may look at when it drafts: the texts, the target's parameters and memory."""
+    """The inputs of a draft: the texts, and the target's parameters and memory."""
 
     text: Text
     params: Any
@@ -77,7 +77,7 @@ class Begun(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """A tree, the drafter's state, and what of the target's pass was done while drafting."""
+    """A tree, the drafter's state, and the part of the target's pass that drafting already ran."""
 
     tree: DraftTree
     state: Any
@@ -85,7 +85,7 @@ class Proposal(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What a verifier decided.
+    """The decision of a verifier.
 
     Attributes:
       path_BP: int32 `[B, depth + 1]`: accepted nodes from the root (0) down; repeats its last
@@ -100,7 +100,7 @@ class Verdict(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a round came to, for the drafter to learn from.
+    """The outcome of a round, for the drafter to learn from.
 
     Attributes:
       tree: as it was proposed.
@@ -147,7 +147,7 @@ class Method(NamedTuple):
       depth: of the deepest node.
       branching: children of one node at most.
       shared_layers: layers of the target that run while drafting (`Begun`).
-      ask: what the target's passes are to return for the drafter.
+      ask: extra results of the target's passes that the drafter needs.
     """
 
     init: Init

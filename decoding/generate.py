@@ -21,13 +21,13 @@ from decoding.sample import Sampler
 from decoding.scores import Transform
 from decoding.stop import Stops
 
-# (row, tokens): a round's new tokens, of which all but the last were drafted
+# (row, tokens): a round's new tokens; all but the last were drafted
 Stream = Callable[[int, np.ndarray], None]
 FOREVER = np.iinfo(np.int32).max
 
 
 class Metrics(NamedTuple):
-    """What a call did; rounds and tokens are summed over the rows.
+    """Counts and times of a call; rounds and tokens are summed over the rows.
 
     Attributes:
       tokens: new ones.
@@ -84,9 +84,9 @@ def generate(
 ) -> Generation:
     """Continues a batch of prompts; a drafter gives several tokens per pass, equally distributed.
 
-    What is compiled depends on the model, the drafter's method, the verifier, the transform, which
-    sampler fields are set, the number of rows, and the buckets that the longest prompt and the
-    longest text fall into (`bucket`).
+    The compiled program depends on the model, the drafter's method, the verifier, the transform,
+    which sampler fields are set, the number of rows, and the buckets that the longest prompt and
+    the longest text fall into (`bucket`).
 
     Args:
       lm: the target.

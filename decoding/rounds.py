@@ -21,7 +21,7 @@ from lm.model.contract import Memory, Model, Nodes, Seen
 
 
 class Plan(NamedTuple):
-    """What is compiled into the loop: functions and sizes, no arrays.
+    """The static part of the loop: functions and sizes, no arrays.
 
     Attributes:
       model: the target.
@@ -73,7 +73,7 @@ class Counts:
 
 @flax.struct.dataclass
 class State:
-    """What a round changes.
+    """The part of the loop's carry that a round changes.
 
     Attributes:
       text: prompts and continuations.

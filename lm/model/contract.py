@@ -2,7 +2,7 @@
 
     memory, seen = model.start(params, prompt, kept_B, rows, key_B)   reads prompts, once
     memory, seen = model.step(params, memory, nodes)                  runs N new nodes
-    logits_BTV   = model.head(params, memory, seen.h_BTD)             what follows each node
+    logits_BTV   = model.head(params, memory, seen.h_BTD)             the logits of the next id
     memory       = model.keep(memory, path_BP, count_B)               accepted nodes stay
 
 `memory` is opaque: a key/value cache, a cache with a policy, the caches of a hierarchy, the
@@ -54,7 +54,7 @@ def chain(token_BT: jax.Array, start_B: jax.Array | int = 0) -> Nodes:
 
 
 class Ask(NamedTuple):
-    """What a caller wants to see beside the last hidden states; static.
+    """Extra results of a pass, beside the last hidden states; static.
 
     Attributes:
       layers: ascending; the stream after each of these layers is returned.
@@ -69,7 +69,7 @@ NOTHING = Ask()
 
 
 class Seen(NamedTuple):
-    """What a pass over nodes computed.
+    """The results of a pass over nodes.
 
     Attributes:
       h_BTD: hidden states, ready for `head`.
@@ -100,7 +100,7 @@ class Start(Protocol):
       prompt: L nodes per text, a chain from position 0, padded on the right.
       kept_B: int32: the memory holds each text's first `kept_B` nodes; `Seen` covers all L.
       rows: room for the longest text and the largest draft tree; a policy may allocate less.
-      key_B: each text's own key, for what a model draws per text.
+      key_B: each text's own key, for tables that a model draws per text.
       ask: see `Ask`.
     """
 
@@ -146,7 +146,7 @@ class Keep(Protocol):
 
 
 class Head(Protocol):
-    """Returns what follows each node: logits f32 `[B, T, V]`, -inf for ids that are never drawn.
+    """Returns the scores of the next id after each node: logits f32 `[B, T, V]`, -inf for ids that are never drawn.
 
     A head over a vocabulary too large for that returns an object that is searched instead
     (`decoding.scores.Scores`).

@@ -26,7 +26,7 @@ from lm.model.transformer import MLP, gated_mlp
 
 @flax.struct.dataclass
 class Memory:
-    """What a transformer remembers of a batch of texts.
+    """A transformer's memory of a batch of texts.
 
     Attributes:
       cache: rows of nodes that are kept, then of those stepped since.
