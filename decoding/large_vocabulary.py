@@ -44,7 +44,7 @@ class Table:
 
 
 class Found(NamedTuple):
-    """The results of a pass over the table; logits are capped and divided by the temperature if > 0.
+    """The results of a pass over the table; logits are capped, and divided by a temperature > 0.
 
     Attributes:
       logits_BK, tokens_BK: the k greatest, f32, and their ids, int32; of equal ones the lower id

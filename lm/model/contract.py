@@ -146,7 +146,7 @@ class Keep(Protocol):
 
 
 class Head(Protocol):
-    """Returns the scores of the next id after each node: logits f32 `[B, T, V]`, -inf for ids that are never drawn.
+    """Returns logits of the next id after each node: f32 `[B, T, V]`, -inf for ids never drawn.
 
     A head over a vocabulary too large for that returns an object that is searched instead
     (`decoding.scores.Scores`).
