@@ -64,7 +64,7 @@ class Context(NamedTuple):
     memory: Memory
 
 
-class Begun(NamedTuple):
+class PartialPass(NamedTuple):
     """Nodes of a tree that have run through the target's first `Method.shared_layers` layers.
 
     Attributes:
@@ -81,7 +81,7 @@ class Proposal(NamedTuple):
 
     tree: DraftTree
     state: Any
-    begun: Begun | None = None
+    partial: PartialPass | None = None
 
 
 class Verdict(NamedTuple):
@@ -146,7 +146,7 @@ class Method(NamedTuple):
       nodes: T, the root included.
       depth: of the deepest node.
       branching: children of one node at most.
-      shared_layers: layers of the target that run while drafting (`Begun`).
+      shared_layers: layers of the target that run while drafting (`PartialPass`).
       ask: extra results of the target's passes that the drafter needs.
     """
 

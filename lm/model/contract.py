@@ -33,9 +33,9 @@ class Nodes(NamedTuple):
       ancestors_BTW: packed bits (`lm.kernels.mask.pack_bits`): which of the last `span` nodes each
         node sees, itself included. Without it a node sees every node of no later position.
       span: nodes that the bits count, the new ones included; T by default.
-      x_BTD: vectors in place of tokens: rows of another table, or, with `begun`, the stream.
-      begun: layers that have run already. `x_BTD` is the stream after them, and the memory holds
-        the nodes' rows of these layers.
+      x_BTD: vectors in place of tokens: rows of another table, or the stream at `start_layer`.
+      start_layer: first layer still to run. `x_BTD` is the stream before it, and the memory
+        holds the nodes' rows of the layers below.
     """
 
     token_BT: jax.Array | None
@@ -43,7 +43,7 @@ class Nodes(NamedTuple):
     ancestors_BTW: jax.Array | None = None
     span: int | None = None
     x_BTD: jax.Array | None = None
-    begun: int = 0
+    start_layer: int = 0
 
 
 def chain(token_BT: jax.Array, start_B: jax.Array | int = 0) -> Nodes:
@@ -117,7 +117,7 @@ class Step(Protocol):
       params: of the model.
       memory: what `start`, `step` or `keep` returned.
       nodes: see `Nodes`.
-      layers: layers to run, ascending; by default all that the nodes have not begun.
+      layers: layers to run, ascending; by default all from the nodes' `start_layer` on.
       ask: see `Ask`.
     """
 
