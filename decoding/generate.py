@@ -127,12 +127,8 @@ def generate(
     state = _run(plan, inputs, state, stream)
     jax.block_until_ready(state)
     seconds = (prefilled - began, time.perf_counter() - prefilled)
-    lengths = [len(prompt) for prompt in prompts]
-    token_BS, end_B = jax.device_get((state.text.token_BS, state.text.length_B))
-    tokens = [row[start:end] for row, start, end in zip(token_BS, lengths, end_B, strict=True)]
-    stopped_B = jax.device_get(stop_lib.stopped(state.stop_B))
+    tokens, ended = _continuations(prompts, state)
     metrics = _metrics(lm, drafter, state, tokens, seconds, _compilations() - compiled)
-    ended: Any = ['stop' if x else 'length' for x in stopped_B]
     return Generation(tokens, ended, metrics, state.draft)
 
 
@@ -183,6 +179,15 @@ def _run(plan: Plan, inputs: Inputs, state: State, stream: Stream | None) -> Sta
             stream(int(row), token_BS[row, length_B[row] : after_B[row]])
         length_B = after_B
     return state
+
+
+def _continuations(prompts, state: State) -> tuple[list[np.ndarray], Any]:
+    """Returns each row's new tokens, and why it ended."""
+    token_BS, end_B = jax.device_get((state.text.token_BS, state.text.length_B))
+    rows = zip(token_BS, prompts, end_B, strict=True)
+    stopped_B = jax.device_get(stop_lib.stopped(state.stop_B))
+    ended = ['stop' if x else 'length' for x in stopped_B]
+    return [row[len(prompt) : end] for row, prompt, end in rows], ended
 
 
 def _compilations() -> int:
