@@ -8,9 +8,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from decoding import counts as counts_lib
 from decoding import scores as scores_lib
 from decoding import stop as stop_lib
 from decoding import tree
+from decoding.counts import Counts
 from decoding.drafter import Context, Method, Outcome, Prompt, Proposal, Text, Verdict, Verifier
 from decoding.sample import Sampler
 from decoding.scores import Apply, Distribution, Scores
@@ -55,23 +57,6 @@ class Inputs(NamedTuple):
 
 
 @flax.struct.dataclass
-class Counts:
-    """Events so far; the acceptance rate of a depth or a rank is accepted / offered.
-
-    Attributes:
-      rounds_B: target passes while the row was live.
-      offered_BP, accepted_BP: by depth, walks that found a child there, and that took one.
-      offered_BR, accepted_BR: the same by a child's rank among its siblings.
-    """
-
-    rounds_B: jax.Array
-    offered_BP: jax.Array
-    accepted_BP: jax.Array
-    offered_BR: jax.Array
-    accepted_BR: jax.Array
-
-
-@flax.struct.dataclass
 class State:
     """The part of the loop's carry that a round changes.
 
@@ -107,9 +92,7 @@ def prefill(
     )  # fmt: skip
     prompt = Prompt(prompt_BL, text, plan.rows, inputs.params, memory, seen)
     draft = method.init(inputs.draft, prompt)
-    by_depth = jnp.zeros((b, method.depth + 1), jnp.int32)
-    by_rank = jnp.zeros((b, max(method.branching, 1)), jnp.int32)
-    counts = Counts(jnp.zeros(b, jnp.int32), by_depth, by_depth, by_rank, by_rank)
+    counts = counts_lib.none(b, method)
     done_B = text.length_B >= limit_B
     return State(text, memory, draft, stop_B, limit_B, done_B, counts)
 
@@ -188,7 +171,7 @@ def commit(
         stop_B=stop_B,
         limit_B=state.limit_B,
         done_B=state.done_B | stopped_B | (after.length_B >= state.limit_B),
-        counts=_count(state, drafted, verdict),
+        counts=counts_lib.add(state.counts, ~state.done_B, drafted, verdict),
     )
 
 
@@ -235,34 +218,3 @@ def _append(text: Text, emitted_BP: jax.Array, count_B: jax.Array) -> Text:
     column_BP = jnp.where(jnp.arange(p) < count_B[:, None], column_BP, text.token_BS.shape[1])
     token_BS = text.token_BS.at[jnp.arange(b)[:, None], column_BP].set(emitted_BP, mode='drop')
     return dataclasses.replace(text, token_BS=token_BS, length_B=text.length_B + count_B)
-
-
-def _count(state: State, drafted: DraftTree, verdict: Verdict) -> Counts:
-    live_B = ~state.done_B
-    path_BP, accepted_B = verdict.path_BP, verdict.accepted_B
-    siblings_BTT = (drafted.parent_BT[:, None] == drafted.parent_BT[..., None]) & (
-        drafted.valid_BT[:, None]
-    )
-    nodes = jnp.arange(drafted.parent_BT.shape[1])
-    rank_BT = jnp.sum(siblings_BTT & (nodes < nodes[:, None]), axis=-1)
-    children_BT = jnp.sum(
-        (drafted.parent_BT[:, None] == nodes[:, None]) & drafted.valid_BT[:, None], axis=-1
-    )
-    depths = jnp.arange(path_BP.shape[1])
-    visited_BP = (depths <= accepted_B[:, None]) & live_B[:, None]
-    arrived_BP = visited_BP & (depths > 0)
-    children_BP = jnp.take_along_axis(children_BT, path_BP, axis=1)
-    rank_BP = jnp.take_along_axis(rank_BT, path_BP, axis=1)
-    offered_BP = visited_BP & (children_BP > 0)
-    ranks = jnp.arange(state.counts.offered_BR.shape[1])
-    offered_BR = jnp.sum(visited_BP[..., None] & (ranks < children_BP[..., None]), axis=1)
-    accepted_BR = jnp.sum(arrived_BP[..., None] & (rank_BP[..., None] == ranks), axis=1)
-    old = state.counts
-    return Counts(
-        rounds_B=old.rounds_B + live_B,
-        # a node at depth d offers its children at depth d + 1
-        offered_BP=old.offered_BP + jnp.roll(offered_BP, 1, axis=1) * (depths > 0),
-        accepted_BP=old.accepted_BP + arrived_BP,
-        offered_BR=old.offered_BR + offered_BR,
-        accepted_BR=old.accepted_BR + accepted_BR,
-    )
