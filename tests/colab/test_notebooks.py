@@ -10,11 +10,11 @@ import pytest
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'colab'
 
 
+@pytest.mark.slow  # each is an experiment of half a minute or more
 @pytest.mark.parametrize('path', sorted(FOLDER.glob('*.ipynb')), ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv('TESSERA_SCALE', 'tiny')
     monkeypatch.setenv('TESSERA_OUT', str(tmp_path))
-    monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')  # as in tests/conftest.py
     packages = [str(FOLDER.parent), os.environ.get('PYTHONPATH', '')]  # whatever is installed
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join(filter(None, packages)))
     notebook = nbformat.read(path, as_version=4)
