@@ -60,7 +60,7 @@ def _compiled_programs():
 
 @pytest.fixture
 def optimised():
-    """Compiles as users do, where a test compares two programs bit for bit."""
+    """Compiles with all of LLVM's optimisations, for tests that compare programs bit for bit."""
     jax.clear_caches()  # which are not told apart by this setting
     jax.config.update('jax_disable_most_optimizations', False)
     yield

@@ -10,7 +10,7 @@ import pytest
 from decoding import model, rounds, stop, verify
 from decoding import tree as tree_lib
 from decoding.drafter import Drafter, Proposal
-from decoding.drafts import chain, early_exit, recursive, recycling
+from decoding.drafts import chain, early_exit, lookup, recursive, recycling
 from decoding.generate import bucket, generate, plain
 from decoding.model import LM
 from decoding.sample import Sampler, draw, log_probs
@@ -174,6 +174,29 @@ def test_the_committed_cache_is_the_plain_one_and_garbage_behind_it_changes_noth
                 a, e = (np.asarray(getattr(s.memory.cache, field))[:, row, :, : length - 1]
                         for s in (state, expected))  # fmt: skip
                 np.testing.assert_allclose(a, e, atol=1e-5)
+
+
+@pytest.mark.parametrize('drafter', [plain(), lookup.lookup(nodes=6, length=3, branches=2)])
+def test_a_row_that_was_compacted_away_gives_the_text_of_a_hidden_one(drafter):
+    """Rows of a memory are not positions of the text: a policy may keep fewer."""
+    plan, inputs, start = prefilled(drafter)
+    cache = start.memory.cache
+    hidden = cache.replace(position_NBKS=cache.position_NBKS.at[..., 0].set(-1))
+    order = jnp.asarray([*range(1, cache.k_NBKSC.shape[3]), 0])
+    moved = jax.tree.map(lambda x: x[:, :, :, order] if x.ndim > 1 else x, hidden)
+    gone_B = (cache.length_B > 0).astype(jnp.int32)  # a text of one token has no row yet
+    ends = []
+    for rows, length_B in ((hidden, cache.length_B), (moved, cache.length_B - gone_B)):
+        memory = start.memory.replace(cache=rows.replace(length_B=length_B), kept_B=length_B)
+        state = jax.tree.map(jnp.copy, start.replace(memory=memory))  # the loop donates it
+        ends.append(rounds.loop(plan, inputs, state, 100))
+    one, other = ends
+    for row, length in enumerate(np.asarray(one.text.length_B)):
+        np.testing.assert_array_equal(
+            one.text.token_BS[row, :length], other.text.token_BS[row, :length]
+        )
+    np.testing.assert_array_equal(one.counts.rounds_B, other.counts.rounds_B)
+    np.testing.assert_array_equal(one.memory.cache.length_B - gone_B, other.memory.cache.length_B)
 
 
 def prefilled(drafter: Drafter):
