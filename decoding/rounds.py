@@ -61,14 +61,14 @@ class Counts:
     Attributes:
       rounds_B: target passes while the row was live.
       offered_BP, accepted_BP: by depth, walks that found a child there, and that took one.
-      offered_BR, accepted_BR: the same by a child's rank among its siblings.
+      offered_BA, accepted_BA: the same by a child's rank among its siblings.
     """
 
     rounds_B: jax.Array
     offered_BP: jax.Array
     accepted_BP: jax.Array
-    offered_BR: jax.Array
-    accepted_BR: jax.Array
+    offered_BA: jax.Array
+    accepted_BA: jax.Array
 
 
 @flax.struct.dataclass
@@ -254,15 +254,15 @@ def _count(state: State, drafted: DraftTree, verdict: Verdict) -> Counts:
     children_BP = jnp.take_along_axis(children_BT, path_BP, axis=1)
     rank_BP = jnp.take_along_axis(rank_BT, path_BP, axis=1)
     offered_BP = visited_BP & (children_BP > 0)
-    ranks = jnp.arange(state.counts.offered_BR.shape[1])
-    offered_BR = jnp.sum(visited_BP[..., None] & (ranks < children_BP[..., None]), axis=1)
-    accepted_BR = jnp.sum(arrived_BP[..., None] & (rank_BP[..., None] == ranks), axis=1)
+    ranks = jnp.arange(state.counts.offered_BA.shape[1])
+    offered_BA = jnp.sum(visited_BP[..., None] & (ranks < children_BP[..., None]), axis=1)
+    accepted_BA = jnp.sum(arrived_BP[..., None] & (rank_BP[..., None] == ranks), axis=1)
     old = state.counts
     return Counts(
         rounds_B=old.rounds_B + live_B,
         # a node at depth d offers its children at depth d + 1
         offered_BP=old.offered_BP + jnp.roll(offered_BP, 1, axis=1) * (depths > 0),
         accepted_BP=old.accepted_BP + arrived_BP,
-        offered_BR=old.offered_BR + offered_BR,
-        accepted_BR=old.accepted_BR + accepted_BR,
+        offered_BA=old.offered_BA + offered_BA,
+        accepted_BA=old.accepted_BA + accepted_BA,
     )
