@@ -90,7 +90,7 @@ def dynamic(
 
 
 def slot_values(mass_BM: jax.Array, q_BMA: jax.Array) -> jax.Array:
-    """Returns the value of each node's slots; it does not increase along K.
+    """Returns the value of each node's slots; it does not increase along A.
 
     Args:
       mass_BM: probability of the path to each node.
