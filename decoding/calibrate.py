@@ -78,8 +78,8 @@ def measure(
         bits_BTW = pack_bits(jnp.broadcast_to(jnp.eye(t, dtype=bool), (batch, t, t)))
         tree = Nodes(token_BT, half_B[:, None] + jnp.arange(t), bits_BTW if t > 1 else None)
         memory, seen = model.step(params, memory, tree)
-        best_BTK = scores.of_head(model.head(params, memory, seen.h_BTD)).top(1)
-        return best_BTK, model.keep(memory, None, jnp.zeros_like(half_B))
+        best_BTA = scores.of_head(model.head(params, memory, seen.h_BTD)).top(1)
+        return best_BTA, model.keep(memory, None, jnp.zeros_like(half_B))
 
     memory = start(lm.params)
     seconds: dict[int, list[float]] = {t: [] for t in sorted(nodes)}

@@ -15,14 +15,14 @@ class Counts:
     Attributes:
       rounds_B: target passes while the row was live.
       offered_BP, accepted_BP: by depth, walks that found a child there, and that took one.
-      offered_BR, accepted_BR: the same by a child's rank among its siblings.
+      offered_BA, accepted_BA: the same by a child's rank among its siblings.
     """
 
     rounds_B: jax.Array
     offered_BP: jax.Array
     accepted_BP: jax.Array
-    offered_BR: jax.Array
-    accepted_BR: jax.Array
+    offered_BA: jax.Array
+    accepted_BA: jax.Array
 
 
 def none(batch: int, method: Method) -> Counts:
@@ -55,14 +55,14 @@ def add(counts: Counts, live_B: jax.Array, drafted: DraftTree, verdict: Verdict)
     children_BP = jnp.take_along_axis(children_BT, path_BP, axis=1)
     rank_BP = jnp.take_along_axis(rank_BT, path_BP, axis=1)
     offered_BP = visited_BP & (children_BP > 0)
-    ranks = jnp.arange(counts.offered_BR.shape[1])
-    offered_BR = jnp.sum(visited_BP[..., None] & (ranks < children_BP[..., None]), axis=1)
-    accepted_BR = jnp.sum(arrived_BP[..., None] & (rank_BP[..., None] == ranks), axis=1)
+    ranks = jnp.arange(counts.offered_BA.shape[1])
+    offered_BA = jnp.sum(visited_BP[..., None] & (ranks < children_BP[..., None]), axis=1)
+    accepted_BA = jnp.sum(arrived_BP[..., None] & (rank_BP[..., None] == ranks), axis=1)
     return Counts(
         rounds_B=counts.rounds_B + live_B,
         # a node at depth d offers its children at depth d + 1
         offered_BP=counts.offered_BP + jnp.roll(offered_BP, 1, axis=1) * (depths > 0),
         accepted_BP=counts.accepted_BP + arrived_BP,
-        offered_BR=counts.offered_BR + offered_BR,
-        accepted_BR=counts.accepted_BR + accepted_BR,
+        offered_BA=counts.offered_BA + offered_BA,
+        accepted_BA=counts.accepted_BA + accepted_BA,
     )

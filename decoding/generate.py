@@ -208,6 +208,6 @@ def _metrics(lm: LM, drafter: Drafter, state: State, tokens, seconds, compilatio
     return Metrics(
         n_tokens, n_rounds, efficiency, efficiency / (1 + share),
         rates(counts.accepted_BP, counts.offered_BP)[1:],
-        rates(counts.accepted_BR, counts.offered_BR),
+        rates(counts.accepted_BA, counts.offered_BA),
         prefill_seconds=seconds[0], decode_seconds=seconds[1], compilations=compilations,
     )  # fmt: skip

@@ -47,26 +47,26 @@ class Found(NamedTuple):
     """The results of a pass over the table; logits are capped, and divided by a temperature > 0.
 
     Attributes:
-      logits_BK, tokens_BK: the k greatest, f32, and their ids, int32; of equal ones the lower id
+      logits_BA, tokens_BA: the k greatest, f32, and their ids, int32; of equal ones the lower id
         is first.
-      log_mass_BG: f32, log of the sum of exp(logit) of each block of 256 tokens.
+      log_mass_BJ: f32, log of the sum of exp(logit) of each block of 256 tokens.
       temperature_B: f32.
     """
 
-    logits_BK: jax.Array
-    tokens_BK: jax.Array
-    log_mass_BG: jax.Array
+    logits_BA: jax.Array
+    tokens_BA: jax.Array
+    log_mass_BJ: jax.Array
     temperature_B: jax.Array
 
     @property
     def log_normalizer_B(self) -> jax.Array:
         """Log of the softmax's normaliser over the whole table."""
-        return jax.nn.logsumexp(self.log_mass_BG, axis=1)
+        return jax.nn.logsumexp(self.log_mass_BJ, axis=1)
 
     @property
     def kept_mass_B(self) -> jax.Array:
         """Probability of the k together, the share that a draw among them keeps."""
-        return jnp.exp(jax.nn.logsumexp(self.logits_BK, axis=1) - self.log_normalizer_B)
+        return jnp.exp(jax.nn.logsumexp(self.logits_BA, axis=1) - self.log_normalizer_B)
 
 
 def place(table: Table, mesh: Mesh) -> Table:
@@ -103,11 +103,11 @@ def search(table: Table, h_BD: jax.Array, k: int, temperature: jax.Array | float
         return _search_rows(local, h_BD, temperature_B, first, k)
 
     gather = functools.partial(jax.lax.all_gather, axis_name=mesh_lib.AXES, axis=1, tiled=True)
-    logits, tokens, log_mass_BG = _over_rows(table, on_device, gather, h_BD, temperature_B)
-    logits_BK, best = jax.lax.top_k(logits, k)
-    tokens_BK = jnp.take_along_axis(tokens, best, axis=1)
+    logits, tokens, log_mass_BJ = _over_rows(table, on_device, gather, h_BD, temperature_B)
+    logits_BA, best = jax.lax.top_k(logits, k)
+    tokens_BA = jnp.take_along_axis(tokens, best, axis=1)
     blocks = -(-table.size // BLOCK)
-    return Found(logits_BK, tokens_BK, log_mass_BG[:, :blocks], temperature_B)
+    return Found(logits_BA, tokens_BA, log_mass_BJ[:, :blocks], temperature_B)
 
 
 def draw(
@@ -123,26 +123,26 @@ def draw(
       found: its result.
       key_B, position_B: see `sample.draw`.
     """
-    blocks = found.log_mass_BG.shape[1]
+    blocks = found.log_mass_BJ.shape[1]
     within = min(table.size, BLOCK)
     noise = sample.gumbel(sample.at_position(key_B, position_B), (blocks + within,))
-    block_B = jnp.argmax(found.log_mass_BG + noise[:, :blocks], axis=1)
-    tokens_BX = block_B[:, None] * BLOCK + jnp.arange(within)
+    block_B = jnp.argmax(found.log_mass_BJ + noise[:, :blocks], axis=1)
+    tokens_BO = block_B[:, None] * BLOCK + jnp.arange(within)
 
-    def on_device(rows_VD, h_BD, tokens_BX, temperature_B, first):
-        local_BX = tokens_BX - first
-        here = (local_BX >= 0) & (local_BX < rows_VD.shape[0])
-        rows_BXD = rows_VD.at[local_BX].get(mode='clip')
-        logits_BX = _logits(table, 'bd,bxd->bx', h_BD, rows_BXD, temperature_B)
-        return jnp.where(here, logits_BX, 0)
+    def on_device(rows_VD, h_BD, tokens_BO, temperature_B, first):
+        local_BO = tokens_BO - first
+        here = (local_BO >= 0) & (local_BO < rows_VD.shape[0])
+        rows_BOD = rows_VD.at[local_BO].get(mode='clip')
+        logits_BO = _logits(table, 'bd,bxd->bx', h_BD, rows_BOD, temperature_B)
+        return jnp.where(here, logits_BO, 0)
 
     # a block lies on one device: the others add zeros
     add = functools.partial(jax.lax.psum, axis_name=mesh_lib.AXES)
-    logits_BX = _over_rows(table, on_device, add, h_BD, tokens_BX, found.temperature_B)
-    logits_BX = jnp.where(_drawable(table, tokens_BX), logits_BX, -jnp.inf)
-    within_B = jnp.argmax(logits_BX + noise[:, blocks:], axis=1)
+    logits_BO = _over_rows(table, on_device, add, h_BD, tokens_BO, found.temperature_B)
+    logits_BO = jnp.where(_drawable(table, tokens_BO), logits_BO, -jnp.inf)
+    within_B = jnp.argmax(logits_BO + noise[:, blocks:], axis=1)
     drawn_B = (block_B * BLOCK + within_B).astype(jnp.int32)
-    return jnp.where(found.temperature_B > 0, drawn_B, found.tokens_BK[:, 0])
+    return jnp.where(found.temperature_B > 0, drawn_B, found.tokens_BA[:, 0])
 
 
 def draw_among(found: Found, key_B: jax.Array, position_B: jax.Array) -> jax.Array:
@@ -151,9 +151,9 @@ def draw_among(found: Found, key_B: jax.Array, position_B: jax.Array) -> jax.Arr
     That is the distribution of `Sampler(top_k=k)`, not the model's: `found.kept_mass_B` is the
     share of the model's that it keeps.
     """
-    best_B = sample.draw(jax.nn.log_softmax(found.logits_BK), key_B, position_B)
+    best_B = sample.draw(jax.nn.log_softmax(found.logits_BA), key_B, position_B)
     best_B = jnp.where(found.temperature_B > 0, best_B, 0)
-    return jnp.take_along_axis(found.tokens_BK, best_B[:, None], axis=1)[:, 0]
+    return jnp.take_along_axis(found.tokens_BA, best_B[:, None], axis=1)[:, 0]
 
 
 def _over_rows(
@@ -205,17 +205,17 @@ def _search_rows(
     k = min(k, rows)
 
     def visit(best, start, size):
-        rows_CD = jax.lax.dynamic_slice_in_dim(table.rows_VD, start, size)
-        logits_BC = _logits(table, 'bd,cd->bc', h_BD, rows_CD, temperature_B)
-        token_C = first + start + jnp.arange(size, dtype=jnp.int32)
-        logits_BC = jnp.where(_drawable(table, token_C), logits_BC, -jnp.inf)
+        rows_OD = jax.lax.dynamic_slice_in_dim(table.rows_VD, start, size)
+        logits_BO = _logits(table, 'bd,cd->bc', h_BD, rows_OD, temperature_B)
+        token_O = first + start + jnp.arange(size, dtype=jnp.int32)
+        logits_BO = jnp.where(_drawable(table, token_O), logits_BO, -jnp.inf)
         # those kept come first, so that of equal ones the lower id stays
-        logits = jnp.concatenate([best[0], logits_BC], axis=1)
-        tokens = jnp.concatenate([best[1], jnp.broadcast_to(token_C, (b, size))], axis=1)
-        logits_BK, index = jax.lax.top_k(logits, k)
-        whole = jnp.pad(logits_BC, ((0, 0), (0, -size % BLOCK)), constant_values=-jnp.inf)
-        log_mass_BG = jax.nn.logsumexp(whole.reshape(b, -1, BLOCK), axis=2)
-        return (logits_BK, jnp.take_along_axis(tokens, index, axis=1)), log_mass_BG
+        logits = jnp.concatenate([best[0], logits_BO], axis=1)
+        tokens = jnp.concatenate([best[1], jnp.broadcast_to(token_O, (b, size))], axis=1)
+        logits_BA, index = jax.lax.top_k(logits, k)
+        whole = jnp.pad(logits_BO, ((0, 0), (0, -size % BLOCK)), constant_values=-jnp.inf)
+        log_mass_BJ = jax.nn.logsumexp(whole.reshape(b, -1, BLOCK), axis=2)
+        return (logits_BA, jnp.take_along_axis(tokens, index, axis=1)), log_mass_BJ
 
     best = jnp.full((b, k), -jnp.inf), jnp.zeros((b, k), jnp.int32)
     chunks, rest = divmod(rows, table.chunk)

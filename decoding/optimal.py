@@ -22,32 +22,32 @@ def optimal_acceptance(
     """
     sets = 1 << len(target_V)
     members = (np.arange(sets)[:, None] >> np.arange(len(target_V))) & 1
-    target_S, draft_S = members @ np.asarray(target_V), members @ np.asarray(draft_V)
+    target_R, draft_R = members @ np.asarray(target_V), members @ np.asarray(draft_V)
     if replacement:
-        inside_S = np.minimum(draft_S, 1) ** k
+        inside_R = np.minimum(draft_R, 1) ** k
     else:
-        inside_S = _inside_without_replacement(np.asarray(draft_V), draft_S, k)
-    return float(np.min(target_S + 1 - inside_S))
+        inside_R = _inside_without_replacement(np.asarray(draft_V), draft_R, k)
+    return float(np.min(target_R + 1 - inside_R))
 
 
-def _inside_without_replacement(draft_V: np.ndarray, draft_S: np.ndarray, k: int) -> np.ndarray:
+def _inside_without_replacement(draft_V: np.ndarray, draft_R: np.ndarray, k: int) -> np.ndarray:
     """Returns P(the first k draws without replacement are all in S), for every set S as bits."""
     k = min(k, int(np.count_nonzero(draft_V)))
     sets = np.arange(1 << len(draft_V))
-    drawn_S = np.zeros(len(sets))  # P(the draws so far are the set S)
-    drawn_S[0] = 1
+    drawn_R = np.zeros(len(sets))  # P(the draws so far are the set S)
+    drawn_R[0] = 1
     for _ in range(k):
-        following_S = np.zeros_like(drawn_S)
+        following_R = np.zeros_like(drawn_R)
         for x, p in enumerate(draft_V):
-            before = sets[((sets >> x & 1) == 0) & (drawn_S > 0)]
+            before = sets[((sets >> x & 1) == 0) & (drawn_R > 0)]
             if p > 0:
-                following_S[before | 1 << x] += drawn_S[before] * p / draft_S[sets[-1] ^ before]
-        drawn_S = following_S
-    inside_S = drawn_S
+                following_R[before | 1 << x] += drawn_R[before] * p / draft_R[sets[-1] ^ before]
+        drawn_R = following_R
+    inside_R = drawn_R
     for x in range(len(draft_V)):  # sum over subsets, one token at a time
         has_x = sets[(sets >> x & 1) == 1]
-        inside_S[has_x] += inside_S[has_x ^ 1 << x]
-    return inside_S
+        inside_R[has_x] += inside_R[has_x ^ 1 << x]
+    return inside_R
 
 
 def k_seq_acceptance(target_V: np.ndarray, draft_V: np.ndarray, k: int) -> float:

@@ -17,11 +17,11 @@ class Projection:
     """A table's rows in the few directions in which they are longest.
 
     Attributes:
-      basis_DR: orthonormal.
-      table: the rows' coordinates, `[V, R]`.
+      basis_DE: orthonormal.
+      table: the rows' coordinates, `[V, E]`.
     """
 
-    basis_DR: jax.Array
+    basis_DE: jax.Array
     table: Table
 
 
@@ -37,10 +37,10 @@ def project(table: Table, rank: int) -> Projection:
     exists = jnp.arange(table.rows_VD.shape[0]) < table.size
     rows_VD = jnp.where(exists[:, None], table.rows_VD, 0)
     products_DD = layers.einsum('vd,ve->de', rows_VD, rows_VD, jnp.float32)
-    basis_DR = jnp.linalg.eigh(products_DD)[1][:, -rank:].astype(table.rows_VD.dtype)
-    rows_VR = layers.einsum('vd,dr->vr', table.rows_VD, basis_DR)
+    basis_DE = jnp.linalg.eigh(products_DD)[1][:, -rank:].astype(table.rows_VD.dtype)
+    rows_VE = layers.einsum('vd,dr->vr', table.rows_VD, basis_DE)
     chunk = table.chunk * (d // rank)  # about as many bytes at a time
-    return Projection(basis_DR, Table(rows_VR, table.size, None, table.never, chunk))
+    return Projection(basis_DE, Table(rows_VE, table.size, None, table.never, chunk))
 
 
 def search(
@@ -56,15 +56,15 @@ def search(
     """
     if shortlist < k:
         raise ValueError(f'shortlist {shortlist}: expected at least k, {k}')
-    coarse_BR = layers.einsum('bd,dr->br', h_BD, projection.basis_DR)
-    tokens_BS = large_vocabulary.search(projection.table, coarse_BR, shortlist).tokens_BK
-    tokens_BS = jnp.sort(tokens_BS, axis=1)  # of equal logits the lower id is first
-    rows_BSD = table.rows_VD[tokens_BS]
-    logits_BS = layers.einsum('bd,bsd->bs', h_BD, rows_BSD, jnp.float32)
-    logits_BK, best = jax.lax.top_k(layers.softcap(logits_BS, table.softcap), k)
-    return logits_BK, jnp.take_along_axis(tokens_BS, best, axis=1)
+    coarse_BE = layers.einsum('bd,dr->br', h_BD, projection.basis_DE)
+    tokens_BM = large_vocabulary.search(projection.table, coarse_BE, shortlist).tokens_BA
+    tokens_BM = jnp.sort(tokens_BM, axis=1)  # of equal logits the lower id is first
+    rows_BMD = table.rows_VD[tokens_BM]
+    logits_BM = layers.einsum('bd,bsd->bs', h_BD, rows_BMD, jnp.float32)
+    logits_BA, best = jax.lax.top_k(layers.softcap(logits_BM, table.softcap), k)
+    return logits_BA, jnp.take_along_axis(tokens_BM, best, axis=1)
 
 
-def recall(tokens_BK: jax.Array, exact_BK: jax.Array) -> jax.Array:
+def recall(tokens_BA: jax.Array, exact_BA: jax.Array) -> jax.Array:
     """Returns the share of the exact tokens that were found, f32 `[]`."""
-    return jnp.mean(jnp.any(exact_BK[:, :, None] == tokens_BK[:, None], axis=2), dtype=jnp.float32)
+    return jnp.mean(jnp.any(exact_BA[:, :, None] == tokens_BA[:, None], axis=2), dtype=jnp.float32)

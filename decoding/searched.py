@@ -50,7 +50,7 @@ def transformer(
     lm = model_lib.transformer(config, params, tokenizer, bos, never)
     rows_VD = tables.output_table(learned)
     if isinstance(rows_VD, WeightsFirst):  # `decoding.model.for_decoding`
-        rows_VD = rows_VD.w_OI
+        rows_VD = rows_VD.w_ED
     masked = never if bos is None else (bos, *never)
     table = Table(rows_VD, config.vocab_size, config.logit_softcap, masked, chunk)
     if mesh is not None:
@@ -98,7 +98,7 @@ class Search:
         """See `Scores`."""
         b, t, d = self.h_BTD.shape
         found = large_vocabulary.search(self.table, self.h_BTD.reshape(b * t, d), k)
-        return found.tokens_BK.reshape(b, t, k)
+        return found.tokens_BA.reshape(b, t, k)
 
 
 @flax.struct.dataclass
@@ -125,4 +125,4 @@ class Searched:
 
     def greatest(self, node_B: jax.Array) -> jax.Array:
         """See `Distribution`."""
-        return tree.at(self.found.tokens_BK[..., 0], node_B)
+        return tree.at(self.found.tokens_BA[..., 0], node_B)

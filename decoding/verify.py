@@ -112,8 +112,8 @@ def _recursive(
         acceptance_B, residual_BV, rest_BV = jax.vmap(rules.rejection_step)(
             target_BV, draft_BV, token_B
         )
-        uniform_BK = _uniforms(text, walk.accepted_B, branching, acceptance_B.dtype)
-        accept_B = exists_B & (at(uniform_BK, rank_B) < acceptance_B)
+        uniform_BA = _uniforms(text, walk.accepted_B, branching, acceptance_B.dtype)
+        accept_B = exists_B & (at(uniform_BA, rank_B) < acceptance_B)
         reject_B = exists_B & ~accept_B
         walk = walk.descend(child_B, accept_B)
         rank_B = jnp.where(accept_B, 0, rank_B + reject_B)
@@ -149,38 +149,38 @@ def _k_seq(
         raise _refusal(k_seq, type(tree))
     logprob_BTV = distribution.logprob_BTV
     children = jax.vmap(child, (None, 1, 0), 1)
-    rank_K = jnp.arange(branching)
+    rank_A = jnp.arange(branching)
 
     def step(state):
-        level, walk, node_BK, alive_BK, target_BV = state
-        alive_B = jnp.any(alive_BK, axis=1)
+        level, walk, node_BA, alive_BA, target_BV = state
+        alive_B = jnp.any(alive_BA, axis=1)
         # the survivors carry the same tokens, so that both distributions are the same after each
         draft_BV = jnp.exp(at(tree.logprob_BTV, walk.node_B)).astype(target_BV.dtype)
-        plan = jax.vmap(rules.k_seq_plan)(target_BV, draft_BV, jnp.sum(alive_BK, axis=1))
-        token_BK = jnp.take_along_axis(tree.token_BT, node_BK, axis=1)
-        acceptance_BK = rules.k_seq_acceptance(
-            jnp.take_along_axis(target_BV, token_BK, axis=1),
-            jnp.take_along_axis(draft_BV, token_BK, axis=1),
+        plan = jax.vmap(rules.k_seq_plan)(target_BV, draft_BV, jnp.sum(alive_BA, axis=1))
+        token_BA = jnp.take_along_axis(tree.token_BT, node_BA, axis=1)
+        acceptance_BA = rules.k_seq_acceptance(
+            jnp.take_along_axis(target_BV, token_BA, axis=1),
+            jnp.take_along_axis(draft_BV, token_BA, axis=1),
             plan.rho[:, None],
         )
-        uniform_BK = _uniforms(text, walk.accepted_B, branching, acceptance_BK.dtype)
-        accept_BK = alive_BK & (uniform_BK < acceptance_BK)
-        first_B, accept_B = jnp.argmax(accept_BK, axis=1), jnp.any(accept_BK, axis=1)
-        chosen_B = at(node_BK, first_B)
+        uniform_BA = _uniforms(text, walk.accepted_B, branching, acceptance_BA.dtype)
+        accept_BA = alive_BA & (uniform_BA < acceptance_BA)
+        first_B, accept_B = jnp.argmax(accept_BA, axis=1), jnp.any(accept_BA, axis=1)
+        chosen_B = at(node_BA, first_B)
         walk = walk.descend(chosen_B, accept_B)
         target_BV = jnp.where((alive_B & ~accept_B)[:, None], plan.residual_V, target_BV)
         new_target_BV = jnp.exp(at(logprob_BTV, chosen_B))
         target_BV = jnp.where(accept_B[:, None], new_target_BV, target_BV)
-        survives_BK = alive_BK & (token_BK == at(token_BK, first_B)[:, None])
-        node_BK, exists_BK = children(tree, node_BK, jnp.zeros_like(rank_K))
-        alive_BK = survives_BK & exists_BK & accept_B[:, None] & (level + 1 < depth)
-        return level + 1, walk, node_BK, alive_BK, target_BV
+        survives_BA = alive_BA & (token_BA == at(token_BA, first_B)[:, None])
+        node_BA, exists_BA = children(tree, node_BA, jnp.zeros_like(rank_A))
+        alive_BA = survives_BA & exists_BA & accept_B[:, None] & (level + 1 < depth)
+        return level + 1, walk, node_BA, alive_BA, target_BV
 
     batch = tree.token_BT.shape[0]
     walk = _at_root(batch, depth)
-    node_BK, alive_BK = children(tree, jnp.zeros((batch, branching), jnp.int32), rank_K)
-    alive_BK &= depth > 0
-    start = jnp.asarray(0, jnp.int32), walk, node_BK, alive_BK, jnp.exp(logprob_BTV[:, 0])
+    node_BA, alive_BA = children(tree, jnp.zeros((batch, branching), jnp.int32), rank_A)
+    alive_BA &= depth > 0
+    start = jnp.asarray(0, jnp.int32), walk, node_BA, alive_BA, jnp.exp(logprob_BTV[:, 0])
     final = jax.lax.while_loop(lambda state: jnp.any(state[3]), step, start)
     return _emit(final[1], final[4], text)
 

@@ -57,14 +57,14 @@ class Level(NamedTuple):
 
     Attributes:
       logprob_BMV: log-probabilities from which their children are drawn.
-      sees_BMR: bool, which of the R nodes from the root on each node sees; the last M are its own
+      sees_BMS: bool, which of the S nodes from the root on each node sees; the last M are its own
         level's.
       seen_BMV: bool, tokens of the text and of the path; None if the sampler does not ask.
       depth: of the nodes.
     """
 
     logprob_BMV: jax.Array
-    sees_BMR: jax.Array
+    sees_BMS: jax.Array
     seen_BMV: jax.Array | None
     depth: int
 
@@ -90,12 +90,12 @@ def begin(draft: Draft, memory: Memory, text: Text) -> tuple[Level, Memory]:
     # In a text of one token the first of the two is a node that nothing sees, at position -1.
     token_BL = pick(text.token_BS, jnp.maximum(position_BL, 0))
     memory, seen = draft.model.step(draft.params, memory, Nodes(token_BL, position_BL))
-    sees_BMR = jnp.ones((text.length_B.shape[0], 1, 1), bool)
+    sees_BMS = jnp.ones((text.length_B.shape[0], 1, 1), bool)
     seen_BMV = None
     if draft.sampler.repetition_penalty is not None:
         seen_BMV = _in_text(text, draft.model.vocab_size)[:, None]
     logprob_BMV = _log_probs(draft, memory, seen.h_BTD[:, 1:], seen_BMV)
-    return Level(logprob_BMV, sees_BMR, seen_BMV, 0), memory
+    return Level(logprob_BMV, sees_BMS, seen_BMV, 0), memory
 
 
 def extend(
@@ -112,22 +112,22 @@ def extend(
     """
     b, m = token_BM.shape
     itself_BMM = jnp.broadcast_to(jnp.eye(m, dtype=bool), (b, m, m))
-    sees_BMR = jnp.concatenate([pick(above.sees_BMR, parent_BM), itself_BMM], axis=-1)
+    sees_BMS = jnp.concatenate([pick(above.sees_BMS, parent_BM), itself_BMM], axis=-1)
     depth = above.depth + 1
     position_BM = jnp.broadcast_to((text.length_B - 1 + depth)[:, None], (b, m))
-    nodes = Nodes(token_BM, position_BM, pack_bits(sees_BMR), span=sees_BMR.shape[-1])
+    nodes = Nodes(token_BM, position_BM, pack_bits(sees_BMS), span=sees_BMS.shape[-1])
     memory, seen = draft.model.step(draft.params, memory, nodes)
     seen_BMV = None
     if above.seen_BMV is not None:
         own_BMV = jax.nn.one_hot(token_BM, draft.model.vocab_size, dtype=bool)
         seen_BMV = pick(above.seen_BMV, parent_BM) | own_BMV
     logprob_BMV = _log_probs(draft, memory, seen.h_BTD, seen_BMV)
-    return Level(logprob_BMV, sees_BMR, seen_BMV, depth), memory
+    return Level(logprob_BMV, sees_BMS, seen_BMV, depth), memory
 
 
-def pick(values_BM: jax.Array, index_BK: jax.Array) -> jax.Array:
-    """Returns each row's values at its indices: `[B, M, ...]` -> `[B, K, ...]`."""
-    return jax.vmap(lambda values_M, index_K: values_M[index_K])(values_BM, index_BK)
+def pick(values_BM: jax.Array, index_BA: jax.Array) -> jax.Array:
+    """Returns each row's values at its indices: `[B, M, ...]` -> `[B, A, ...]`."""
+    return jax.vmap(lambda values_M, index_A: values_M[index_A])(values_BM, index_BA)
 
 
 def _log_probs(draft: Draft, memory: Memory, h_BMD: jax.Array, seen_BMV) -> jax.Array:

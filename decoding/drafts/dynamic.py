@@ -68,14 +68,14 @@ def dynamic(
 
     def draw(logprob_BMV, key_B, level, carry):
         mass_BM, worth = carry or (jnp.ones(logprob_BMV.shape[:2], logprob_BMV.dtype), ())
-        token_BMK, perturbed_BMK = levels.top(logprob_BMV, key_B, ranks[level - 1])
-        q_BMK = jnp.exp(jnp.take_along_axis(logprob_BMV, token_BMK, axis=2))
-        value_BMK = slot_values(mass_BM, q_BMK)
-        value_BMK = jnp.where(perturbed_BMK > -jnp.inf, value_BMK, 0)
+        token_BMA, perturbed_BMA = levels.top(logprob_BMV, key_B, ranks[level - 1])
+        q_BMA = jnp.exp(jnp.take_along_axis(logprob_BMV, token_BMA, axis=2))
+        value_BMA = slot_values(mass_BM, q_BMA)
+        value_BMA = jnp.where(perturbed_BMA > -jnp.inf, value_BMA, 0)
         # a child's own slots are worth no more than its own, whatever rounding does
-        mass_BMK = jnp.minimum(mass_BM[..., None] * q_BMK, value_BMK)
-        ranked_BMK = jnp.where(value_BMK > threshold, value_BMK, -jnp.inf)
-        children = levels.keep(token_BMK, ranked_BMK, sizes[level - 1], (mass_BMK, ranked_BMK))
+        mass_BMA = jnp.minimum(mass_BM[..., None] * q_BMA, value_BMA)
+        ranked_BMA = jnp.where(value_BMA > threshold, value_BMA, -jnp.inf)
+        children = levels.keep(token_BMA, ranked_BMA, sizes[level - 1], (mass_BMA, ranked_BMA))
         mass_BM, ranked_BM = children.carry
         return children._replace(carry=(mass_BM, (*worth, ranked_BM)))
 
@@ -89,16 +89,16 @@ def dynamic(
     return levels.drafter(lm, sampler, grown, WithoutReplacement, sizes, ranks[0], nodes=nodes)
 
 
-def slot_values(mass_BM: jax.Array, q_BMK: jax.Array) -> jax.Array:
-    """Returns the value of each node's slots; it does not increase along K.
+def slot_values(mass_BM: jax.Array, q_BMA: jax.Array) -> jax.Array:
+    """Returns the value of each node's slots; it does not increase along A.
 
     Args:
       mass_BM: probability of the path to each node.
-      q_BMK: probability of each child drawn, in the order drawn.
+      q_BMA: probability of each child drawn, in the order drawn.
     """
     # of the elders alone: a difference of sums would let the slot's own token into the rounding
-    before_BMK = jnp.cumsum(jnp.pad(q_BMK[..., :-1], ((0, 0), (0, 0), (1, 0))), axis=2)
-    return mass_BM[..., None] * jax.lax.cummin(jnp.maximum(1 - before_BMK, 0), axis=2)
+    before_BMA = jnp.cumsum(jnp.pad(q_BMA[..., :-1], ((0, 0), (0, 0), (1, 0))), axis=2)
+    return mass_BM[..., None] * jax.lax.cummin(jnp.maximum(1 - before_BMA, 0), axis=2)
 
 
 def most_valuable(drawn: DraftTree, value_BT: jax.Array, nodes: int) -> tuple[DraftTree, jax.Array]:

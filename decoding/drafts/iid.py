@@ -36,10 +36,10 @@ def iid(lm: LM, sequences: int, length: int, sampler: Sampler | None = None) -> 
         del level, carry
         # all start from the root, each with noise of its own, and then continue themselves
         parent = jnp.arange(sequences) % logprob_BMV.shape[1]
-        token_BK1, _ = levels.top(logprob_BMV[:, parent], key_B, 1)
-        token_BK = token_BK1[..., 0]
-        parent_BK = jnp.broadcast_to(parent, token_BK.shape)
-        return Children(parent_BK, token_BK, jnp.ones_like(token_BK, bool))
+        token_BA1, _ = levels.top(logprob_BMV[:, parent], key_B, 1)
+        token_BA = token_BA1[..., 0]
+        parent_BA = jnp.broadcast_to(parent, token_BA.shape)
+        return Children(parent_BA, token_BA, jnp.ones_like(token_BA, bool))
 
     grown = levels.whole(draw, length, Independent)
     sizes = (sequences,) * length

@@ -174,17 +174,17 @@ def top(logprob_BMV: jax.Array, key_B: jax.Array, count: int) -> tuple[jax.Array
     return token, perturbed
 
 
-def keep(token_BMK: jax.Array, value_BMK: jax.Array, size: int, carry: tuple) -> Children:
+def keep(token_BMA: jax.Array, value_BMA: jax.Array, size: int, carry: tuple) -> Children:
     """Keeps the `size` children of the greatest values, in the order parent, rank.
 
     Args:
-      token_BMK: each node's children in the order drawn.
-      value_BMK: does not increase along K; ties go to the first. -inf: no child.
+      token_BMA: each node's children in the order drawn.
+      value_BMA: does not increase along A; ties go to the first. -inf: no child.
       size: how many to keep.
-      carry: arrays `[B, M, K]`; the kept children's entries are carried on.
+      carry: arrays `[B, M, A]`; the kept children's entries are carried on.
     """
-    b, _, k = token_BMK.shape
-    flat = [x.reshape(b, -1) for x in (token_BMK, value_BMK, *carry)]
+    b, _, k = token_BMA.shape
+    flat = [x.reshape(b, -1) for x in (token_BMA, value_BMA, *carry)]
     kept_BM = jnp.sort(jax.lax.top_k(flat[1], size)[1], axis=1)
     token_BM, value_BM, *carried = (pick(x, kept_BM) for x in flat)
     return Children(kept_BM // k, token_BM, value_BM > -jnp.inf, tuple(carried))

@@ -73,11 +73,11 @@ def lookup(
 
     def propose(params, state: State, context: Context, /, **extra) -> Proposal:
         text = context.text
-        start_BK, weight_BK = _matches(state, text, longest, branches)
-        token_BKL, valid_BKL = _continuations(text, start_BK, length)
-        valid_BKL &= weight_BK[..., None] > 0
+        start_BA, weight_BA = _matches(state, text, longest, branches)
+        token_BAL, valid_BAL = _continuations(text, start_BA, length)
+        valid_BAL &= weight_BA[..., None] > 0
         root_B = tree_lib.at(text.token_BS, text.length_B - 1)
-        return Proposal(trie(root_B, token_BKL, valid_BKL, weight_BK, nodes), state)
+        return Proposal(trie(root_B, token_BAL, valid_BAL, weight_BA, nodes), state)
 
     def update(params, state: State, outcome: Outcome, /, **extra) -> State:
         # a round adds at most length + 1 tokens
@@ -93,9 +93,9 @@ def lookup(
 
 def trie(
     root_B: jax.Array,
-    token_BKL: jax.Array,
-    valid_BKL: jax.Array,
-    weight_BK: jax.Array,
+    token_BAL: jax.Array,
+    valid_BAL: jax.Array,
+    weight_BA: jax.Array,
     nodes: int,
 ) -> DraftTree:
     """Merges K continuations into a tree in which each prefix they share appears once.
@@ -105,37 +105,37 @@ def trie(
 
     Args:
       root_B: int32, the token that all of them continue.
-      token_BKL: int32.
-      valid_BKL: bool: the first few tokens of each.
-      weight_BK: positive where any of its tokens is valid.
+      token_BAL: int32.
+      valid_BAL: bool: the first few tokens of each.
+      weight_BA: positive where any of its tokens is valid.
       nodes: of the tree, the root included; at most K L + 1.
     """
-    b, k, l = token_BKL.shape
-    both = valid_BKL[:, :, None] & valid_BKL[:, None]
-    same = both & (token_BKL[:, :, None] == token_BKL[:, None])
-    same_BKKL = jnp.cumprod(same, axis=-1) > 0  # prefixes up to here are equal
-    first_BKL = jnp.argmax(same_BKKL, axis=2)
-    is_node_BKL = valid_BKL & (first_BKL == jnp.arange(k)[:, None])
-    score_BKL = jnp.einsum('bijl,bj->bil', same_BKKL.astype(jnp.float32), weight_BK)
-    score_BKL = jnp.where(is_node_BKL, score_BKL * SURVIVAL ** jnp.arange(l), 0.0)
-    score_BT, chosen_BT = jax.lax.top_k(score_BKL.reshape(b, k * l), nodes - 1)
+    b, k, l = token_BAL.shape
+    both = valid_BAL[:, :, None] & valid_BAL[:, None]
+    same = both & (token_BAL[:, :, None] == token_BAL[:, None])
+    same_BAAL = jnp.cumprod(same, axis=-1) > 0  # prefixes up to here are equal
+    first_BAL = jnp.argmax(same_BAAL, axis=2)
+    is_node_BAL = valid_BAL & (first_BAL == jnp.arange(k)[:, None])
+    score_BAL = jnp.einsum('bijl,bj->bil', same_BAAL.astype(jnp.float32), weight_BA)
+    score_BAL = jnp.where(is_node_BAL, score_BAL * SURVIVAL ** jnp.arange(l), 0.0)
+    score_BT, chosen_BT = jax.lax.top_k(score_BAL.reshape(b, k * l), nodes - 1)
     # of the whole grid, which node of the tree it became
     batch = jnp.arange(b)[:, None]
     slot = jnp.zeros((b, k * l), jnp.int32).at[batch, chosen_BT].set(jnp.arange(1, nodes))
-    above_BKL = slot[batch[..., None], (first_BKL * l + jnp.arange(l))[..., :-1].reshape(b, k, -1)]
-    above_BKL = jnp.pad(above_BKL, ((0, 0), (0, 0), (1, 0)))  # first tokens hang on the root
+    above_BAL = slot[batch[..., None], (first_BAL * l + jnp.arange(l))[..., :-1].reshape(b, k, -1)]
+    above_BAL = jnp.pad(above_BAL, ((0, 0), (0, 0), (1, 0)))  # first tokens hang on the root
 
-    def pick(x_BKL, root, otherwise):
-        x_BT = jnp.take_along_axis(x_BKL.reshape(b, k * l), chosen_BT, axis=1)
+    def pick(x_BAL, root, otherwise):
+        x_BT = jnp.take_along_axis(x_BAL.reshape(b, k * l), chosen_BT, axis=1)
         x_BT = jnp.where(score_BT > 0, x_BT, otherwise)
         return jnp.concatenate([root[:, None], x_BT], axis=1).astype(jnp.int32)
 
     zero_B = jnp.zeros(b, jnp.int32)
-    depth_BKL = jnp.broadcast_to(jnp.arange(1, l + 1), (b, k, l))
+    depth_BAL = jnp.broadcast_to(jnp.arange(1, l + 1), (b, k, l))
     return DraftTree(
-        pick(token_BKL, root_B, 0),
-        pick(above_BKL, zero_B - 1, 0),
-        pick(depth_BKL, zero_B, 1),
+        pick(token_BAL, root_B, 0),
+        pick(above_BAL, zero_B - 1, 0),
+        pick(depth_BAL, zero_B, 1),
         jnp.concatenate([zero_B[:, None] == 0, score_BT > 0], axis=1),
     )
 
@@ -147,11 +147,11 @@ def _windows(text: Text, end_BM: jax.Array, size: int) -> jax.Array:
     return text.token_BS[jnp.arange(end_BM.shape[0])[:, None, None], place]
 
 
-def _hash(window_BMG: jax.Array, buckets: int) -> jax.Array:
+def _hash(window_BML: jax.Array, buckets: int) -> jax.Array:
     """Returns the bucket of each n-gram, int32 `[B, M]`: multiply and xor, then mixed."""
-    code = jnp.zeros(window_BMG.shape[:-1], jnp.uint32)
-    for i in range(window_BMG.shape[-1]):
-        code = (code ^ window_BMG[..., i].astype(jnp.uint32)) * jnp.uint32(0x9E3779B1)
+    code = jnp.zeros(window_BML.shape[:-1], jnp.uint32)
+    for i in range(window_BML.shape[-1]):
+        code = (code ^ window_BML[..., i].astype(jnp.uint32)) * jnp.uint32(0x9E3779B1)
         code ^= code >> 15
     return (code & (buckets - 1)).astype(jnp.int32)
 
@@ -204,14 +204,14 @@ def _matches(state: State, text: Text, longest: int, branches: int) -> tuple[jax
     twin = (end_BM[..., None] == end_BM[:, None]) & (weight_BM[:, None] > 0)
     again_BM = jnp.any(twin & jnp.tri(end_BM.shape[1], k=-1, dtype=bool), axis=-1)
     weight_BM = jnp.where(again_BM, 0, weight_BM)
-    order_BK = jnp.argsort(weight_BM == 0, axis=1, stable=True)[:, :branches]
-    return end_BM[batch, order_BK] + 1, weight_BM[batch, order_BK].astype(jnp.float32)
+    order_BA = jnp.argsort(weight_BM == 0, axis=1, stable=True)[:, :branches]
+    return end_BM[batch, order_BA] + 1, weight_BM[batch, order_BA].astype(jnp.float32)
 
 
-def _continuations(text: Text, start_BK: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the tokens from each start, `[B, K, length]`, and which of them the text has."""
-    place = start_BK[..., None] + jnp.arange(length)
+def _continuations(text: Text, start_BA: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the tokens from each start, `[B, A, length]`, and which of them the text has."""
+    place = start_BA[..., None] + jnp.arange(length)
     last = text.token_BS.shape[1] - 1
-    batch = jnp.arange(start_BK.shape[0])[:, None, None]
+    batch = jnp.arange(start_BA.shape[0])[:, None, None]
     token = text.token_BS[batch, jnp.clip(place, 0, last)]
     return token, place < text.length_B[:, None, None]

@@ -38,8 +38,8 @@ def branching(lm: LM, factors: tuple[int, ...], sampler: Sampler | None = None) 
 
     def draw(logprob_BMV, key_B, level, carry):
         del carry
-        token_BMK, perturbed_BMK = levels.top(logprob_BMV, key_B, factors[level - 1])
-        return _children(token_BMK, perturbed_BMK > -jnp.inf)
+        token_BMA, perturbed_BMA = levels.top(logprob_BMV, key_B, factors[level - 1])
+        return _children(token_BMA, perturbed_BMA > -jnp.inf)
 
     sizes = tuple(math.prod(factors[: i + 1]) for i in range(len(factors)))
     grown = levels.whole(draw, len(factors), WithoutReplacement)
@@ -81,38 +81,38 @@ def beam(lm: LM, width: int, length: int, sampler: Sampler | None = None) -> Dra
         # log-probability and perturbed log-probability of each path; the root's are any constants
         zeros_BM = jnp.zeros(logprob_BMV.shape[:2], logprob_BMV.dtype)
         phi_BM, psi_BM = carry or (zeros_BM, zeros_BM)
-        token_BMK, g_BMK = levels.top(phi_BM[..., None] + logprob_BMV, key_B, ranks)
-        phi_BMK = phi_BM[..., None] + jnp.take_along_axis(logprob_BMV, token_BMK, axis=2)
-        psi_BMK = given_maximum(g_BMK, psi_BM)
+        token_BMA, g_BMA = levels.top(phi_BM[..., None] + logprob_BMV, key_B, ranks)
+        phi_BMA = phi_BM[..., None] + jnp.take_along_axis(logprob_BMV, token_BMA, axis=2)
+        psi_BMA = given_maximum(g_BMA, psi_BM)
         # rounding must not put a node before its elder: it would decide about it
-        psi_BMK = jax.lax.cummin(psi_BMK, axis=2)
-        return levels.keep(token_BMK, psi_BMK, sizes[level - 1], (phi_BMK, psi_BMK))
+        psi_BMA = jax.lax.cummin(psi_BMA, axis=2)
+        return levels.keep(token_BMA, psi_BMA, sizes[level - 1], (phi_BMA, psi_BMA))
 
     grown = levels.whole(draw, length, WithoutReplacement)
     return levels.drafter(lm, sampler, grown, WithoutReplacement, sizes, ranks)
 
 
-def given_maximum(g_BMK: jax.Array, psi_BM: jax.Array) -> jax.Array:
-    """Returns Gumbel variables `g_BMK`, made to have `psi_BM` as their maximum.
+def given_maximum(g_BMA: jax.Array, psi_BM: jax.Array) -> jax.Array:
+    """Returns Gumbel variables `g_BMA`, made to have `psi_BM` as their maximum.
 
     -log(e^-psi - e^-Z + e^-g), with Z the maximum that they had (Kool et al. 2019), in the form of
     their appendix on numerical stability, which neither overflows nor cancels. The greatest becomes
     psi exactly, and -inf stays.
 
     Args:
-      g_BMK: perturbed log-probabilities of each node's best children, the greatest first.
+      g_BMA: perturbed log-probabilities of each node's best children, the greatest first.
       psi_BM: of the node itself; -inf, as of nodes outside of the support, gives -inf throughout.
     """
-    exists_BMK = (g_BMK > -jnp.inf) & (psi_BM > -jnp.inf)[..., None]
-    g_BMK = jnp.where(exists_BMK, g_BMK, 0)
-    psi_BMK = jnp.where(exists_BMK, psi_BM[..., None], 0)
-    greatest_BMK = jnp.where(exists_BMK, g_BMK[..., :1], 0)
-    t_BMK = psi_BMK - g_BMK + jnp.log1p(-jnp.exp(g_BMK - greatest_BMK))
-    result = psi_BMK - jnp.maximum(t_BMK, 0) - jnp.log1p(jnp.exp(-jnp.abs(t_BMK)))
-    return jnp.where(exists_BMK, result, -jnp.inf)
+    exists_BMA = (g_BMA > -jnp.inf) & (psi_BM > -jnp.inf)[..., None]
+    g_BMA = jnp.where(exists_BMA, g_BMA, 0)
+    psi_BMA = jnp.where(exists_BMA, psi_BM[..., None], 0)
+    greatest_BMA = jnp.where(exists_BMA, g_BMA[..., :1], 0)
+    t_BMA = psi_BMA - g_BMA + jnp.log1p(-jnp.exp(g_BMA - greatest_BMA))
+    result = psi_BMA - jnp.maximum(t_BMA, 0) - jnp.log1p(jnp.exp(-jnp.abs(t_BMA)))
+    return jnp.where(exists_BMA, result, -jnp.inf)
 
 
-def _children(token_BMK: jax.Array, valid_BMK: jax.Array) -> Children:
-    b, m, k = token_BMK.shape
+def _children(token_BMA: jax.Array, valid_BMA: jax.Array) -> Children:
+    b, m, k = token_BMA.shape
     parent = jnp.broadcast_to(jnp.arange(m * k) // k, (b, m * k))
-    return Children(parent, token_BMK.reshape(b, -1), valid_BMK.reshape(b, -1))
+    return Children(parent, token_BMA.reshape(b, -1), valid_BMA.reshape(b, -1))

@@ -24,12 +24,12 @@ class State:
     """The known successors of each token.
 
     Attributes:
-      successor_BVR: int32 `[B, V, k]`, most probable first; -1 where the token was not met yet.
+      successor_BVA: int32 `[B, V, k]`, most probable first; -1 where the token was not met yet.
         Each row of a batch has its own, so that neither its text nor its number of rounds depends
         on the rows beside it. A row costs 4 k V bytes: 4 MB at V = 128,000.
     """
 
-    successor_BVR: jax.Array
+    successor_BVA: jax.Array
 
 
 def recycling(
@@ -37,7 +37,7 @@ def recycling(
     *,
     template: Template | None = None,
     ranks: int = RANKS,
-    warm_VR: jax.Array | None = None,
+    warm_VA: jax.Array | None = None,
 ) -> Drafter:
     """Returns the drafter; its trees do not depend on the draws that verify them.
 
@@ -46,15 +46,15 @@ def recycling(
       template: shape of the tree; by default the paper's level sizes. For another number of nodes,
         `template.best_first(template.acceptance_of(ranks), nodes)`.
       ranks: k, successors kept per token; at least those that the template asks for.
-      warm_VR: int32 `[V, k]`, successors known from earlier calls (`pool`); by default none, a
+      warm_VA: int32 `[V, k]`, successors known from earlier calls (`pool`); by default none, a
         cold start. The paper keeps its matrix from one question to the next.
 
     Raises:
-      ValueError: the template asks for ranks that are not kept, or `warm_VR` has another shape.
+      ValueError: the template asks for ranks that are not kept, or `warm_VA` has another shape.
     """
     if template is None:
         template = template_lib.of_levels(template_lib.acceptance_of(RANKS), LEVELS)
-    _check(vocab_size, template, ranks, warm_VR)
+    _check(vocab_size, template, ranks, warm_VA)
 
     def init(params: jax.Array | None, prompt: Prompt, /, **extra) -> State:
         b = prompt.text.length_B.shape[0]
@@ -66,13 +66,13 @@ def recycling(
         text = context.text
         batch = jnp.arange(text.length_B.shape[0])[:, None]
         root_B = tree_lib.at(text.token_BS, text.length_B - 1)
-        drafted = template_lib.fill(template, root_B, lambda x: state.successor_BVR[batch, x])
+        drafted = template_lib.fill(template, root_B, lambda x: state.successor_BVA[batch, x])
         return Proposal(drafted, state)
 
     def update(params, state: State, outcome: Outcome, /, **extra) -> State:
         newest_BT = _newest(outcome.tree, outcome.verdict)
-        best_BTR = outcome.scores.top(ranks)
-        return State(write(state.successor_BVR, outcome.tree.token_BT, best_BTR, newest_BT))
+        best_BTA = outcome.scores.top(ranks)
+        return State(write(state.successor_BVA, outcome.tree.token_BT, best_BTA, newest_BT))
 
     method = Method(
         init=init,
@@ -83,34 +83,34 @@ def recycling(
         depth=int(template.depth.max()),
         branching=max(int(template.rank.max()) + 1, 1),
     )
-    return Drafter(method, None if warm_VR is None else jnp.asarray(warm_VR, jnp.int32))
+    return Drafter(method, None if warm_VA is None else jnp.asarray(warm_VA, jnp.int32))
 
 
 def write(
-    successor_BVR: jax.Array, token_BT: jax.Array, best_BTR: jax.Array, write_BT: jax.Array
+    successor_BVA: jax.Array, token_BT: jax.Array, best_BTA: jax.Array, write_BT: jax.Array
 ) -> jax.Array:
     """Returns the matrix with the successors of T tokens replaced.
 
     Args:
-      successor_BVR: see `State`.
+      successor_BVA: see `State`.
       token_BT: int32.
-      best_BTR: int32, the target's k most probable tokens after each of them.
+      best_BTA: int32, the target's k most probable tokens after each of them.
       write_BT: bool: which of them count; at most one of those that are the same token.
     """
-    b, v, _ = successor_BVR.shape
+    b, v, _ = successor_BVA.shape
     target_BT = jnp.where(write_BT, token_BT, v)  # out of range: dropped
-    return successor_BVR.at[jnp.arange(b)[:, None], target_BT].set(best_BTR, mode='drop')
+    return successor_BVA.at[jnp.arange(b)[:, None], target_BT].set(best_BTA, mode='drop')
 
 
-def pool(successor_BVR: jax.Array) -> jax.Array:
+def pool(successor_BVA: jax.Array) -> jax.Array:
     """Returns the successors that a batch's rows know together, int32 `[V, k]`, for a warm start.
 
     Where several rows met a token, the last of them counts.
     """
-    met_BV = successor_BVR[..., 0] >= 0
+    met_BV = successor_BVA[..., 0] >= 0
     rows = jnp.arange(met_BV.shape[0])[:, None]
     last_V = jnp.argmax(jnp.where(met_BV, rows + 1, 0), axis=0)
-    return successor_BVR[last_V, jnp.arange(met_BV.shape[1])]
+    return successor_BVA[last_V, jnp.arange(met_BV.shape[1])]
 
 
 def _newest(drafted: DraftTree, verdict: Verdict) -> jax.Array:
@@ -127,14 +127,14 @@ def _newest(drafted: DraftTree, verdict: Verdict) -> jax.Array:
     return drafted.valid_BT & ~beaten_BT
 
 
-def _check(vocab_size: int, template: Template, ranks: int, warm_VR: jax.Array | None) -> None:
+def _check(vocab_size: int, template: Template, ranks: int, warm_VA: jax.Array | None) -> None:
     if template.rank.max() >= ranks:
         raise ValueError(
             f'recycling: the template asks for rank {template.rank.max()}; {ranks} are kept'
         )
     if not ranks <= vocab_size:
         raise ValueError(f'recycling: {ranks} successors kept of {vocab_size} symbols')
-    if warm_VR is not None and warm_VR.shape != (vocab_size, ranks):
+    if warm_VA is not None and warm_VA.shape != (vocab_size, ranks):
         raise ValueError(
-            f'recycling: warm_VR of shape {warm_VR.shape}; expected {(vocab_size, ranks)}'
+            f'recycling: warm_VA of shape {warm_VA.shape}; expected {(vocab_size, ranks)}'
         )

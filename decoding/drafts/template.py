@@ -99,9 +99,9 @@ def fill(
     for depth in range(1, template.depth[-1] + 1):
         nodes = np.flatnonzero(template.depth == depth)
         above_BM = levels_BM[-1]
-        found_BMR = candidates(jnp.maximum(above_BM, 0))
-        found_BMR = jnp.where(above_BM[..., None] < 0, -1, found_BMR)
-        levels_BM.append(found_BMR[:, template.parent[nodes] - first, template.rank[nodes]])
+        found_BMA = candidates(jnp.maximum(above_BM, 0))
+        found_BMA = jnp.where(above_BM[..., None] < 0, -1, found_BMA)
+        levels_BM.append(found_BMA[:, template.parent[nodes] - first, template.rank[nodes]])
         first = nodes[0]
     token_BT = jnp.concatenate(levels_BM, axis=1).astype(jnp.int32)
     parent_BT, depth_BT = (

@@ -26,7 +26,7 @@ _TRAINING_BYTES = 2_000_000
 class _Side(NamedTuple):
     run: Callable[[], Any]
     temporaries: int
-    tokens_BK: jax.Array
+    tokens_BA: jax.Array
 
 
 def main(config: Config, out: epath.Path) -> dict[str, float]:
@@ -84,8 +84,8 @@ def _search(config: Config, dtype: Any, metrics: dict[str, float]) -> list[dict[
     seconds = _in_turn({side: part.run for side, part in sides.items()}, config.repeats)
     result = []
     for (method, kind), side in sides.items():
-        exact_BK = sides['chunks', kind].tokens_BK
-        recall = float(projected_search.recall(side.tokens_BK, exact_BK))
+        exact_BA = sides['chunks', kind].tokens_BA
+        recall = float(projected_search.recall(side.tokens_BA, exact_BA))
         ratio = seconds[method, kind] / seconds['dense', 'even']
         row = {'name': method, 'table': f'{name}, {kind}', 'ms': 1e3 * seconds[method, kind],
                'ratio': ratio, 'mb': side.temporaries / 1e6, 'recall': recall}  # fmt: skip
@@ -106,20 +106,20 @@ def _dense(k: int, table: Table, h_BD: jax.Array) -> tuple[jax.Array, jax.Array]
 
 def _by_chunks(k: int, table: Table, h_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
     found = large_vocabulary.search(table, h_BD, k)
-    return found.tokens_BK, found.log_normalizer_B
+    return found.tokens_BA, found.log_normalizer_B
 
 
 def _shortlist(shortlist: int, k: int, tables: Any, h_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
     table, projection = tables
-    logits_BK, tokens_BK = projected_search.search(table, projection, h_BD, k, shortlist)
-    return tokens_BK, logits_BK
+    logits_BA, tokens_BA = projected_search.search(table, projection, h_BD, k, shortlist)
+    return tokens_BA, logits_BA
 
 
 def _side(function: Callable[..., Any], k: int, table: Any, h_BD: jax.Array) -> _Side:
     compiled = jax.jit(functools.partial(function, k)).lower(table, h_BD).compile()
     memory: Any = compiled.memory_analysis()
-    tokens_BK = compiled(table, h_BD)[0]
-    return _Side(lambda: compiled(table, h_BD), memory.temp_size_in_bytes, tokens_BK)
+    tokens_BA = compiled(table, h_BD)[0]
+    return _Side(lambda: compiled(table, h_BD), memory.temp_size_in_bytes, tokens_BA)
 
 
 def _in_turn(runs: dict[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:

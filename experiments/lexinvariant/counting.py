@@ -7,14 +7,14 @@ import numpy as np
 _ORDER = 2
 
 
-def nats(pieces_NL: np.ndarray, symbols: int, order: int = _ORDER) -> np.ndarray:
+def nats(pieces_RL: np.ndarray, symbols: int, order: int = _ORDER) -> np.ndarray:
     """Returns the mean loss of counts so far at each position but the first, f64 `[L - 1]`.
 
     Orders 0 to `order` are interpolated with Witten-Bell smoothing, starting from a uniform
     distribution over `symbols`. Only the text itself is used, so the loss is invariant under any
     permutation of the symbols.
     """
-    return np.mean([_nats(piece_L.tolist(), symbols, order) for piece_L in pieces_NL], axis=0)[1:]
+    return np.mean([_nats(piece_L.tolist(), symbols, order) for piece_L in pieces_RL], axis=0)[1:]
 
 
 def _nats(piece: list[int], symbols: int, order: int) -> list[float]:

@@ -30,29 +30,29 @@ class Reading(NamedTuple):
     """Enciphered texts and the probe's predictions.
 
     Attributes:
-      plain_NL, cipher_NL: ids of the plaintexts and ciphertexts.
-      logprob_NLV: the probe's log-probabilities of the plain symbol at each position.
+      plain_RL, cipher_RL: ids of the plaintexts and ciphertexts.
+      logprob_RLV: the probe's log-probabilities of the plain symbol at each position.
     """
 
-    plain_NL: np.ndarray
-    cipher_NL: np.ndarray
-    logprob_NLV: np.ndarray
+    plain_RL: np.ndarray
+    cipher_RL: np.ndarray
+    logprob_RLV: np.ndarray
 
 
-def encipher(plain_NL: np.ndarray, symbols: int, seed: int) -> np.ndarray:
+def encipher(plain_RL: np.ndarray, symbols: int, seed: int) -> np.ndarray:
     """Returns the texts, each enciphered with its own random permutation of the alphabet."""
     random = np.random.default_rng(seed)
-    alphabets_NV = np.tile(np.arange(symbols, dtype=np.int32), (len(plain_NL), 1))
-    keys_NV = random.permuted(alphabets_NV, axis=1)
-    return np.take_along_axis(keys_NV, plain_NL, axis=1)
+    alphabets_RV = np.tile(np.arange(symbols, dtype=np.int32), (len(plain_RL), 1))
+    keys_RV = random.permuted(alphabets_RV, axis=1)
+    return np.take_along_axis(keys_RV, plain_RL, axis=1)
 
 
 def read(config: Config, fitted: Fitted, text: models.Text, label: str) -> Reading:
     """Trains the probe on the frozen model and applies it to held-out ciphers."""
     length, symbols = config.train.length, text.tokenizer.vocab_size
     known = domains.chunks(text.train, length, _TRAINING_PIECES)
-    every = np.linspace(0, len(text.test_NL) - 1, min(config.ciphers, len(text.test_NL)))
-    unknown = text.test_NL[every.astype(int), :length]
+    every = np.linspace(0, len(text.test_RL) - 1, min(config.ciphers, len(text.test_RL)))
+    unknown = text.test_RL[every.astype(int), :length]
     cipher = encipher(unknown, symbols, seed=1)
     states = _states(fitted)
     probe = _train(config, states, fitted.params, known, symbols, label)
@@ -75,7 +75,7 @@ def apply(probe: Params, h_BLD: jax.Array) -> jax.Array:
     return x @ probe['w_FV'] + probe['b_V']
 
 
-def _train(config: Config, states, params: Params, known_NL: np.ndarray, symbols: int, label: str):
+def _train(config: Config, states, params: Params, known_RL: np.ndarray, symbols: int, label: str):
     d, f = config.model.d_model, config.probe_hidden
     keys = jax.random.split(jax.random.key(3))
     probe = {
@@ -98,7 +98,7 @@ def _train(config: Config, states, params: Params, known_NL: np.ndarray, symbols
     random = np.random.default_rng(4)
     with ProgressLine(f'probe of {label}', config.probe_steps) as progress:
         for i in range(config.probe_steps):
-            plain = known_NL[random.integers(0, len(known_NL), config.probe_batch)]
+            plain = known_RL[random.integers(0, len(known_RL), config.probe_batch)]
             cipher = encipher(plain, symbols, seed=5 + i)
             h = states(params, cipher, jax.random.fold_in(jax.random.key(6), i))
             probe, state, value = step(probe, state, h, plain)
@@ -109,8 +109,8 @@ def _train(config: Config, states, params: Params, known_NL: np.ndarray, symbols
 def accuracy(reading: Reading, context: int) -> float:
     """Returns the probe's accuracy in the second half of a context."""
     half = slice(context // 2, context)
-    guess = reading.logprob_NLV[:, half].argmax(-1)
-    return float((guess == reading.plain_NL[:, half]).mean())
+    guess = reading.logprob_RLV[:, half].argmax(-1)
+    return float((guess == reading.plain_RL[:, half]).mean())
 
 
 def recovered_keys(reading: Reading, context: int) -> list[dict[int, int]]:
@@ -119,7 +119,7 @@ def recovered_keys(reading: Reading, context: int) -> list[dict[int, int]]:
     The first `context` positions are used; those of a symbol vote with their log-probabilities.
     """
     keys = []
-    for cipher_L, logprob_LV in zip(reading.cipher_NL[:, :context], reading.logprob_NLV):
+    for cipher_L, logprob_LV in zip(reading.cipher_RL[:, :context], reading.logprob_RLV):
         votes: dict[int, np.ndarray] = {}
         for symbol, logprob_V in zip(cipher_L.tolist(), logprob_LV):
             votes[symbol] = votes.get(symbol, 0) + logprob_V
@@ -133,7 +133,7 @@ def key_recovery(
     """Returns the fraction of recovered symbols in a context, averaged over texts, and the fraction
     of texts whose key is recovered completely."""
     shares = []
-    for key, plain_L, cipher_L in zip(keys, reading.plain_NL, reading.cipher_NL):
+    for key, plain_L, cipher_L in zip(keys, reading.plain_RL, reading.cipher_RL):
         truth = dict(zip(cipher_L[:context].tolist(), plain_L[:context].tolist()))
         shares.append(np.mean([key[symbol] == truth[symbol] for symbol in truth]))
     return float(np.mean(shares)), float(np.mean(np.equal(shares, 1)))
@@ -143,6 +143,6 @@ def text_accuracy(keys: Sequence[dict[int, int]], reading: Reading, context: int
     """Returns the fraction of the contexts' characters that the keys decipher correctly."""
     right = [
         np.mean([key[c] == p for c, p in zip(cipher_L[:context].tolist(), plain_L.tolist())])
-        for key, plain_L, cipher_L in zip(keys, reading.plain_NL, reading.cipher_NL)
+        for key, plain_L, cipher_L in zip(keys, reading.plain_RL, reading.cipher_RL)
     ]
     return float(np.mean(right))

@@ -14,7 +14,7 @@ _RIGHT, _WRONG, _CIPHER = plots.COLORS[0], plots.COLORS[1], '#999999'
 
 def draw(path: epath.PathLike, readings: dict[str, Reading], row: int) -> None:
     """Saves a picture of one text: the ciphertext, and each model's reading at every position."""
-    length = next(iter(readings.values())).plain_NL.shape[1]
+    length = next(iter(readings.values())).plain_RL.shape[1]
     lines = -(-length // _LINE)
     rows = lines * (len(readings) + 2)
     figure = matplotlib.figure.Figure(figsize=(10, 0.24 * rows + 0.9), dpi=120)
@@ -27,10 +27,10 @@ def draw(path: epath.PathLike, readings: dict[str, Reading], row: int) -> None:
         top = line * (len(readings) + 2)
         part = slice(line * _LINE, (line + 1) * _LINE)
         first = next(iter(readings.values()))
-        _write(axes, top, 'cipher', first.cipher_NL[row, part], None)
+        _write(axes, top, 'cipher', first.cipher_RL[row, part], None)
         for i, (name, reading) in enumerate(readings.items()):
-            read = reading.logprob_NLV[row, part].argmax(-1)
-            _write(axes, top + 1 + i, name, read, reading.plain_NL[row, part])
+            read = reading.logprob_RLV[row, part].argmax(-1)
+            _write(axes, top + 1 + i, name, read, reading.plain_RL[row, part])
     figure.suptitle(
         'Reading a substitution cipher, character by character\n'
         'blue: read correctly from the preceding text; orange: incorrectly',

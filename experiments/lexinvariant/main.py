@@ -47,8 +47,8 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
             text = texts[name.tokenizer, name.domain]
             curve = functools.partial(_curve, fitted[name], text, config, mesh)
             curves[name] = resume.part_once(parts / f'positions_{name.folder}.json', curve)
-    pieces_NL = texts[CHARACTERS, 'prose'].test_NL
-    distinct = round(np.mean([len(np.unique(piece_L)) for piece_L in pieces_NL]))
+    pieces_RL = texts[CHARACTERS, 'prose'].test_RL
+    distinct = round(np.mean([len(np.unique(piece_L)) for piece_L in pieces_RL]))
     metrics = results.positions(config, curves, distinct)
     rows = _ciphers(config, fitted, texts[CHARACTERS, 'prose'], out, mesh)
     metrics |= results.ciphers(config, rows)
@@ -66,7 +66,7 @@ def main(config: Config, out: epath.Path, mesh: Mesh) -> dict[str, float]:
 
 def _curve(fitted: Fitted, text: Text, config: Config, mesh: Mesh) -> dict[str, list[float]]:
     nats_L = models.nats_by_position(fitted, text, config.train.batch_size, mesh)
-    counts_L = counting.nats(text.test_NL, fitted.config.vocab_size)
+    counts_L = counting.nats(text.test_RL, fitted.config.vocab_size)
     return {
         'nats': nats_L.tolist(), 'counts': counts_L.tolist(),
         'bytes': models.bytes_by_position(text).tolist(),
@@ -111,7 +111,7 @@ def _classical(config: Config, reading: decipher.Reading, text: Text) -> list[di
         for i, n in enumerate(config.contexts):
             keys = [
                 classical.attack(cipher_L[:n], single_V, bigram_VV, config.climbs, seed)
-                for seed, cipher_L in enumerate(reading.cipher_NL)
+                for seed, cipher_L in enumerate(reading.cipher_RL)
             ]
             rows.append(_row('classical', n, None, keys, reading))
             progress.update(i + 1)

@@ -51,13 +51,13 @@ class Text(NamedTuple):
     Attributes:
       tokenizer: see `Tokenizer`.
       train: documents.
-      test_NL: pieces of held-out documents, one id longer than the model's input. They begin
+      test_RL: pieces of held-out documents, one id longer than the model's input. They begin
         anywhere in a document, as most training rows do, and therefore have no BOS.
     """
 
     tokenizer: Tokenizer
     train: Documents
-    test_NL: np.ndarray
+    test_RL: np.ndarray
 
 
 def wanted(config: Config) -> list[Name]:
@@ -84,8 +84,8 @@ def texts(
         length = config.train.length + 1
         domains_lib.chunks(encoded, length, 1)  # fails early if no text is long enough for a probe
         ids = tokenizer.encode_batch(corpus.test)
-        pieces_NL = domains_lib.chunks(ids, length, max(config.valid_bytes // length, 1))
-        found[tokenizer_name, domain] = Text(tokenizer, encoded, pieces_NL)
+        pieces_RL = domains_lib.chunks(ids, length, max(config.valid_bytes // length, 1))
+        found[tokenizer_name, domain] = Text(tokenizer, encoded, pieces_RL)
     return found
 
 
@@ -130,7 +130,7 @@ def nats_by_position(fitted: Fitted, text: Text, batch_size: int, mesh: Mesh) ->
 
     At position 0 the context is one id. New tables are drawn for each batch.
     """
-    n, length = text.test_NL.shape[0], text.test_NL.shape[1] - 1
+    n, length = text.test_RL.shape[0], text.test_RL.shape[1] - 1
 
     @jax.jit
     def total(params, batch, key):
@@ -141,7 +141,7 @@ def nats_by_position(fitted: Fitted, text: Text, batch_size: int, mesh: Mesh) ->
     with jax.set_mesh(mesh):
         for start in range(0, n, batch_size):
             rows = np.arange(start, start + batch_size)
-            piece_BL = text.test_NL[np.minimum(rows, n - 1)]
+            piece_BL = text.test_RL[np.minimum(rows, n - 1)]
             target_BL = piece_BL[:, 1:]
             weight_BL = np.broadcast_to((rows < n)[:, None], target_BL.shape)
             batch = {
@@ -163,4 +163,4 @@ def bytes_by_position(text: Text) -> np.ndarray:
     """Returns the mean number of bytes per token at each position of held-out texts, f64 `[L]`."""
     tokenizer = text.tokenizer
     size_V = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
-    return size_V[text.test_NL[:, 1:]].mean(0)
+    return size_V[text.test_RL[:, 1:]].mean(0)

@@ -27,12 +27,12 @@ class Task(NamedTuple):
     """Queries and answers.
 
     Attributes:
-      tokens_QL: ids of the queries, including the answers.
+      tokens_BL: ids of the queries, including the answers.
       answers: columns of the answer's symbols; each is predicted from the previous column.
       chance: accuracy of a random guess among the possible answers in the task.
     """
 
-    tokens_QL: np.ndarray
+    tokens_BL: np.ndarray
     answers: range
     chance: float
 
@@ -87,9 +87,9 @@ def accuracy(fitted: Fitted, task: Task) -> float:
         return jnp.argmax(logits[:, task.answers.start - 1 :], axis=-1)
 
     right = 0.0
-    for start in range(0, len(task.tokens_QL), _AT_ONCE):
-        rows = jnp.asarray(task.tokens_QL[start : start + _AT_ONCE], jnp.int32)
+    for start in range(0, len(task.tokens_BL), _AT_ONCE):
+        rows = jnp.asarray(task.tokens_BL[start : start + _AT_ONCE], jnp.int32)
         found = best(fitted.params, rows, jax.random.fold_in(jax.random.key(7), start))
         asked = np.asarray(rows)[:, task.answers.start : task.answers.stop]
         right += float((processes.whole(found) == asked).mean(1).sum())
-    return right / len(task.tokens_QL)
+    return right / len(task.tokens_BL)

@@ -93,26 +93,26 @@ class _Learned:
         return self.vocab_size if arrays.rows is None else arrays.rows
 
     def over_tables(self, step, carry, arrays: _Arrays):
-        rows_CnD = online_softmax.interleaved(arrays.table_VD, self.chunks, self.chunk)
+        rows_OJD = online_softmax.interleaved(arrays.table_VD, self.chunks, self.chunk)
 
         def read(index):
-            return index + self.chunks * jnp.arange(self.chunk), rows_CnD[:, index]
+            return index + self.chunks * jnp.arange(self.chunk), rows_OJD[:, index]
 
-        def logits(h, rows_CD):
-            return layers.einsum('...d,cd->...c', h, rows_CD, jnp.float32)
+        def logits(h, rows_OD):
+            return layers.einsum('...d,cd->...c', h, rows_OD, jnp.float32)
 
-        def back(h, rows_CD, d_logits, index, gradient_CnD):
-            dh = layers.einsum('...c,cd->...d', d_logits, rows_CD, jnp.float32)
+        def back(h, rows_OD, d_logits, index, gradient_OJD):
+            dh = layers.einsum('...c,cd->...d', d_logits, rows_OD, jnp.float32)
             by_row = 'tc,td->cd' if h.ndim == 2 else 'blc,bld->cd'
-            d_rows_CD = layers.einsum(by_row, d_logits, h, jnp.float32)
-            d_rows_CD = mesh.constrain(d_rows_CD.astype(gradient_CnD.dtype), ('vocab', 'embed'))
-            return dh, gradient_CnD.at[:, index].set(d_rows_CD)  # each chunk comes once
+            d_rows_OD = layers.einsum(by_row, d_logits, h, jnp.float32)
+            d_rows_OD = mesh.constrain(d_rows_OD.astype(gradient_OJD.dtype), ('vocab', 'embed'))
+            return dh, gradient_OJD.at[:, index].set(d_rows_OD)  # each chunk comes once
 
         return step(Table(read, logits, back), carry)
 
     def no_gradient(self, arrays: _Arrays) -> jax.Array:
-        rows_CnD = online_softmax.interleaved(arrays.table_VD, self.chunks, self.chunk)
-        return mesh.constrain(jnp.zeros_like(rows_CnD), ('vocab', None, 'embed'))
+        rows_OJD = online_softmax.interleaved(arrays.table_VD, self.chunks, self.chunk)
+        return mesh.constrain(jnp.zeros_like(rows_OJD), ('vocab', None, 'embed'))
 
     def gradient(self, total: jax.Array, arrays: _Arrays) -> _Arrays:
         return _Arrays(online_softmax.joined(total, self.vocab_size), None)

@@ -1,6 +1,6 @@
 """Cross-entropy against tables that differ from segment to segment and never exist as a whole.
 
-Tables of `[B, V, D]` would not fit: a chunk of rows `[B, C, D]` is drawn, used and dropped, and
+Tables of `[B, V, D]` would not fit: a chunk of rows `[B, O, D]` is drawn, used and dropped, and
 drawn again for the gradient (`lm.losses.online_softmax` has the formulas).
 """
 
@@ -59,14 +59,14 @@ class _Arrays(NamedTuple):
 class _Learned(NamedTuple):
     """Rows of the learned table, and which symbols have drawn rows instead."""
 
-    rows_CD: jax.Array
-    is_drawn_B1C: jax.Array
+    rows_OD: jax.Array
+    is_drawn_B1O: jax.Array
 
 
 class _Rows(NamedTuple):
     """A chunk of the B tables: drawn rows, and learned ones of a partially lexinvariant model."""
 
-    drawn_BCD: jax.Array
+    drawn_BOD: jax.Array
     learned: _Learned | None
 
 
@@ -87,30 +87,30 @@ class _Drawn:
         return self.config.vocab_size
 
     def over_tables(self, step, carry, arrays: _Arrays):
-        learned_CnD = None
+        learned_OJD = None
         if arrays.learned_VD is not None:
-            learned_CnD = online_softmax.interleaved(arrays.learned_VD, self.chunks, self.chunk)
+            learned_OJD = online_softmax.interleaved(arrays.learned_VD, self.chunks, self.chunk)
 
         def one_segment(segment, carry):
             keys_B = lexinvariant.of_segment(arrays.key_B, segment)
             row_BV = lexinvariant.order(self.config, keys_B)
 
             def read(index):
-                ids_C = index + self.chunks * jnp.arange(self.chunk)
-                return ids_C, self._rows(learned_CnD, keys_B, row_BV, index, ids_C)
+                ids_O = index + self.chunks * jnp.arange(self.chunk)
+                return ids_O, self._rows(learned_OJD, keys_B, row_BV, index, ids_O)
 
             return step(Table(read, _logits, _back, arrays.segments_BL == segment), carry)
 
         return jax.lax.fori_loop(1, arrays.segments_BL.max() + 1, one_segment, carry)
 
-    def _rows(self, learned_CnD, key_B, row_BV, index, ids_C) -> _Rows:
-        known_C = jnp.minimum(ids_C, self.config.vocab_size - 1)  # the last chunk may pass V
-        drawn_BCD = lexinvariant.rows(self.config, key_B, row_BV, known_C)
-        if learned_CnD is None:
-            return _Rows(drawn_BCD, None)
-        ids_BC = jnp.broadcast_to(known_C, drawn_BCD.shape[:2])
-        is_drawn_BC = lexinvariant.is_drawn(self.config, key_B[:, None], ids_BC)
-        return _Rows(drawn_BCD, _Learned(learned_CnD[:, index], is_drawn_BC[:, None]))
+    def _rows(self, learned_OJD, key_B, row_BV, index, ids_O) -> _Rows:
+        known_O = jnp.minimum(ids_O, self.config.vocab_size - 1)  # the last chunk may pass V
+        drawn_BOD = lexinvariant.rows(self.config, key_B, row_BV, known_O)
+        if learned_OJD is None:
+            return _Rows(drawn_BOD, None)
+        ids_BO = jnp.broadcast_to(known_O, drawn_BOD.shape[:2])
+        is_drawn_BO = lexinvariant.is_drawn(self.config, key_B[:, None], ids_BO)
+        return _Rows(drawn_BOD, _Learned(learned_OJD[:, index], is_drawn_BO[:, None]))
 
     def no_gradient(self, arrays: _Arrays) -> jax.Array | None:
         if arrays.learned_VD is None:
@@ -126,21 +126,21 @@ class _Drawn:
 
 
 def _logits(h_BLD: jax.Array, rows: _Rows) -> jax.Array:
-    logits = layers.einsum('bld,bcd->blc', h_BLD, rows.drawn_BCD, jnp.float32)
+    logits = layers.einsum('bld,bcd->blc', h_BLD, rows.drawn_BOD, jnp.float32)
     if rows.learned is None:
         return logits
-    learned = layers.einsum('bld,cd->blc', h_BLD, rows.learned.rows_CD, jnp.float32)
-    return jnp.where(rows.learned.is_drawn_B1C, logits, learned)
+    learned = layers.einsum('bld,cd->blc', h_BLD, rows.learned.rows_OD, jnp.float32)
+    return jnp.where(rows.learned.is_drawn_B1O, logits, learned)
 
 
-def _back(h_BLD: jax.Array, rows: _Rows, d_logits: jax.Array, index, gradient_CnD):
+def _back(h_BLD: jax.Array, rows: _Rows, d_logits: jax.Array, index, gradient_OJD):
     if rows.learned is None:
-        dh_BLD = layers.einsum('blc,bcd->bld', d_logits, rows.drawn_BCD, jnp.float32)
-        return dh_BLD, gradient_CnD
-    d_drawn = jnp.where(rows.learned.is_drawn_B1C, d_logits, 0)
-    d_learned = jnp.where(rows.learned.is_drawn_B1C, 0, d_logits)
-    dh_BLD = layers.einsum('blc,cd->bld', d_learned, rows.learned.rows_CD, jnp.float32)
-    dh_BLD += layers.einsum('blc,bcd->bld', d_drawn, rows.drawn_BCD, jnp.float32)
-    d_rows_CD = layers.einsum('blc,bld->cd', d_learned, h_BLD, jnp.float32)
-    d_rows_CD = mesh.constrain(d_rows_CD, ('vocab', 'embed'))
-    return dh_BLD, gradient_CnD.at[:, index].add(d_rows_CD)  # every segment adds to it
+        dh_BLD = layers.einsum('blc,bcd->bld', d_logits, rows.drawn_BOD, jnp.float32)
+        return dh_BLD, gradient_OJD
+    d_drawn = jnp.where(rows.learned.is_drawn_B1O, d_logits, 0)
+    d_learned = jnp.where(rows.learned.is_drawn_B1O, 0, d_logits)
+    dh_BLD = layers.einsum('blc,cd->bld', d_learned, rows.learned.rows_OD, jnp.float32)
+    dh_BLD += layers.einsum('blc,bcd->bld', d_drawn, rows.drawn_BOD, jnp.float32)
+    d_rows_OD = layers.einsum('blc,bld->cd', d_learned, h_BLD, jnp.float32)
+    d_rows_OD = mesh.constrain(d_rows_OD, ('vocab', 'embed'))
+    return dh_BLD, gradient_OJD.at[:, index].add(d_rows_OD)  # every segment adds to it

@@ -1,6 +1,6 @@
 """Cross-entropy by an online softmax over chunks of a table's rows: one scan and its gradient.
 
-Logits of one chunk, `[..., C]`, are all that ever exists; the backward pass computes them again.
+Logits of one chunk, `[..., O]`, are all that ever exists; the backward pass computes them again.
 So memory does not grow with V, except for the gradient of the table itself. For a token with
 hidden state h, logits z_v = softcap(h . row_v) and target t,
 
@@ -52,8 +52,8 @@ class Table(NamedTuple):
     """One table as the scan reads it.
 
     Attributes:
-      read: index of a chunk -> its ids `[C]`, and its rows in whatever form `logits` takes.
-      logits: (h, rows) -> f32 `[..., C]`, before the soft cap.
+      read: index of a chunk -> its ids `[O]`, and its rows in whatever form `logits` takes.
+      logits: (h, rows) -> f32 `[..., O]`, before the soft cap.
       back: (h, rows, d_logits, index, gradient) -> (gradient of h, f32; that of the source's
         arrays with this chunk's part added).
       here: bool, of the targets' shape: the tokens that are read against this table; None for all.
@@ -109,15 +109,15 @@ def chunking(vocab_size: int, chunk: int) -> tuple[int, int]:
 
 
 def interleaved(table_VD: jax.Array, n: int, chunk: int) -> jax.Array:
-    """Returns the table as `[C, n, D]`, zero rows appended: chunk i is `[:, i]`. No copy."""
+    """Returns the table as `[O, J, D]`, zero rows appended: chunk i is `[:, i]`. No copy."""
     v, d = table_VD.shape
     padded = jnp.pad(table_VD, ((0, n * chunk - v), (0, 0))) if n * chunk != v else table_VD
     return mesh.constrain(padded.reshape(chunk, n, d), ('vocab', None, None))
 
 
-def joined(rows_CnD: jax.Array, vocab_size: int) -> jax.Array:
+def joined(rows_OJD: jax.Array, vocab_size: int) -> jax.Array:
     """Returns the table that `interleaved` took apart."""
-    table_VD = rows_CnD.reshape(-1, rows_CnD.shape[-1])[:vocab_size]
+    table_VD = rows_OJD.reshape(-1, rows_OJD.shape[-1])[:vocab_size]
     return mesh.constrain(table_VD, ('vocab', 'embed'))
 
 
@@ -134,13 +134,13 @@ def _forward(source: Source, h, arrays, targets):
     def one_table(table: Table, carry):
         def step(carry, index):
             highest, total, target = carry
-            ids_C, rows = table.read(index)
-            logits = _logits(source, table, h, rows, ids_C, arrays)
+            ids_O, rows = table.read(index)
+            logits = _logits(source, table, h, rows, ids_O, arrays)
             new_highest = jnp.maximum(highest, logits.max(-1))
             new_total = total * jnp.exp(highest - new_highest)
             new_total += jnp.exp(logits - new_highest[..., None]).sum(-1)
             # a sum and no look-up: each device has some of the columns
-            is_target = targets[..., None] == ids_C
+            is_target = targets[..., None] == ids_O
             new = new_highest, new_total, target + jnp.where(is_target, logits, 0.0).sum(-1)
             if table.here is None:
                 return new, None
@@ -164,10 +164,10 @@ def _backward(source: Source, saved, cotangent: TokenLosses):
     def one_table(table: Table, carry):
         def step(carry, index):
             dh, gradient = carry
-            ids_C, rows = table.read(index)
-            logits = _logits(source, table, h, rows, ids_C, arrays)
+            ids_O, rows = table.read(index)
+            logits = _logits(source, table, h, rows, ids_O, arrays)
             d_logits = jnp.exp(logits - log_normalizer[..., None]) * p_weight[..., None]
-            is_target = targets[..., None] == ids_C
+            is_target = targets[..., None] == ids_O
             d_logits -= jnp.where(is_target, cotangent.nats[..., None], 0.0)
             if source.softcap is not None:
                 finite = jnp.where(jnp.isfinite(logits), logits, 0.0)
@@ -184,9 +184,9 @@ def _backward(source: Source, saved, cotangent: TokenLosses):
     return dh.astype(h.dtype), source.gradient(total, arrays), None
 
 
-def _logits(source: Source, table: Table, h, rows, ids_C, arrays) -> jax.Array:
+def _logits(source: Source, table: Table, h, rows, ids_O, arrays) -> jax.Array:
     logits = layers.softcap(table.logits(h, rows), source.softcap)
-    return jnp.where(ids_C < source.size(arrays), logits, -jnp.inf)
+    return jnp.where(ids_O < source.size(arrays), logits, -jnp.inf)
 
 
 token_losses.defvjp(_forward, _backward)

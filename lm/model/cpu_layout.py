@@ -39,11 +39,11 @@ class WeightsFirst:
     """Matrices that multiply the same vectors, stacked vertically, with a row per output.
 
     Attributes:
-      w_OI: outputs by inputs, each flattened in the order of its axes.
+      w_ED: outputs by inputs, each flattened in the order of its axes.
       outputs: of each matrix, the sizes of the axes that are not contracted.
     """
 
-    w_OI: jax.Array
+    w_ED: jax.Array
     outputs: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
 
 
@@ -54,20 +54,20 @@ def join(names: tuple[str, ...]) -> str:
 
 def products(x: jax.Array, weights: WeightsFirst, out: DTypeLike | None = None) -> list[jax.Array]:
     """Contracts as many last axes of `x` as make up the inputs; returns `[..., *outputs]` each."""
-    w_OI = weights.w_OI.astype(x.dtype)
+    w_ED = weights.w_ED.astype(x.dtype)
     contracted = 0
-    while math.prod(x.shape[x.ndim - contracted :]) < w_OI.shape[1]:
+    while math.prod(x.shape[x.ndim - contracted :]) < w_ED.shape[1]:
         contracted += 1
-    x_BI = x.reshape(-1, w_OI.shape[1])
+    x_BD = x.reshape(-1, w_ED.shape[1])
     # Without the barriers XLA folds the transpositions into a product with the weights last.
-    x_IB = jax.lax.optimization_barrier(x_BI.T)
-    out_OB = jnp.matmul(
-        w_OI, x_IB, preferred_element_type=out or x.dtype,
+    x_DB = jax.lax.optimization_barrier(x_BD.T)
+    out_EB = jnp.matmul(
+        w_ED, x_DB, preferred_element_type=out or x.dtype,
         precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
     )  # fmt: skip
-    out_BO = jax.lax.optimization_barrier(out_OB).T
+    out_BE = jax.lax.optimization_barrier(out_EB).T
     ends = list(itertools.accumulate(math.prod(axes) for axes in weights.outputs))
-    parts = jnp.split(out_BO, ends[:-1], axis=1)
+    parts = jnp.split(out_BE, ends[:-1], axis=1)
     batch = x.shape[: x.ndim - contracted]
     return [part.reshape(*batch, *axes) for part, axes in zip(parts, weights.outputs)]
 

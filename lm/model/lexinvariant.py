@@ -67,22 +67,22 @@ def order(config: Config, key_B: jax.Array) -> jax.Array | None:
     return mesh.constrain(row_BV, ('batch', 'length'))
 
 
-def rows(config: Config, key_B: jax.Array, row_BV: jax.Array | None, ids_C: jax.Array) -> jax.Array:
-    """Returns the drawn rows of symbols in each sequence, `[B, C, D]`.
+def rows(config: Config, key_B: jax.Array, row_BV: jax.Array | None, ids_O: jax.Array) -> jax.Array:
+    """Returns the drawn rows of symbols in each sequence, `[B, O, D]`.
 
     Args:
       config: of the model.
       key_B: of the sequences.
       row_BV: their `order`.
-      ids_C: ids below V.
+      ids_O: ids below V.
     """
     if row_BV is not None:
-        rows_BCD = fixed_table(config, row_BV[:, ids_C])
+        rows_BOD = fixed_table(config, row_BV[:, ids_O])
     else:
-        rows_BCD = _normal(
-            config, key_B[:, None], jnp.broadcast_to(ids_C, (len(key_B), len(ids_C)))
+        rows_BOD = _normal(
+            config, key_B[:, None], jnp.broadcast_to(ids_O, (len(key_B), len(ids_O)))
         )
-    return mesh.constrain(rows_BCD, ('batch', 'vocab', 'embed'))  # drawn where they are used
+    return mesh.constrain(rows_BOD, ('batch', 'vocab', 'embed'))  # drawn where they are used
 
 
 def is_drawn(config: Config, key: jax.Array, ids: jax.Array) -> jax.Array:
@@ -231,7 +231,7 @@ def regret_bound(vocab_size: int, distinct: int) -> float:
     with k distinct symbols has q >= (d - k)! / d! * p, since that share of the renamings leaves it
     unchanged.
 
-    >>> regret_bound(4, 2) == math.log(4 * 3)
-    True
+    >>> round(math.exp(regret_bound(4, 2)), 6)  # 4 x 3 ordered pairs of symbols
+    12.0
     """
     return math.lgamma(vocab_size + 1) - math.lgamma(vocab_size - distinct + 1)

@@ -40,18 +40,18 @@ def test_gumbel_top_k_draws_without_replacement():
 
 def test_children_of_a_beam_have_their_parents_value_as_maximum():
     generator = np.random.default_rng(1)
-    g_BMK = -np.sort(-generator.gumbel(size=(50, 4, 6)) * 5, axis=-1).astype(np.float32)
-    g_BMK[:, 1, 3:] = -np.inf
+    g_BMA = -np.sort(-generator.gumbel(size=(50, 4, 6)) * 5, axis=-1).astype(np.float32)
+    g_BMA[:, 1, 3:] = -np.inf
     psi_BM = generator.normal(size=(50, 4)).astype(np.float32) * 30
     psi_BM[:, 2] = -np.inf
-    result = np.asarray(given_maximum(jnp.asarray(g_BMK), jnp.asarray(psi_BM)))
+    result = np.asarray(given_maximum(jnp.asarray(g_BMA), jnp.asarray(psi_BM)))
     np.testing.assert_array_equal(result[..., 0], psi_BM)
     assert (result[:, 2] == -np.inf).all() and (result[:, 1, 3:] == -np.inf).all()
     assert np.isfinite(result[:, 1, :3]).all()
     # psi up to 0, as in a search: the formula as it stands, in f64
     psi_BM = -np.abs(generator.normal(size=(50, 4))).astype(np.float32)
-    result = np.asarray(given_maximum(jnp.asarray(g_BMK), jnp.asarray(psi_BM)))
-    g, psi = g_BMK.astype(np.float64), psi_BM.astype(np.float64)[..., None]
+    result = np.asarray(given_maximum(jnp.asarray(g_BMA), jnp.asarray(psi_BM)))
+    g, psi = g_BMA.astype(np.float64), psi_BM.astype(np.float64)[..., None]
     with np.errstate(divide='ignore'):
         naive = -np.log(np.exp(-psi) - np.exp(-g[..., :1]) + np.exp(-g))
     np.testing.assert_allclose(result, naive, rtol=1e-4, atol=1e-4)
@@ -190,7 +190,7 @@ def test_a_dynamic_tree_of_two_nodes_is_a_chain_of_one():
 
 
 def test_slot_values_never_increase():
-    q_BMK = np.random.default_rng(0).dirichlet([0.01] * 40, size=(3, 5)).astype(np.float32)
-    value = np.asarray(slot_values(jnp.ones((3, 5)), jnp.asarray(q_BMK)))
+    q_BMA = np.random.default_rng(0).dirichlet([0.01] * 40, size=(3, 5)).astype(np.float32)
+    value = np.asarray(slot_values(jnp.ones((3, 5)), jnp.asarray(q_BMA)))
     assert (np.diff(value, axis=2) <= 0).all() and (value >= 0).all()
     np.testing.assert_array_equal(value[..., 0], 1)

@@ -46,20 +46,20 @@ def compiled(request):
 
 
 @jax.jit
-def log_probs_after(token_NL, length_N, seen_NV):
-    logits_NLV = transformer.forward(MODEL.params, CONFIG, token_NL)
-    logits_NV = logits_NLV[jnp.arange(length_N.shape[0]), length_N - 1]
-    return sample.log_probs(SAMPLER, logits_NV.at[:, 3].set(-jnp.inf), seen_NV)
+def log_probs_after(token_RL, length_R, seen_RV):
+    logits_RLV = transformer.forward(MODEL.params, CONFIG, token_RL)
+    logits_RV = logits_RLV[jnp.arange(length_R.shape[0]), length_R - 1]
+    return sample.log_probs(SAMPLER, logits_RV.at[:, 3].set(-jnp.inf), seen_RV)
 
 
 def expected_log_probs(sequences: list[list[int]]) -> np.ndarray:
     """The log-probabilities after each sequence, by full forward passes of one shape."""
-    token_NL, length_N = np.zeros((96, LENGTH), np.int32), np.ones(96, np.int32)
-    seen_NV = np.zeros((96, V), bool)
+    token_RL, length_R = np.zeros((96, LENGTH), np.int32), np.ones(96, np.int32)
+    seen_RV = np.zeros((96, V), bool)
     for i, ids in enumerate(sequences):
-        token_NL[i, : len(ids)], length_N[i] = ids, len(ids)
-        seen_NV[i, ids] = True
-    return np.asarray(log_probs_after(token_NL, length_N, seen_NV))[: len(sequences)]
+        token_RL[i, : len(ids)], length_R[i] = ids, len(ids)
+        seen_RV[i, ids] = True
+    return np.asarray(log_probs_after(token_RL, length_R, seen_RV))[: len(sequences)]
 
 
 def made_up(tree, depth: int, how: int, generator) -> Verdict:

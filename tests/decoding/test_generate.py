@@ -266,7 +266,7 @@ def test_rows_may_have_settings_of_their_own():
 def test_recycling_can_start_from_what_an_earlier_call_learned():
     call = {'key': KEYS[:2], 'max_new_tokens': NEW, 'sampler': Sampler(jnp.float32(0))}
     cold = generate(TARGET, PROMPTS[:2], drafter=DRAFTERS['recycling'], **call)
-    known_VR = recycling.pool(cold.draft.successor_BVR)
-    warm = generate(TARGET, PROMPTS[:2], drafter=recycling.recycling(V, warm_VR=known_VR), **call)
+    known_VR = recycling.pool(cold.draft.successor_BVA)
+    warm = generate(TARGET, PROMPTS[:2], drafter=recycling.recycling(V, warm_VA=known_VR), **call)
     assert warm.metrics.rounds < cold.metrics.rounds
     equal(warm, cold)

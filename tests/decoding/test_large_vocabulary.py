@@ -49,13 +49,13 @@ def run(request):
 @pytest.mark.parametrize('k', [20, V])
 def test_exactly_the_greatest_of_dense_logits(run, k):
     found, log_normalizer_B = run(lambda t: (f := large.search(t, H, k), f.log_normalizer_B))
-    logits_BK, tokens_BK = jax.lax.top_k(DENSE, k)  # of equal ones the lower id is first
-    np.testing.assert_array_equal(found.logits_BK, logits_BK)
-    np.testing.assert_array_equal(found.tokens_BK, tokens_BK)
+    logits_BA, tokens_BA = jax.lax.top_k(DENSE, k)  # of equal ones the lower id is first
+    np.testing.assert_array_equal(found.logits_BA, logits_BA)
+    np.testing.assert_array_equal(found.tokens_BA, tokens_BA)
     np.testing.assert_allclose(log_normalizer_B, jax.nn.logsumexp(DENSE, axis=1), rtol=1e-6)
     if k == V:  # all of the softmax
-        probability = jnp.exp(found.logits_BK - log_normalizer_B[:, None])
-        placed = jnp.zeros((B, V)).at[jnp.arange(B)[:, None], found.tokens_BK].set(probability)
+        probability = jnp.exp(found.logits_BA - log_normalizer_B[:, None])
+        placed = jnp.zeros((B, V)).at[jnp.arange(B)[:, None], found.tokens_BA].set(probability)
         np.testing.assert_allclose(placed, jax.nn.softmax(DENSE), rtol=1e-5)
         np.testing.assert_allclose(found.kept_mass_B, 1, rtol=1e-5)
 
@@ -88,7 +88,7 @@ def test_draws_among_the_greatest_follow_their_renormalised_distribution():
         found = large.search(table, jnp.broadcast_to(H[:1], (n, D)), k, temperature)
         keys = jax.random.split(KEYS[2], n)
         drawn = large.draw_among(found, keys, jnp.zeros(n, jnp.int32))
-        return drawn, found.tokens_BK[0], found.logits_BK[0], found.kept_mass_B[0]
+        return drawn, found.tokens_BA[0], found.logits_BA[0], found.kept_mass_B[0]
 
     drawn, tokens, logits, mass = map(np.asarray, run(TABLE))
     counts = (drawn[:, None] == tokens).sum(0)
@@ -148,17 +148,17 @@ def test_a_shortlist_finds_what_its_rank_allows():
     @functools.partial(jax.jit, static_argnums=1)
     def run(table, rank):
         projection = projected_search.project(table, rank)
-        logits_BK, tokens_BK = projected_search.search(table, projection, h_BD, 20, 40)
-        dense_BK = jnp.take_along_axis(h_BD @ table.rows_VD.T, tokens_BK, axis=1)
-        exact_BK = large.search(table, h_BD, 20).tokens_BK
-        share = projected_search.recall(tokens_BK, exact_BK)
-        return projection.basis_DR, logits_BK, dense_BK, share
+        logits_BA, tokens_BA = projected_search.search(table, projection, h_BD, 20, 40)
+        dense_BA = jnp.take_along_axis(h_BD @ table.rows_VD.T, tokens_BA, axis=1)
+        exact_BA = large.search(table, h_BD, 20).tokens_BA
+        share = projected_search.recall(tokens_BA, exact_BA)
+        return projection.basis_DE, logits_BA, dense_BA, share
 
     shares = []
     for rank in (2, 6, D):
-        basis_DR, logits_BK, dense_BK, share = run(large.Table(rows_VD, V, chunk=512), rank)
-        np.testing.assert_allclose(basis_DR.T @ basis_DR, np.eye(rank), atol=1e-5)
-        np.testing.assert_allclose(logits_BK, dense_BK, rtol=1e-4)
+        basis_DE, logits_BA, dense_BA, share = run(large.Table(rows_VD, V, chunk=512), rank)
+        np.testing.assert_allclose(basis_DE.T @ basis_DE, np.eye(rank), atol=1e-5)
+        np.testing.assert_allclose(logits_BA, dense_BA, rtol=1e-4)
         shares.append(share)
     assert shares[0] < shares[1] and shares[1] > 0.9 and shares[2] == 1
     two_of_three = projected_search.recall(jnp.asarray([[1, 9, 8]]), jnp.asarray([[3, 8, 1]]))

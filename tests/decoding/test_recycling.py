@@ -39,7 +39,7 @@ def propose(made: Drafter, successors, root: list[int]):
 
 def start(made: Drafter, root: list[int]):
     """Returns the matrix before the first round."""
-    return made.method.init(made.params, prompt_of(text_of(root), 8)).successor_BVR
+    return made.method.init(made.params, prompt_of(text_of(root), 8)).successor_BVA
 
 
 def text_of(tokens: list[int]) -> Text:
@@ -142,7 +142,7 @@ def test_every_node_is_learnt_and_the_accepted_path_wins():
     state = made.method.update(
         None, State(jnp.asarray(before)), outcome(tree, logits, path, [2, 0])
     )
-    after = np.asarray(state.successor_BVR)
+    after = np.asarray(state.successor_BVA)
     best = np.argsort(-logits, axis=-1)[..., :K]
     for row in range(2):
         winner: dict[int, int] = {}
@@ -165,7 +165,7 @@ def test_a_warm_start_shares_what_all_rows_know():
     warm = np.asarray(pool(jnp.asarray(known)))
     np.testing.assert_array_equal(warm[[2, 6, 9]], known[[1, 0, 1], [2, 6, 9]])
     assert (np.delete(warm, [2, 6, 9], axis=0) == -1).all()
-    made = small(warm_VR=warm)
+    made = small(warm_VA=warm)
     tree = propose(made, start(made, [6, 9, 0]), [6, 9, 0])
     first = int(np.flatnonzero(SHAPE.depth == 1)[0])
     assert tree.token_BT[:2, first].tolist() == [warm[6, 0], warm[9, 0]]
@@ -186,5 +186,5 @@ def test_settings_that_do_not_fit_are_refused():
         recycling(100, ranks=4)
     with pytest.raises(ValueError, match='of 5 symbols'):
         recycling(5)
-    with pytest.raises(ValueError, match='warm_VR of shape'):
-        recycling(100, warm_VR=jnp.zeros((3, 8), jnp.int32))
+    with pytest.raises(ValueError, match='warm_VA of shape'):
+        recycling(100, warm_VA=jnp.zeros((3, 8), jnp.int32))

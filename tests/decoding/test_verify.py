@@ -132,10 +132,10 @@ def drafted(logprob_VV, key_B, root_B, branching, limit=None):
 def sequences(logprob_VV, key_B, root_B, k, depth):
     """K chains side by side, node by level and sequence."""
     batch, v = len(root_B), logprob_VV.shape[0]
-    noise_BTKV = noise(key_B, 0, depth, k, v)
+    noise_BTAV = noise(key_B, 0, depth, k, v)
     levels = [jnp.broadcast_to(root_B[:, None], (batch, k))]
     for i in range(depth):
-        levels.append(jnp.argmax(logprob_VV[levels[-1]] + noise_BTKV[:, i], axis=2))
+        levels.append(jnp.argmax(logprob_VV[levels[-1]] + noise_BTAV[:, i], axis=2))
     token_BT = jnp.concatenate([root_B[:, None], *levels[1:]], 1).astype(jnp.int32)
     nodes = np.arange(1 + k * depth)
     parent = np.where(nodes == 0, -1, np.maximum(nodes - k, 0))

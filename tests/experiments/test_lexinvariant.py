@@ -101,13 +101,13 @@ def test_the_classical_attack_solves_a_long_cipher_and_not_a_short_one():
 
 def test_tasks_can_be_answered_from_their_text_alone():
     made = tasks.make(SETTINGS)
-    for row in made[tasks.LOOKUP].tokens_QL:
+    for row in made[tasks.LOOKUP].tokens_BL:
         text = bytes(row.tolist()).decode()
         *pairs, last = text.split(',')
         name, value = last.split(':')
         assert dict(pair.split(':') for pair in pairs)[name] == value
         assert [chr(row[i]) for i in made[tasks.LOOKUP].answers] == [value]
-    for row in made[tasks.PERMUTATION].tokens_QL:
+    for row in made[tasks.PERMUTATION].tokens_BL:
         *examples, last = bytes(row.tolist()).decode().split(';')
         before, after = examples[0].split('>')
         order = [before.index(c) for c in after]
@@ -125,9 +125,9 @@ def test_an_answer_is_predicted_from_the_column_before_it(monkeypatch):
         transformer, 'forward', lambda params, config, tokens: jax.nn.one_hot(tokens, 129)
     )
     assert tasks.accuracy(fitted, made) == 0
-    twice = made.tokens_QL.copy()
+    twice = made.tokens_BL.copy()
     twice[::2, made.answers.start - 1] = twice[::2, made.answers.start]
-    assert tasks.accuracy(fitted, made._replace(tokens_QL=twice)) == 0.5
+    assert tasks.accuracy(fitted, made._replace(tokens_BL=twice)) == 0.5
 
 
 def test_positions_are_averaged_between_powers_of_two():

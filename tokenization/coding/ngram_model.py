@@ -24,28 +24,28 @@ class NGramState:
       history_BL: the last `order` bytes, most recent first, int32.
       length_B: how many of them there are, int32.
       children: sorted keys of each level of the trie, uint32.
-      rows_JV: lower bounds of the CDF of every node, uint16 `[nodes, 256]`.
+      rows_RV: lower bounds of the CDF of every node, uint16 `[nodes, 256]`.
     """
 
     history_BL: jax.Array
     length_B: jax.Array
     children: tuple[jax.Array, ...]
-    rows_JV: jax.Array
+    rows_RV: jax.Array
 
 
 def model(
-    children: Sequence[np.ndarray], rows_JV: np.ndarray, precision: int, digest: str
+    children: Sequence[np.ndarray], rows_RV: np.ndarray, precision: int, digest: str
 ) -> NextByteModel:
     """Returns the model of `NGram.model`; a mark is the pair (history, length)."""
     order = len(children) - 1
-    keys, rows = tuple(map(jnp.asarray, children)), jnp.asarray(rows_JV)
+    keys, rows = tuple(map(jnp.asarray, children)), jnp.asarray(rows_RV)
 
     def start(batch: int) -> NGramState:
         history, length = jnp.zeros((batch, order), jnp.int32), jnp.zeros(batch, jnp.int32)
         return NGramState(history, length, keys, rows)
 
     def cdf(state: NGramState) -> jax.Array:
-        lower = state.rows_JV[_node(state)].astype(jnp.int32)
+        lower = state.rows_RV[_node(state)].astype(jnp.int32)
         return jnp.pad(lower, ((0, 0), (0, 1)), constant_values=1 << precision)
 
     def step(state: NGramState, byte: jax.Array) -> NGramState:

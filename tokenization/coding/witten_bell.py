@@ -29,17 +29,17 @@ def lower_bounds(
       uint16 `[nodes of all levels, 256]`.
     """
     rows = np.empty((sum(map(len, children)), SYMBOLS), np.uint16)
-    parent_JV = np.full((1, SYMBOLS), 1 / SYMBOLS)
+    parent_RV = np.full((1, SYMBOLS), 1 / SYMBOLS)
     base = 0
     for keys, pair, count in zip(children, pairs, counts):
-        p_JV = np.empty((len(keys), SYMBOLS))
+        p_RV = np.empty((len(keys), SYMBOLS))
         for start in range(0, len(keys), _CHUNK):
             stop = min(start + _CHUNK, len(keys))
-            lower_JV = parent_JV[keys[start:stop] >> 8]
-            p_JV[start:stop] = _interpolate(pair, count, start, stop, lower_JV)
-            bounds = cdf.quantize(p_JV[start:stop], precision)
+            lower_RV = parent_RV[keys[start:stop] >> 8]
+            p_RV[start:stop] = _interpolate(pair, count, start, stop, lower_RV)
+            bounds = cdf.quantize(p_RV[start:stop], precision)
             rows[base + start : base + stop] = bounds[:, :SYMBOLS]
-        parent_JV, base = p_JV, base + len(keys)
+        parent_RV, base = p_RV, base + len(keys)
     return rows
 
 
@@ -62,12 +62,12 @@ def find(keys: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _interpolate(
-    pair: np.ndarray, count: np.ndarray, start: int, stop: int, lower_JV: np.ndarray
+    pair: np.ndarray, count: np.ndarray, start: int, stop: int, lower_RV: np.ndarray
 ) -> np.ndarray:
     """Returns p(. | c) of the nodes `start` to `stop` of a level, given each p(. | c')."""
     first, last = np.searchsorted(pair, np.array([start << 8, stop << 8], np.uint64))
-    count_JV = np.zeros((stop - start, SYMBOLS))
-    count_JV.reshape(-1)[pair[first:last] - np.uint32(start << 8)] = count[first:last]
-    types_J1 = np.count_nonzero(count_JV, axis=1)[:, None].astype(np.float64)
-    total_J1 = count_JV.sum(axis=1, keepdims=True)  # integers: exact in any order
-    return (count_JV + types_J1 * lower_JV) / (total_J1 + types_J1)
+    count_RV = np.zeros((stop - start, SYMBOLS))
+    count_RV.reshape(-1)[pair[first:last] - np.uint32(start << 8)] = count[first:last]
+    types_R1 = np.count_nonzero(count_RV, axis=1)[:, None].astype(np.float64)
+    total_R1 = count_RV.sum(axis=1, keepdims=True)  # integers: exact in any order
+    return (count_RV + types_R1 * lower_RV) / (total_R1 + types_R1)

@@ -81,15 +81,15 @@ def neighbours(vectors: Callable[[Sequence[bytes]], np.ndarray], most: int = 16)
     def tables(source: SourceModel, vocabulary: Vocabulary, key: jax.Array) -> Params:
         del key
         at_V = same_token(source.tokenizer, vocabulary.tokens)
-        vector_VA = vectors(vocabulary.tokens)
+        vector_VE = vectors(vocabulary.tokens)
         shared = np.flatnonzero(at_V >= 0)
         near_VP = np.full((len(at_V), most), -1)
         weight_VP = np.zeros((len(at_V), most), np.float32)
         near_VP[shared, 0], weight_VP[shared, 0] = at_V[shared], 1
-        anchors = shared[np.any(vector_VA[shared], axis=1)]
-        others = np.flatnonzero((at_V < 0) & np.any(vector_VA, axis=1))
+        anchors = shared[np.any(vector_VE[shared], axis=1)]
+        others = np.flatnonzero((at_V < 0) & np.any(vector_VE, axis=1))
         for some in np.array_split(others, max(len(others) // 1024, 1)):
-            cosine_UV = vector_VA[some] @ vector_VA[anchors].T
+            cosine_UV = vector_VE[some] @ vector_VE[anchors].T
             best_UP = np.argsort(-cosine_UV, axis=1)[:, :most]
             near_VP[some, : best_UP.shape[1]] = at_V[anchors][best_UP]
             cosine_UP = np.take_along_axis(cosine_UV, best_UP, 1)
@@ -143,12 +143,12 @@ def context_vectors(
             np.add.at(counts, (own_T[known_T], column_T[known_T] + side * len(frequent)), 1)
     expected = counts.sum(1, keepdims=True) * counts.sum(0) / max(counts.sum(), 1)
     positive = np.log(np.maximum(counts, 1e-30) / np.maximum(expected, 1e-30))
-    vector_VA = np.where(counts > 0, np.maximum(positive, 0), 0)
-    vector_VA /= np.maximum(np.linalg.norm(vector_VA, axis=1, keepdims=True), 1e-9)
+    vector_VE = np.where(counts > 0, np.maximum(positive, 0), 0)
+    vector_VE /= np.maximum(np.linalg.norm(vector_VE, axis=1, keepdims=True), 1e-9)
 
     def vectors(tokens: Sequence[bytes]) -> np.ndarray:
         # Rows after the target's own ids belong to special tokens.
-        return np.pad(vector_VA, ((0, len(tokens) - v), (0, 0)))
+        return np.pad(vector_VE, ((0, len(tokens) - v), (0, 0)))
 
     return vectors
 

@@ -61,13 +61,13 @@ def count(texts: Iterable[bytes]) -> Counts:
             if valid:
                 found.update(find(stretch))
     words = [word.encode() for word in found]
-    length_J = np.fromiter(map(len, words), np.int64, len(words))
-    offset_J = np.cumsum(length_J) - length_J
-    starts_J = -(-length_J // STRIDE)
-    word_Y = np.repeat(np.arange(len(words)), starts_J)
-    order_Y = np.arange(len(word_Y)) - np.repeat(np.cumsum(starts_J) - starts_J, starts_J)
-    room_Y = length_J[word_Y] - STRIDE * order_Y
-    at_Y = offset_J[word_Y] + STRIDE * order_Y
+    length_B = np.fromiter(map(len, words), np.int64, len(words))
+    offset_B = np.cumsum(length_B) - length_B
+    starts_B = -(-length_B // STRIDE)
+    word_Y = np.repeat(np.arange(len(words)), starts_B)
+    order_Y = np.arange(len(word_Y)) - np.repeat(np.cumsum(starts_B) - starts_B, starts_B)
+    room_Y = length_B[word_Y] - STRIDE * order_Y
+    at_Y = offset_B[word_Y] + STRIDE * order_Y
     times_Y = np.fromiter(found.values(), np.int64, len(words))[word_Y]
     flat = np.frombuffer(b''.join(words) + bytes(_KEY), np.uint8)
     window_Y16 = np.lib.stride_tricks.sliding_window_view(flat, _KEY)[at_Y]

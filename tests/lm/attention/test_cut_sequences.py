@@ -76,7 +76,7 @@ def test_training_equals_that_on_one_device():
 def test_losses_by_position_are_in_text_order():
     config = small()
     weights = params.init(config, jax.random.key(0))
-    text = types.SimpleNamespace(test_NL=np.random.default_rng(0).integers(0, 96, (3, 17)))
+    text = types.SimpleNamespace(test_RL=np.random.default_rng(0).integers(0, 96, (3, 17)))
     fitted = types.SimpleNamespace(config=config, params=weights)
     one, cut = (
         models.nats_by_position(fitted, text, 4, mesh_lib.make(mesh, jax.devices('cpu')[:n]))
