@@ -93,8 +93,7 @@ def run(
       loss: see `LossFn`.
       batches: an endless dataset of dicts of arrays, split by rows unless `Shared`.
       folder: gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
-      mesh: the devices.
-      label: the run's name in the progress line.
+      mesh, label: the devices; the run's name in the progress line.
       frozen: arrays that the loss reads; never updated and in no checkpoint.
       leaves: declarations of the parameters that `init` makes (`lm.model.leaves`).
       make_optimizer: by default the one that `config.optimizer` names.
