@@ -131,7 +131,7 @@ def per_row(sampler: Sampler, rows: int) -> Sampler:
 
 
 def row_keys(key: jax.Array, rows: int) -> jax.Array:
-    """Returns a key for each row; raises ValueError for what is none."""
+    """Returns a key for each row; raises ValueError if `key` is not a typed JAX key."""
     dtype: Any = getattr(key, 'dtype', None)
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise ValueError(f'key: {type(key).__name__}; expected one of jax.random.key(seed)')

@@ -59,7 +59,7 @@ def measure(
     Args:
       lm: the target, best as `model.for_decoding` returns it.
       batch: texts decoded together.
-      rows: length of the texts, of which half is read.
+      rows: length of the texts; half of each is read.
       nodes: sizes to time.
       repeats: passes of each size.
     """
@@ -98,8 +98,8 @@ def remembered(path: epath.PathLike, about: Mapping[str, Any], find: Callable[[]
 
     Args:
       path: the file.
-      about: what the curve depends on: machine, model, batch and so on. A file about anything else
-        is written anew.
+      about: everything the curve depends on: machine, model, batch and so on. A file about
+        anything else is overwritten.
       find: measures.
     """
     file = epath.Path(path)

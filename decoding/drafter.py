@@ -1,4 +1,4 @@
-"""What a drafter and a verifier are, and what passes between them and the loop.
+"""The contracts of drafters and verifiers, and the data that the loop passes between them.
 
 One round of decoding (`decoding.rounds`):
 
@@ -22,7 +22,7 @@ from lm.model.contract import NOTHING, Ask, Memory, Seen
 
 @flax.struct.dataclass
 class Text:
-    """What is known of each row.
+    """The texts of a batch.
 
     Attributes:
       token_BS: int32, prompt and continuation; behind `length_B`, anything.
@@ -38,7 +38,7 @@ class Text:
 
 
 class Prompt(NamedTuple):
-    """What the target saw of the prompts.
+    """The prompts, and the target's pass over them.
 
     Attributes:
       token_BL: int32, the prompts, padded on the right.
@@ -57,14 +57,14 @@ class Prompt(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What a drafter may look at when it drafts: the texts, the target's parameters and memory."""
+    """The inputs of a draft: the texts, and the target's parameters and memory."""
 
     text: Text
     params: Any
     memory: Memory
 
 
-class Begun(NamedTuple):
+class PartialPass(NamedTuple):
     """Nodes of a tree that have run through the target's first `Method.shared_layers` layers.
 
     Attributes:
@@ -77,15 +77,15 @@ class Begun(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """A tree, the drafter's state, and what of the target's pass was done while drafting."""
+    """A tree, the drafter's state, and the part of the target's pass that drafting already ran."""
 
     tree: DraftTree
     state: Any
-    begun: Begun | None = None
+    partial: PartialPass | None = None
 
 
 class Verdict(NamedTuple):
-    """What a verifier decided.
+    """The decision of a verifier.
 
     Attributes:
       path_BP: int32 `[B, depth + 1]`: accepted nodes from the root (0) down; repeats its last
@@ -100,7 +100,7 @@ class Verdict(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a round came to, for the drafter to learn from.
+    """The outcome of a round, for the drafter to learn from.
 
     Attributes:
       tree: as it was proposed.
@@ -146,8 +146,8 @@ class Method(NamedTuple):
       nodes: T, the root included.
       depth: of the deepest node.
       branching: children of one node at most.
-      shared_layers: layers of the target that run while drafting (`Begun`).
-      ask: what the target's passes are to return for the drafter.
+      shared_layers: layers of the target that run while drafting (`PartialPass`).
+      ask: extra results of the target's passes that the drafter needs.
     """
 
     init: Init

@@ -21,13 +21,13 @@ from decoding.sample import Sampler
 from decoding.scores import Transform
 from decoding.stop import Stops
 
-# (row, tokens): a round's new tokens, of which all but the last were drafted
+# (row, tokens): a round's new tokens; all but the last were drafted
 Stream = Callable[[int, np.ndarray], None]
 FOREVER = np.iinfo(np.int32).max
 
 
 class Metrics(NamedTuple):
-    """What a call did; rounds and tokens are summed over the rows.
+    """Counts and times of a call; rounds and tokens are summed over the rows.
 
     Attributes:
       tokens: new ones.
@@ -84,9 +84,9 @@ def generate(
 ) -> Generation:
     """Continues a batch of prompts; a drafter gives several tokens per pass, equally distributed.
 
-    What is compiled depends on the model, the drafter's method, the verifier, the transform, which
-    sampler fields are set, the number of rows, and the buckets that the longest prompt and the
-    longest text fall into (`bucket`).
+    The compiled program depends on the model, the drafter's method, the verifier, the transform,
+    which sampler fields are set, the number of rows, and the buckets that the longest prompt and
+    the longest text fall into (`bucket`).
 
     Args:
       lm: the target.
@@ -124,15 +124,10 @@ def generate(
     state = rounds.prefill(plan, inputs, prompt_BL, text, jnp.asarray(limits), stops.start_B)
     jax.block_until_ready(state)
     prefilled = time.perf_counter()
-    state = _run(plan, inputs, state, stream)
-    jax.block_until_ready(state)
+    state = jax.block_until_ready(_run(plan, inputs, state, stream))
     seconds = (prefilled - began, time.perf_counter() - prefilled)
-    lengths = [len(prompt) for prompt in prompts]
-    token_BS, end_B = jax.device_get((state.text.token_BS, state.text.length_B))
-    tokens = [row[start:end] for row, start, end in zip(token_BS, lengths, end_B, strict=True)]
-    stopped_B = jax.device_get(stop_lib.stopped(state.stop_B))
+    tokens, ended = _continuations(prompts, state)
     metrics = _metrics(lm, drafter, state, tokens, seconds, _compilations() - compiled)
-    ended: Any = ['stop' if x else 'length' for x in stopped_B]
     return Generation(tokens, ended, metrics, state.draft)
 
 
@@ -183,6 +178,15 @@ def _run(plan: Plan, inputs: Inputs, state: State, stream: Stream | None) -> Sta
             stream(int(row), token_BS[row, length_B[row] : after_B[row]])
         length_B = after_B
     return state
+
+
+def _continuations(prompts, state: State) -> tuple[list[np.ndarray], Any]:
+    """Returns each row's new tokens, and why it ended."""
+    token_BS, end_B = jax.device_get((state.text.token_BS, state.text.length_B))
+    rows = zip(token_BS, prompts, end_B, strict=True)
+    stopped_B = jax.device_get(stop_lib.stopped(state.stop_B))
+    ended = ['stop' if x else 'length' for x in stopped_B]
+    return [row[len(prompt) : end] for row, prompt, end in rows], ended
 
 
 def _compilations() -> int:

@@ -44,7 +44,7 @@ class Table:
 
 
 class Found(NamedTuple):
-    """What a pass over the table keeps; logits are capped, and divided by temperatures above 0.
+    """The results of a pass over the table; logits are capped, and divided by a temperature > 0.
 
     Attributes:
       logits_BK, tokens_BK: the k greatest, f32, and their ids, int32; of equal ones the lower id
@@ -120,7 +120,7 @@ def draw(
 
     Args:
       table, h_BD: as given to `search`.
-      found: what it returned.
+      found: its result.
       key_B, position_B: see `sample.draw`.
     """
     blocks = found.log_mass_BG.shape[1]

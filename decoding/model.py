@@ -16,7 +16,7 @@ class LM(NamedTuple):
 
     Attributes:
       model: functions and sizes, compiled into the loop (`lm.model.contract`).
-      params: what the functions need, passed in at every call.
+      params: arrays that the functions need, passed in at every call.
       tokenizer: digest of its tokenizer; draft and target must agree on it. Empty: unknown.
       bos: the input-only id that starts documents; None if there is none.
     """

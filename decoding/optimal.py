@@ -1,7 +1,8 @@
 """Yardsticks of acceptance for small vocabularies, in numpy: what each rule reaches, and the best.
 
-All take the laws of one position, `target_V` and `draft_V`, and k drafts, drawn independently or
-without replacement (`replacement=False`; fewer than k where the draft law has fewer tokens).
+All take the distributions of one position, `target_V` and `draft_V`, and k drafts, drawn
+independently or without replacement (`replacement=False`; fewer than k if the draft's support has
+fewer tokens).
 """
 
 import numpy as np

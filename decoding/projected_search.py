@@ -48,7 +48,7 @@ def search(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns k logits f32 `[B, k]` and their tokens int32: the greatest of a shortlist, exact.
 
-    Each logit is right; a token may be missing, which `recall` measures. Softmax over what is found
+    Each logit is exact; a token may be missing, which `recall` measures. A softmax over the result
     is not the model's distribution.
 
     Raises:

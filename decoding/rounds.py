@@ -21,7 +21,7 @@ from lm.model.contract import Memory, Model, Nodes, Seen
 
 
 class Plan(NamedTuple):
-    """What is compiled into the loop: functions and sizes, no arrays.
+    """The static part of the loop: functions and sizes, no arrays.
 
     Attributes:
       model: the target.
@@ -73,7 +73,7 @@ class Counts:
 
 @flax.struct.dataclass
 class State:
-    """What a round changes.
+    """The part of the loop's carry that a round changes.
 
     Attributes:
       text: prompts and continuations.
@@ -151,9 +151,9 @@ def target_pass(
     if method.nodes > 1:
         bits_BTW = pack_bits(tree.ancestors(drafted, method.depth))
     nodes, memory = Nodes(drafted.token_BT, position_BT, bits_BTW), context.memory
-    if proposal.begun is not None:
-        x_BTD, memory = proposal.begun
-        nodes = nodes._replace(x_BTD=x_BTD, begun=method.shared_layers)
+    if proposal.partial is not None:
+        x_BTD, memory = proposal.partial
+        nodes = nodes._replace(x_BTD=x_BTD, start_layer=method.shared_layers)
     memory, seen = model.step(params, memory, nodes, ask=method.ask)
     return scores_lib.of_head(model.head(params, memory, seen.h_BTD)), seen, memory
 

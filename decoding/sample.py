@@ -57,7 +57,7 @@ def check(sampler: Sampler) -> None:
 
 
 def log_probs(sampler: Sampler, logits: jax.Array, seen: jax.Array | None = None) -> jax.Array:
-    """Returns log-probabilities `[..., V]` of what is sampled, -inf outside of its support.
+    """Returns the log-probabilities `[..., V]` that are sampled from, -inf outside the support.
 
     Args:
       sampler: each field a scalar, or an array that broadcasts against `[...]`.

@@ -1,4 +1,4 @@
-"""What a head returns, and the distribution of the next token that a sampler makes of it.
+"""Scores that a head returns, and the distribution that a sampler makes of them.
 
 The loop asks for three things only: a distribution to draw from, its most probable token, and the
 best k tokens. Dense logits give all of them, and so does a vocabulary too large to hold logits
@@ -28,10 +28,10 @@ class Distribution(Protocol):
 
 
 class Scores(Protocol):
-    """What a head returns for T nodes of each row."""
+    """The result of a head for T nodes of each row."""
 
     def distribution(self, sampler: Sampler, seen_BTV: jax.Array | None) -> Distribution:
-        """Returns what is sampled; `seen_BTV` as for `sample.log_probs`."""
+        """Returns the distribution to sample; `seen_BTV` as for `sample.log_probs`."""
         ...
 
     def top(self, k: int) -> jax.Array:
@@ -102,7 +102,8 @@ class Apply(Protocol):
       logits_BTV: f32, of what follows each node; -inf for ids that are never drawn: keep them so.
       drafted: the nodes. The token before a draw is `drafted.token_BT`; those before it are the
         node's ancestors (`tree.ancestors`), then the text up to the root.
-      text: what is known of each row (`decoding.drafter.Text`); its last token is the root.
+      text: tokens, lengths and keys of the rows (`decoding.drafter.Text`); the last token is the
+        root.
     """
 
     def __call__(
@@ -111,7 +112,7 @@ class Apply(Protocol):
 
 
 class Transform(NamedTuple):
-    """A change of the logits before the sampler; every verifier stays exact for what comes out.
+    """A change of the logits before the sampler; verifiers stay exact for the changed distribution.
 
     Make it once and use it often: the function is part of the compiled program.
 

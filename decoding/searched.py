@@ -107,7 +107,7 @@ class Searched:
 
     Attributes:
       table, h_BTD, top_k: see `Search`.
-      found: what the search kept, with axes `[B, T]` in front.
+      found: the search's results, with leading axes `[B, T]`.
     """
 
     table: Table

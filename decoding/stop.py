@@ -9,7 +9,7 @@ device a token is one look-up. For the stop string 'ab' and the tokens 'a', 'b',
     1  nothing read     2  1  2  0
     2  'a' was read     2  0  2  0
 
-Only what comes after the start is searched: a string that began in the prompt does not count.
+Only the continuation is searched: a string that began in the prompt does not count.
 """
 
 from collections.abc import Sequence
@@ -110,7 +110,7 @@ def _check(row: int, rule: Rule, vocab_size: int) -> None:
 def _byte_automaton(strings: tuple[bytes, ...], first: int) -> np.ndarray:
     """Returns the state after each byte, int32 `[states, 256]`, states numbered from `first`.
 
-    A state is what was read last, as far as it begins a stop string.
+    A state is the longest suffix of the bytes read that is a prefix of a stop string.
     """
     # a string that holds another one never ends first
     shortest = [s for s in set(strings) if not any(t in s for t in strings if t != s)]

@@ -31,7 +31,7 @@ class DraftTree:
 
 @flax.struct.dataclass
 class WithoutReplacement(DraftTree):
-    """Each node's children were drawn one after another, each from what the earlier ones left.
+    """Each node's children were drawn in turn, without replacement.
 
     Attributes:
       logprob_BTV: log-probabilities from which each node's first child was drawn. Child i is drawn

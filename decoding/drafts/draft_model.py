@@ -32,7 +32,7 @@ class Weights(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """A draft model in use: its functions, and what it is run with."""
+    """A draft model in use: its functions, its parameters and its sampler."""
 
     model: Model
     params: Any

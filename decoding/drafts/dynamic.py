@@ -1,4 +1,4 @@
-"""DySpec: trees whose shape follows what the draft model expects to be accepted.
+"""DySpec: trees whose shape follows the acceptance that the draft model expects.
 
 Xiong et al. 2024, "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure" (arXiv
 2410.11744).

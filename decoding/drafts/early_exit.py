@@ -15,7 +15,16 @@ import jax.numpy as jnp
 
 from decoding import sample, scores
 from decoding import tree as tree_lib
-from decoding.drafter import Begun, Context, Drafter, Method, Outcome, Prompt, Proposal, Provenance
+from decoding.drafter import (
+    Context,
+    Drafter,
+    Method,
+    Outcome,
+    PartialPass,
+    Prompt,
+    Proposal,
+    Provenance,
+)
 from decoding.model import LM
 from decoding.sample import Sampler
 from decoding.tree import WithoutReplacement
@@ -146,7 +155,7 @@ def _propose(
     x_BTD = jnp.concatenate([x_TBD, x_BD[None]]).swapaxes(0, 1)
     token_BT = jnp.concatenate([token_TB, last_B[None]]).T
     logprob_BTV = jnp.pad(logprob_TBV.swapaxes(0, 1), ((0, 0), (0, 1), (0, 0)))  # unused at leaves
-    return Proposal(_chain(token_BT, logprob_BTV), own, Begun(x_BTD, memory))
+    return Proposal(_chain(token_BT, logprob_BTV), own, PartialPass(x_BTD, memory))
 
 
 def _update(

@@ -26,7 +26,7 @@ class Children(NamedTuple):
       parent_BM: int32, place in the level above.
       token_BM: int32.
       valid_BM: bool; children of invalid parents need not be marked.
-      carry: whatever the drafter wants to know when it draws the level below.
+      carry: passed to the draw of the level below.
     """
 
     parent_BM: jax.Array
@@ -181,7 +181,7 @@ def keep(token_BMK: jax.Array, value_BMK: jax.Array, size: int, carry: tuple) ->
       token_BMK: each node's children in the order drawn.
       value_BMK: does not increase along K; ties go to the first. -inf: no child.
       size: how many to keep.
-      carry: arrays `[B, M, K]`, of which the children's entries are carried on.
+      carry: arrays `[B, M, K]`; the kept children's entries are carried on.
     """
     b, _, k = token_BMK.shape
     flat = [x.reshape(b, -1) for x in (token_BMK, value_BMK, *carry)]

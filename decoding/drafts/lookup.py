@@ -3,8 +3,8 @@
 Saxena 2023 (prompt lookup decoding) copies one continuation; Lookahead (Zhao et al. 2024, Ant
 Group) merges several into a trie, so that shared prefixes are verified once. Its host-side trie is
 replaced here by tables on the device: for each n-gram size, from an n-gram's hash to the places
-where it last ended. What is found there is compared with the text, so that two n-grams of one hash
-cost a candidate at worst.
+where it last ended. Each match is compared with the text, so that a hash collision costs at most a
+candidate.
 """
 
 import flax.struct

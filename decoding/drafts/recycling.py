@@ -21,7 +21,7 @@ LEVELS = (8, 21, 25, 15, 8, 3)
 
 @flax.struct.dataclass
 class State:
-    """What is known of each token.
+    """The known successors of each token.
 
     Attributes:
       successor_BVR: int32 `[B, V, k]`, most probable first; -1 where the token was not met yet.
@@ -103,7 +103,7 @@ def write(
 
 
 def pool(successor_BVR: jax.Array) -> jax.Array:
-    """Returns what the rows of a batch know together, int32 `[V, k]`, to start the next call with.
+    """Returns the successors that a batch's rows know together, int32 `[V, k]`, for a warm start.
 
     Where several rows met a token, the last of them counts.
     """
@@ -116,7 +116,7 @@ def pool(successor_BVR: jax.Array) -> jax.Array:
 def _newest(drafted: DraftTree, verdict: Verdict) -> jax.Array:
     """Returns bool `[B, T]`: for each token in the tree, the one node whose logits are kept.
 
-    The accepted path wins over what was only supposed, and later nodes over earlier ones.
+    Nodes of the accepted path win over rejected ones, and later nodes over earlier ones.
     """
     t = drafted.token_BT.shape[1]
     nodes = jnp.arange(t)

@@ -1,4 +1,4 @@
-"""Tree templates: which child of which node to draft, fixed before anything is seen."""
+"""Tree templates: fixed shapes of draft trees, by parent and by rank among the candidates."""
 
 import heapq
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""What a loss is: a function of parameters and a batch that says which sums it reports.
+"""The contract of a loss: a function of parameters and a batch that names the sums it reports.
 
 The training loop and the evaluation add up whatever sums there are and report each as
 `total / count` under its name. They know no name and no unit: a loss that is no cross-entropy is
@@ -11,7 +11,7 @@ import jax
 
 
 class Sum(NamedTuple):
-    """A sum over a batch, and what it is to be divided by: f32 scalars.
+    """A sum over a batch, and its divisor: f32 scalars.
 
     Sums of several batches are added up part by part, so that `total / count` is the mean over all
     of them.
@@ -27,10 +27,10 @@ class Sum(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """What a loss returns.
+    """The result of a loss.
 
     Attributes:
-      value: what is minimised, an f32 scalar.
+      value: the scalar to minimise, f32.
       sums: reported, by name. A name says the unit of the mean: `nats_per_token`,
         `squared_distance_per_token`.
     """
@@ -43,7 +43,7 @@ class LossFn(Protocol):
     """A loss as the training loop calls it.
 
     Args:
-      params: what is trained.
+      params: the trained parameters.
       batch: arrays by name (`lm.data.batches`).
       key: of the loss's randomness, a new one for each step.
       frozen: arrays that the loss reads and nothing changes (`lm.training.train.run`).

@@ -66,18 +66,17 @@ class Table(NamedTuple):
 
 
 class Source(Protocol):
-    """Where rows come from: hashable and static; its arrays are passed in.
-
-    Attributes:
-      chunks: how many chunks each table is read in.
-      softcap: of the logits, or None.
-    """
+    """Where rows come from: hashable and static; its arrays are passed in."""
 
     @property
-    def chunks(self) -> int: ...
+    def chunks(self) -> int:
+        """The number of chunks in which each table is read."""
+        ...
 
     @property
-    def softcap(self) -> float | None: ...
+    def softcap(self) -> float | None:
+        """The cap of the logits, or None."""
+        ...
 
     def size(self, arrays: Any) -> jax.Array | int:
         """Returns the number of ids that share the probability; ids from there on have none."""

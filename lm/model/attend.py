@@ -43,7 +43,7 @@ class Attended(NamedTuple):
 
 
 class Attend(Protocol):
-    """Returns what the queries of one layer gather from the keys that they see."""
+    """Returns attention's output for the queries of one layer."""
 
     def __call__(
         self, layer: Layer, q_BLHC: jax.Array, k_BLKC: jax.Array, v_BLKC: jax.Array, carry: Any,
@@ -52,7 +52,7 @@ class Attend(Protocol):
 
 
 class Rows(NamedTuple):
-    """The carry of `cached`: what a pass over the layers fills in.
+    """The carry of `cached`, which a pass over the layers fills in.
 
     Attributes:
       k_NBKSC, v_NBKSC: of the cache.

@@ -18,7 +18,7 @@ from lm.model.config import Config
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of what a batch has read.
+    """Keys and values of the nodes that a batch has read.
 
     Attributes:
       k_NBKSC, v_NBKSC: rows; only the first `length_B` of the S rows hold anything.
@@ -85,7 +85,7 @@ def write(rows_NBKSC: jax.Array, layer: jax.Array | int, start_B: jax.Array, new
 
 
 def _rows(rows_BL: jax.Array, kv_heads: int) -> tuple[jax.Array, ...]:
-    """Returns indices of rows for axes B, K and S, of which the result is `[B, K, L]`.
+    """Returns indices of rows for the axes B, K and S; they broadcast to `[B, K, L]`.
 
     Every axis is indexed: with a slice between, XLA scatters in another layout than the TPU kernels
     read, and copies the whole stack on the way in and out.

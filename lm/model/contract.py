@@ -2,7 +2,7 @@
 
     memory, seen = model.start(params, prompt, kept_B, rows, key_B)   reads prompts, once
     memory, seen = model.step(params, memory, nodes)                  runs N new nodes
-    logits_BTV   = model.head(params, memory, seen.h_BTD)             what follows each node
+    logits_BTV   = model.head(params, memory, seen.h_BTD)             the logits of the next id
     memory       = model.keep(memory, path_BP, count_B)               accepted nodes stay
 
 `memory` is opaque: a key/value cache, a cache with a policy, the caches of a hierarchy, the
@@ -34,9 +34,9 @@ class Nodes(NamedTuple):
       ancestors_BTW: packed bits (`lm.kernels.mask.pack_bits`): which of the last `span` nodes each
         node sees, itself included. Without it a node sees every node of no later position.
       span: nodes that the bits count, the new ones included; T by default.
-      x_BTD: vectors in place of tokens: rows of another table, or, with `begun`, the stream.
-      begun: layers that have run already. `x_BTD` is the stream after them, and the memory holds
-        the nodes' rows of these layers.
+      x_BTD: vectors in place of tokens: rows of another table, or the stream at `start_layer`.
+      start_layer: first layer still to run. `x_BTD` is the stream before it, and the memory
+        holds the nodes' rows of the layers below.
     """
 
     token_BT: jax.Array | None
@@ -44,7 +44,7 @@ class Nodes(NamedTuple):
     ancestors_BTW: jax.Array | None = None
     span: int | None = None
     x_BTD: jax.Array | None = None
-    begun: int = 0
+    start_layer: int = 0
 
 
 def chain(token_BT: jax.Array, start_B: jax.Array | int = 0) -> Nodes:
@@ -55,7 +55,7 @@ def chain(token_BT: jax.Array, start_B: jax.Array | int = 0) -> Nodes:
 
 
 class Ask(NamedTuple):
-    """What a caller wants to see beside the last hidden states; static.
+    """Extra results of a pass, beside the last hidden states; static.
 
     Attributes:
       layers: ascending; the stream after each of these layers is returned.
@@ -70,7 +70,7 @@ NOTHING = Ask()
 
 
 class Seen(NamedTuple):
-    """What a pass over nodes computed.
+    """The results of a pass over nodes.
 
     Attributes:
       h_BTD: hidden states, ready for `head`.
@@ -101,7 +101,7 @@ class Start(Protocol):
       prompt: L nodes per text, a chain from position 0, padded on the right.
       kept_B: int32: the memory holds each text's first `kept_B` nodes; `Seen` covers all L.
       rows: room for the longest text and the largest draft tree; a policy may allocate less.
-      key_B: each text's own key, for what a model draws per text.
+      key_B: each text's own key, for tables that a model draws per text.
       ask: see `Ask`.
     """
 
@@ -118,7 +118,7 @@ class Step(Protocol):
       params: of the model.
       memory: what `start`, `step` or `keep` returned.
       nodes: see `Nodes`.
-      layers: layers to run, ascending; by default all that the nodes have not begun.
+      layers: layers to run, ascending; by default all from the nodes' `start_layer` on.
       ask: see `Ask`.
     """
 
@@ -147,7 +147,7 @@ class Keep(Protocol):
 
 
 class Head(Protocol):
-    """Returns what follows each node: logits f32 `[B, T, V]`, -inf for ids that are never drawn.
+    """Returns logits of the next id after each node: f32 `[B, T, V]`, -inf for ids never drawn.
 
     A head over a vocabulary too large for that returns an object that is searched instead
     (`decoding.scores.Scores`).

@@ -26,7 +26,7 @@ from lm.model.transformer import MLP, gated_mlp
 
 @flax.struct.dataclass
 class Memory:
-    """What a transformer remembers of a batch of texts.
+    """A transformer's memory of a batch of texts.
 
     Attributes:
       cache: rows of nodes that are kept, then of those stepped since.
@@ -84,11 +84,11 @@ def _step(
     counted_BL: jax.Array | None = None, **extra: Any,
 ) -> Stepped:  # fmt: skip
     """See `contract.Step`."""
-    layers = range(nodes.begun, config.n_layers) if layers is None else layers
+    layers = range(nodes.start_layer, config.n_layers) if layers is None else layers
     position_BT = nodes.position_BT
     if memory.tables is not None:
         params = {**params, 'tables': memory.tables}
-    if nodes.begun:
+    if nodes.start_layer:
         cache = cache_lib.reveal(memory.cache, position_BT, layers)
     else:
         some = None if len(layers) == config.n_layers else layers

@@ -40,7 +40,7 @@ def forward(
 
 
 class MLP(Protocol):
-    """Returns what a block adds to the stream after attention, from the normed stream."""
+    """Returns a block's update of the stream after attention, from the normed stream."""
 
     def __call__(
         self, p: Params, config: Config, y_BLD: jax.Array, layer: Layer, **extra: Any
@@ -84,7 +84,7 @@ def head(params: Params, config: Config, h_BLD: jax.Array) -> jax.Array:
 
 
 class Ran(NamedTuple):
-    """What a pass saw, and the carry of its attention."""
+    """The results of a pass, and the carry of its attention."""
 
     seen: Seen
     carry: Any
@@ -151,7 +151,7 @@ def blocks(
       config: of the model.
       x_BLD: the stream before them.
       attend: see `Attend`.
-      carry: what the first block's attention gets.
+      carry: input of the first block's attention.
       mlp: see `MLP`; None leaves it out.
       layers: blocks to run, in this order; all by default.
     """

@@ -1,4 +1,4 @@
-"""What a run writes about its steps: the loss's sums as means, and the machine's speed."""
+"""The log of a run's steps: the loss's sums as means, and the machine's speed."""
 
 import time
 from typing import Any

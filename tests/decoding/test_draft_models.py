@@ -93,9 +93,9 @@ def test_log_probabilities_are_those_of_a_full_forward_over_several_rounds(compi
     text = texts(rows, [0, 1, 2], LENGTH)
     state = init(drafter.params, text)
     for how in (2, 0, 1, 0, 2):
-        proposed, state, begun = propose(drafter.params, poisoned(state), text)
+        proposed, state, partial = propose(drafter.params, poisoned(state), text)
         tree = jax.device_get(proposed)
-        assert begun is None and isinstance(tree, method.trees)
+        assert partial is None and isinstance(tree, method.trees)
         assert tree.token_BT.shape == (3, method.nodes)
         check_tree(tree, method.depth, method.branching)
         inner = tree.valid_BT & (tree.depth_BT < method.depth)

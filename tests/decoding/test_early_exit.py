@@ -94,13 +94,13 @@ def read_out(token_BL: jax.Array, adapted: bool) -> jax.Array:
 
 
 @jax.jit
-def both_passes(drafted, begun, text, memory):
+def both_passes(drafted, partial, text, memory):
     """Returns logits and memory of the layers above, and those of a full pass."""
     positions_BT = (text.length_B - 1)[:, None] + drafted.depth_BT
     nodes = Nodes(drafted.token_BT, positions_BT, pack_bits(tree.ancestors(drafted, DRAFT)))
     step, head = TARGET.model.step, TARGET.model.head
     full = step(PARAMS, memory, nodes)
-    deep = step(PARAMS, begun.memory, nodes._replace(x_BTD=begun.x_BTD, begun=E))
+    deep = step(PARAMS, partial.memory, nodes._replace(x_BTD=partial.x_BTD, start_layer=E))
     return [(head(PARAMS, x.memory, x.seen.h_BTD), x.memory.cache) for x in (deep, full)]
 
 
@@ -127,13 +127,13 @@ def after(text: Text, drafted, accepted: list[int]) -> Text:
 def test_shallow_then_deep_equals_the_full_pass(adapted):
     _, propose, _, weights = compiled(adapted)
     text, memory, own = start(adapted)
-    drafted, _, begun = propose(weights, own, text, memory)
-    (logits, deep), (expected, full) = both_passes(drafted, begun, text, memory)
+    drafted, _, partial = propose(weights, own, text, memory)
+    (logits, deep), (expected, full) = both_passes(drafted, partial, text, memory)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(deep.length_B, full.length_B)
     np.testing.assert_array_equal(deep.position_NBKS, full.position_NBKS)
     for name in ('k_NBKSC', 'v_NBKSC'):
-        caches = begun.memory.cache, deep, full
+        caches = partial.memory.cache, deep, full
         shallow, got, rows = (np.asarray(getattr(x, name)) for x in caches)
         # the drafting layers' rows are there before the deep pass, and it leaves them alone
         np.testing.assert_array_equal(shallow[:E], got[:E])
@@ -147,7 +147,7 @@ def test_chains_are_drawn_from_the_stored_distribution_round_after_round(adapted
     _, propose, update, weights = compiled(adapted)
     text, memory, own = start(adapted)
     for accepted in ([DRAFT, 1], [0, DRAFT]):
-        drafted, own, begun = propose(weights, own, text, memory)
+        drafted, own, partial = propose(weights, own, text, memory)
         assert isinstance(drafted, WithoutReplacement)
         assert drafted.parent_BT.tolist() == [[-1, 0, 1, 2]] * 2 and drafted.valid_BT.all()
         np.testing.assert_array_equal(redraw(drafted, text), drafted.token_BT[:, 1:])
@@ -162,7 +162,7 @@ def test_chains_are_drawn_from_the_stored_distribution_round_after_round(adapted
         verdict = Verdict(jnp.zeros((2, DRAFT + 1)), jnp.asarray(accepted), jnp.full(2, 20))
         outcome = Outcome(drafted, jnp.zeros(()), None, verdict, text, count_B)  # type: ignore[arg-type]
         own = update(weights, own, outcome)
-        memory = TARGET.model.keep(begun.memory, None, count_B)
+        memory = TARGET.model.keep(partial.memory, None, count_B)
 
 
 def test_temperature_zero_takes_the_most_probable_token():

@@ -70,11 +70,7 @@ def forward(
             grid=(b, h, walk.query_blocks, steps),
             in_specs=[specs.query, specs.key, specs.key, specs.rows, specs.terms],
             out_specs=[specs.query, specs.per_query],
-            scratch_shapes=[
-                pltpu.VMEM((query, LANES), jnp.float32),
-                pltpu.VMEM((query, LANES), jnp.float32),
-                pltpu.VMEM((query, c), jnp.float32),
-            ],
+            scratch_shapes=[pltpu.VMEM((query, n), jnp.float32) for n in (LANES, LANES, c)],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((b, h, l, c), q_BLHC.dtype),

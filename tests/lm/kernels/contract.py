@@ -134,6 +134,7 @@ class AttentionContract:
         clean, dirty = both(q, k, v), both(q, *poisoned)
         jax.tree.map(np.testing.assert_array_equal, clean, dirty)
 
+    @pytest.mark.usefixtures('optimised')
     @pytest.mark.parametrize('case', [CACHED[0], CACHED[4], CACHED[7]], ids=name_of)
     def test_a_layer_of_a_stack(self, case):
         q, k, v, mask = inputs(case)

@@ -69,10 +69,10 @@ def step(name: str, memory, nodes: Nodes, **settings):
         memory, seen = model.step(weights, memory, nodes, **settings)
         return model.head(weights, memory, seen.h_BTD), memory, seen
 
-    arrays = nodes._replace(span=None, begun=0)
+    arrays = nodes._replace(span=None, start_layer=0)
 
     def call(weights, memory, arrays):
-        return run(weights, memory, arrays._replace(span=nodes.span, begun=nodes.begun))
+        return run(weights, memory, arrays._replace(span=nodes.span, start_layer=nodes.start_layer))
 
     return jax.jit(lambda w, m, *a: call(w, m, Nodes(*a[:3], None, a[3], 0)))(
         weights, memory, arrays.token_BT, arrays.position_BT, arrays.ancestors_BTW, arrays.x_BTD
@@ -135,7 +135,7 @@ def test_layers_run_in_two_passes_are_one_pass(name):
     expected, whole, asked = step(name, memory, nodes, ask=Ask((1,)))
     _, shallow, first = step(name, memory, nodes, layers=range(2))
     np.testing.assert_allclose(first.x_BTD, asked.layers[0], rtol=1e-5, atol=1e-5)
-    deep = nodes._replace(x_BTD=first.x_BTD, begun=2)
+    deep = nodes._replace(x_BTD=first.x_BTD, start_layer=2)
     logits, deep_memory, _ = step(name, shallow, deep)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     for a, b in zip(jax.tree.leaves(deep_memory), jax.tree.leaves(whole), strict=True):
