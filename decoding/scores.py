@@ -99,13 +99,15 @@ class Apply(Protocol):
 
     Args:
       params: of the transform.
-      logits_BTV: f32, -inf for ids that are never drawn: keep them so.
-      drafted: the nodes after which the logits stand (`decoding.tree.DraftTree`).
-      text: tokens, lengths and keys of the rows (`decoding.drafter.Text`).
+      logits_BTV: f32, of what follows each node; -inf for ids that are never drawn: keep them so.
+      drafted: the nodes. The token before a draw is `drafted.token_BT`; those before it are the
+        node's ancestors (`tree.ancestors`), then the text up to the root.
+      text: tokens, lengths and keys of the rows (`decoding.drafter.Text`); the last token is the
+        root.
     """
 
     def __call__(
-        self, params: Any, logits_BTV: jax.Array, drafted: Any, text: Any, **extra: Any
+        self, params: Any, logits_BTV: jax.Array, drafted: tree.DraftTree, text: Any, **extra: Any
     ) -> jax.Array: ...
 
 

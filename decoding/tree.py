@@ -60,6 +60,18 @@ def root_only(token_B: jax.Array) -> DraftTree:
     return DraftTree(token_B[:, None], zeros - 1, zeros, zeros == 0)
 
 
+def chain(token_BT: jax.Array, valid_BT: jax.Array) -> DraftTree:
+    """Returns the tree of a single path from the root: T tokens, each the child of the last.
+
+    Args:
+      token_BT: int32, the last token of each text first.
+      valid_BT: bool; a path ends before its first token that is not valid.
+    """
+    valid_BT = jnp.cumprod(valid_BT, axis=1) > 0
+    depth_BT = jnp.broadcast_to(jnp.arange(token_BT.shape[1], dtype=jnp.int32), token_BT.shape)
+    return DraftTree(token_BT, depth_BT - 1, depth_BT, valid_BT)
+
+
 def ancestors(tree: DraftTree, depth: int) -> jax.Array:
     """Returns bool `[B, T, T]`: whether node j is node i or an ancestor of it.
 

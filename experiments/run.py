@@ -13,7 +13,8 @@ An experiment is a package `experiments/NAME` with three files:
              With `MESH`, it is `main(config, out, mesh)`.
   README.md  the results.
 
-Creating the folder registers the experiment. A run writes `DIR/config.json` (fields, commit,
+Creating the folder registers the experiment. One that lives elsewhere is run by its path or by the
+dotted name of its package (`experiments.outside`). A run writes `DIR/config.json` (fields, commit,
 versions, hardware, mesh) and `DIR/result.json` (flat: key -> number). The mesh is not part of the
 config, so that a run can resume on another mesh.
 """
@@ -39,7 +40,7 @@ import tyro
 from etils import epath
 
 import experiments
-from experiments import report
+from experiments import outside, report
 from lm.devices import preemption
 
 if TYPE_CHECKING:
@@ -90,12 +91,11 @@ def _dispatch(arguments: Sequence[str]) -> int:
         print(_listing())
         return 0 if arguments else 2
     name, *rest = arguments
-    known = list(folders())
-    if name not in known:
-        near = difflib.get_close_matches(name, known, cutoff=0.5)
-        hint = f'did you mean {" or ".join(near)}?' if near else f'there are: {", ".join(known)}'
-        raise UsageError(f'no experiment {name!r}; {hint}')
-    module = importlib.import_module(f'experiments.{name}.config')
+    package = _package(name)
+    module = importlib.import_module(f'{package}.config')
+    for attribute in ('Config', 'SCALES'):
+        if not hasattr(module, attribute):
+            raise UsageError(f'{module.__file__}: no {attribute}')
     try:
         command = parse(name, module, rest)
     except ValueError as error:  # the config rejects a value
@@ -103,8 +103,23 @@ def _dispatch(arguments: Sequence[str]) -> int:
     from lm.devices import processes  # late: --help and usage errors need no JAX
 
     with processes.joined():
-        run(name, command)
+        run(package, command)
     return 0
+
+
+def _package(name: str) -> str:
+    """Returns the package of the experiment that the command line names."""
+    known = list(folders())
+    if name in known:
+        return f'experiments.{name}'
+    if outside.is_outside(name):
+        try:
+            return outside.package(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    near = difflib.get_close_matches(name, known, cutoff=0.5)
+    hint = f'did you mean {" or ".join(near)}?' if near else f'there are: {", ".join(known)}'
+    raise UsageError(f'no experiment {name!r}; {hint}')
 
 
 def folders() -> dict[str, pathlib.Path]:
@@ -116,7 +131,9 @@ def folders() -> dict[str, pathlib.Path]:
 
 def _listing() -> str:
     lines = ['usage: python -m experiments.run NAME [--scale S] [--out DIR] [--field value ...]']
-    lines += ['       python -m experiments.run NAME --help', '', 'experiments:']
+    lines += ['       python -m experiments.run NAME --help']
+    lines += ['NAME: one of those below, a folder (./doubling), or a package (mine.doubling)', '']
+    lines += ['experiments:']
     width = max(map(len, folders()), default=0)
     for name, folder in folders().items():
         # Parsed, not imported: fast, and independent of optional dependencies.
@@ -142,10 +159,11 @@ def parse(name: str, module: ModuleType, arguments: Sequence[str]) -> Command:
     """
     scales = module.SCALES
     scale = _scale(name, scales, arguments)
+    folder = module.__name__.split('.')[-2]
     fields: list[tuple[str, Any, Any]] = [
         ('config', Annotated[module.Config, tyro.conf.arg(name='')], scales[scale]),
         ('scale', Annotated[Literal[tuple(scales)], _flag('size of the run')], scale),
-        ('out', Annotated[str, _flag('folder for results')], f'out/{name}-{scale}'),
+        ('out', Annotated[str, _flag('folder for results')], f'out/{folder}-{scale}'),
     ]
     if hasattr(module, 'MESH'):
         devices = 'e.g. data=2,sequence=2,model=2; auto: all devices on data; one: the first device'
@@ -177,8 +195,12 @@ def _scale(name: str, scales: Mapping[str, Any], arguments: Sequence[str]) -> st
     return scale
 
 
-def run(name: str, command: Command) -> dict[str, float]:
+def run(package: str, command: Command) -> dict[str, float]:
     """Runs one experiment and returns its metrics; writes `config.json` and then `result.json`.
+
+    Args:
+      package: importable name of the experiment, `experiments.NAME` for one of this repository.
+      command: see `Command`.
 
     Raises:
       ValueError: the mesh does not fit the devices, or a metric is not finite (the others are
@@ -189,8 +211,9 @@ def run(name: str, command: Command) -> dict[str, float]:
     from lm.devices import processes
 
     scale, config, out, _ = command
-    settings = importlib.import_module(f'experiments.{name}.config')
-    experiment = importlib.import_module(f'experiments.{name}.main')
+    settings = importlib.import_module(f'{package}.config')
+    experiment = importlib.import_module(f'{package}.main')
+    name = package.removeprefix('experiments.')
     mesh = _mesh(command.mesh) if hasattr(settings, 'MESH') else None
     if not getattr(settings, 'MAKES_OUT', False):
         out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Loads saved tokenizers. A new kind is one file, and one line in `KINDS`."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from etils import epath
@@ -38,16 +39,20 @@ KINDS: dict[str, type[Loadable]] = {
 }
 
 
-def load(path: epath.PathLike) -> Tokenizer:
+def load(path: epath.PathLike, *, kinds: Mapping[str, type[Loadable]] = KINDS) -> Tokenizer:
     """Returns the tokenizer saved in the folder `path`; never executes code from there.
+
+    Args:
+      path: a folder that a tokenizer's `save` has written.
+      kinds: those that may be in it, by name: `{**KINDS, 'mine': Mine}` reads one of your own too.
 
     Raises:
       FileNotFoundError: `path` holds no tokenizer, or a file is missing.
       ValueError: a file is damaged, or the kind is unknown.
     """
     kind = read_kind(path)['kind']
-    if kind not in KINDS:
+    if kind not in kinds:
         raise ValueError(
-            f'{path}: unknown tokenizer kind {kind!r}; this version knows {", ".join(KINDS)}'
+            f'{path}: unknown tokenizer kind {kind!r}; this version knows {", ".join(kinds)}'
         )
-    return KINDS[kind].load(path)
+    return kinds[kind].load(path)

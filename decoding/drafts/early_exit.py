@@ -173,6 +173,7 @@ def _node(
     nodes = Nodes(token_B[:, None], position_B[:, None])
     memory, seen = static.target.step(params, memory, nodes, layers=range(static.layers))
     x_BTD, h_BTD = seen.x_BTD, seen.h_BTD
+    assert x_BTD is not None, 'a model with layers returns its stream'
     if static.adapter is not None:
         nodes = nodes._replace(x_BTD=x_BTD)
         own, seen = static.adapter.step(weights.adapter, own, nodes)

@@ -6,9 +6,10 @@
     memory       = model.keep(memory, path_BP, count_B)               accepted nodes stay
 
 `memory` is opaque: a key/value cache, a cache with a policy, the caches of a hierarchy, the
-memories of two models side by side. Only `memory` knows how many rows it holds; a node's position
-in the text says nothing about it. A model is a named tuple of pure functions. A wrapper takes a
-`Model` and returns another: a cache policy, a byte view, an ensemble.
+memories of two models side by side, or `()` where nothing is remembered. Only `memory` knows how
+many rows it holds; a node's position in the text says nothing about it. A model is a named tuple of
+pure functions. A wrapper takes a `Model` and returns another: a cache policy, a byte view, an
+ensemble.
 
 Make a `Model` once and use it often: its functions are part of the compiled program.
 """
@@ -73,14 +74,14 @@ class Seen(NamedTuple):
 
     Attributes:
       h_BTD: hidden states, ready for `head`.
-      x_BTD: the residual stream after the last layer that ran.
+      x_BTD: the residual stream after the last layer that ran; None for a model without one.
       layers: the stream `[B, T, D]` after each asked-for layer.
       mass_NBKS: f32, attention that each row of the memory received, summed over the new nodes and
         the query heads of a KV head; None if not asked for.
     """
 
     h_BTD: jax.Array
-    x_BTD: jax.Array
+    x_BTD: jax.Array | None = None
     layers: tuple[jax.Array, ...] = ()
     mass_NBKS: jax.Array | None = None
 
@@ -166,17 +167,22 @@ class Layout(Protocol):
     def __call__(self, params: Params, **extra: Any) -> Params: ...
 
 
+def as_given(params: Params, **extra: Any) -> Params:
+    """Returns the parameters unchanged: the layout of a model that needs no other."""
+    return params
+
+
 class Model(NamedTuple):
     """A model that can be stepped: pure functions, and sizes that are static.
 
     Attributes:
       start, step, keep, head: see the protocols of these names.
-      layout: see `Layout`.
       vocab_size: ids, input-only ones included.
       max_length: positions that the model is made for.
-      n_layers: layers.
-      size: parameters that one pass over a node reads.
-      layer_size, head_size: of these, those of one layer, and of the head.
+      size: parameters that one pass over a node reads; at least 1.
+      layout: see `Layout`.
+      n_layers: layers that `Step` can run by number and `Ask` can name; 0 if there are none.
+      layer_size, head_size: of `size`, the part of one layer, and of the head.
       dense: whether the head returns the logits of every id.
     """
 
@@ -184,11 +190,11 @@ class Model(NamedTuple):
     step: Step
     keep: Keep
     head: Head
-    layout: Layout
     vocab_size: int
     max_length: int
-    n_layers: int
     size: int
+    layout: Layout = as_given
+    n_layers: int = 0
     layer_size: int = 0
     head_size: int = 0
     dense: bool = True

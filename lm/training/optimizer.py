@@ -5,7 +5,7 @@ declarations (`lm.model.leaves.Leaf`).
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([rise, after], [warmup]) if warmup else after
 
 
-def make(config: OptimizerConfig, steps: int, leaves: Leaves) -> optax.GradientTransformation:
+class MakeOptimizer(Protocol):
     """Returns the optimizer of a run of `steps` steps.
 
     Args:
@@ -86,27 +86,47 @@ def make(config: OptimizerConfig, steps: int, leaves: Leaves) -> optax.GradientT
       leaves: declarations of the parameters, in their structure (`lm.model.params.leaves` of a
         transformer).
     """
-    rate = schedule(config, steps)
-    if config.name == 'adamw':
-        optimizer = optax.adamw(
-            rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed(leaves)
-        )
-    elif config.name == 'adafactor':
-        # optax's own decay for it is not scaled by the learning rate
-        decay = _decay(rate, config.weight_decay, decayed(leaves))
-        optimizer = optax.chain(optax.adafactor(rate), decay)
-    elif config.name == 'muon':
-        optimizer = optax.contrib.muon(
-            rate, beta=_MUON_MOMENTUM, adam_b1=config.b1, adam_b2=config.b2,
-            weight_decay=config.weight_decay, weight_decay_mask=decayed(leaves),
-            muon_weight_dimension_numbers=matrices(leaves), consistent_rms=_ADAM_RMS,
-        )  # fmt: skip
-    else:
-        raise ValueError(
-            f'OptimizerConfig.name: {config.name!r}; expected adamw, adafactor or muon'
-        )
+
+    def __call__(
+        self, config: OptimizerConfig, steps: int, leaves: Leaves, /
+    ) -> optax.GradientTransformation: ...
+
+
+def make(config: OptimizerConfig, steps: int, leaves: Leaves) -> optax.GradientTransformation:
+    """Returns the optimizer that the config names, with its clipping; see `MakeOptimizer`."""
+    if config.name not in OPTIMIZERS:
+        raise ValueError(f'OptimizerConfig.name: {config.name!r}; expected {", ".join(OPTIMIZERS)}')
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
-    return optax.chain(clip, optimizer)
+    return optax.chain(clip, OPTIMIZERS[config.name](config, steps, leaves))
+
+
+def _adamw(config: OptimizerConfig, steps: int, leaves: Leaves) -> optax.GradientTransformation:
+    return optax.adamw(
+        schedule(config, steps), config.b1, config.b2, weight_decay=config.weight_decay,
+        mask=decayed(leaves),
+    )  # fmt: skip
+
+
+def _adafactor(config: OptimizerConfig, steps: int, leaves: Leaves) -> optax.GradientTransformation:
+    rate = schedule(config, steps)
+    # optax's own decay for it is not scaled by the learning rate
+    return optax.chain(optax.adafactor(rate), _decay(rate, config.weight_decay, decayed(leaves)))
+
+
+def _muon(config: OptimizerConfig, steps: int, leaves: Leaves) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        schedule(config, steps), beta=_MUON_MOMENTUM, adam_b1=config.b1, adam_b2=config.b2,
+        weight_decay=config.weight_decay, weight_decay_mask=decayed(leaves),
+        muon_weight_dimension_numbers=matrices(leaves), consistent_rms=_ADAM_RMS,
+    )  # fmt: skip
+
+
+# A new optimizer is a function like these, a line here, and its name in `OptimizerConfig.name`.
+OPTIMIZERS: dict[str, MakeOptimizer] = {
+    'adamw': _adamw,
+    'adafactor': _adafactor,
+    'muon': _muon,
+}
 
 
 def decayed(leaves: Leaves) -> dict[str, Any]:

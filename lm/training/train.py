@@ -30,7 +30,7 @@ from lm.training import divergence
 from lm.training import metrics as metrics_lib
 from lm.training import optimizer as optimizer_lib
 from lm.training.metrics import ProgressLine, Writer
-from lm.training.optimizer import OptimizerConfig
+from lm.training.optimizer import MakeOptimizer, OptimizerConfig
 from lm.training.state import TrainState, init_state
 from lm.training.step_log import StepFailed, StepLog
 
@@ -83,6 +83,7 @@ def run(
     frozen: tuple[Any, ...] = (),
     *,
     leaves: Leaves,
+    make_optimizer: MakeOptimizer = optimizer_lib.make,
 ) -> TrainState:
     """Trains to `config.steps`, from the newest checkpoint in `folder` if there is one.
 
@@ -92,10 +93,10 @@ def run(
       loss: see `LossFn`.
       batches: an endless dataset of dicts of arrays, split by rows unless `Shared`.
       folder: gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
-      mesh: the devices.
-      label: the run's name in the progress line.
+      mesh, label: the devices; the run's name in the progress line.
       frozen: arrays that the loss reads; never updated and in no checkpoint.
       leaves: declarations of the parameters that `init` makes (`lm.model.leaves`).
+      make_optimizer: by default the one that `config.optimizer` names.
 
     Raises:
       ValueError: the folder's checkpoints are of another model.
@@ -104,7 +105,7 @@ def run(
         and the folder with the state before it.
       Preempted: SIGTERM arrived; the state after the current step is saved.
     """
-    optimizer = optimizer_lib.make(config.optimizer, config.steps, leaves)
+    optimizer = make_optimizer(config.optimizer, config.steps, leaves)
     checkpoints, iterator = Checkpoints(epath.Path(folder) / 'checkpoints'), iter(batches)
     start, state = _start(config, init, optimizer, mesh, checkpoints, iterator)
     step_fn = _compiled(config, loss, optimizer, state, mesh)

@@ -194,7 +194,7 @@ def test_a_metric_that_is_not_finite_is_named_and_the_others_are_kept(make, tmp_
     assert json.loads((tmp_path / 'o' / 'result.json').read_text()) == {'loss/a': 1.5}
 
 
-@pytest.mark.parametrize('arguments', [[], ['--help'], ['no_such_experiment']])
+@pytest.mark.parametrize('arguments', [[], ['--help'], ['no_such_experiment'], ['no/such']])
 def test_what_needs_no_jax_does_not_import_it(arguments):
     """The list and error messages appear at once, since importing JAX would take a second."""
     program = (
@@ -203,3 +203,82 @@ def test_what_needs_no_jax_does_not_import_it(arguments):
     )
     command = [sys.executable, '-c', program, *arguments]
     assert subprocess.run(command, capture_output=True, cwd=provenance.ROOT).returncode == 0
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Returns a function that writes an experiment into a folder of its own and gives its path."""
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+
+    def write(path, package=False, **files):
+        folder = tmp_path / path
+        folder.mkdir(parents=True)
+        files = {'config': CONFIG.lstrip(), 'main': textwrap.dedent(MAIN), **files}
+        if package:
+            files['__init__'] = ''
+        for name, text in files.items():
+            (folder / f'{name}.py').write_text(text)
+        return folder
+
+    yield write
+    for module in set(sys.modules) - before:
+        del sys.modules[module]
+
+
+def result_of(tmp_path, name):
+    written = json.loads((tmp_path / 'out' / f'{name}-demo' / 'config.json').read_text())
+    metrics = json.loads((tmp_path / 'out' / f'{name}-demo' / 'result.json').read_text())
+    return written['experiment'], metrics
+
+
+@pytest.mark.parametrize('package', [False, True])
+def test_a_folder_outside_runs_by_its_path(elsewhere, tmp_path, package):
+    name = f'doubling_{package}'
+    main = f'from {name} import sizes\n\ndef main(config, out):\n    return {{"n": sizes.N}}\n'
+    elsewhere(f'theirs/{name}', package, main=main, sizes='N = 3')
+    assert run.main([f'theirs/{name}/', 'f.txt']) == 0
+    assert result_of(tmp_path, name) == (name, {'n': 3})
+    assert sys.path[0] != str(tmp_path / 'theirs')  # siblings hide no installed package
+
+
+def test_a_package_outside_runs_by_its_dotted_name(elsewhere, tmp_path, monkeypatch):
+    folder = elsewhere('theirs_dotted/tripling', package=True)
+    (folder.parent / '__init__.py').write_text('')
+    monkeypatch.syspath_prepend(tmp_path)
+    assert run.main(['theirs_dotted.tripling', 'f.txt', '--steps', '2']) == 0
+    expected = 'theirs_dotted.tripling', {'steps/b': 2, 'width/big': 4}
+    assert result_of(tmp_path, 'tripling') == expected
+
+
+@pytest.mark.parametrize(
+    ('where', 'line'),
+    [
+        ('theirs/nothing', 'theirs/nothing: no config.py; an experiment is a folder of'),
+        ('theirs/half', 'theirs/half: no main.py; an experiment is a folder of'),
+        ('theirs/not-a-name', "a folder called 'not-a-name' cannot be imported"),
+        ('theirs/json', 'theirs/json: another module is called json; rename the folder'),
+        ('theirs/bare', 'bare/config.py: no SCALES'),
+        ('nowhere.at_all', 'no module nowhere.at_all.config; an experiment is a package of'),
+        ('json.decoder', 'no module json.decoder.config'),
+        ('..', 'no module ...config'),
+    ],
+)
+def test_what_is_no_experiment_outside_is_refused_in_one_line(elsewhere, capsys, where, line):
+    elsewhere('theirs/half').joinpath('main.py').unlink()
+    elsewhere('theirs/not-a-name')
+    elsewhere('theirs/json')
+    elsewhere('theirs/bare', config='class Config:\n    pass\n')
+    assert run.main([where, 'f.txt']) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.startswith('error: ') and error.count('\n') == 1
+
+
+def test_an_import_that_fails_outside_keeps_its_traceback(elsewhere):
+    elsewhere('theirs/broken', config='import no_such_module_at_all')
+    with pytest.raises(ModuleNotFoundError, match='no_such_module_at_all'):
+        run.main(['theirs/broken'])
+    elsewhere('theirs/inner', package=True).joinpath('__init__.py').write_text('import missing_x')
+    with pytest.raises(ModuleNotFoundError, match='missing_x'):
+        run.main(['theirs/inner'])
