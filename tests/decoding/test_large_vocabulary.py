@@ -10,7 +10,7 @@ import pytest
 
 from decoding import large_vocabulary as large
 from decoding import model, projected_search, sample, searched
-from decoding.drafts import chain, lookup, recycling
+from decoding.drafts import chain, lookup, recycling, template
 from decoding.generate import generate
 from decoding.sample import Sampler
 from decoding.scores import Transform
@@ -119,7 +119,9 @@ def test_text_is_what_dense_logits_give(bos):
     assert bos not in np.concatenate(expected).tolist()
     drafted = text(large_head, drafter=lookup.lookup(nodes=6))  # a tree, verified by the search
     np.testing.assert_array_equal(drafted, expected)
-    warm = text(large_head, drafter=recycling.recycling(600))  # asks the head for the best k
+    shape = template.best_first(template.acceptance_of(4), 6)
+    warm_start = recycling.recycling(600, template=shape, ranks=4)
+    warm = text(large_head, drafter=warm_start)  # asks the head for the best k
     np.testing.assert_array_equal(warm, expected)
     among = text(searched.transformer(config, weights, bos=bos, top_k=5))
     assert among[2].tolist() == expected[2].tolist()  # greedy

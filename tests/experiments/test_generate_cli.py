@@ -115,7 +115,7 @@ def test_bad_input_is_one_line_before_anything_compiles(models, named, capsys, m
 def test_a_bundle_is_loaded_without_the_padding_of_its_tables(models):
     one = mesh.make(devices=jax.devices()[:1])
     loaded = decoding_models.load(models / 'target', one)
-    assert loaded.model.config.vocab_size == 257 == len(loaded.token_bytes())
+    assert loaded.config.vocab_size == 257 == len(loaded.token_bytes())
     assert loaded.model.params['tables']['output_VD'].shape[0] == 257
     assert loaded.encode(b'a') == [256, 97]
     assert loaded.model.tokenizer == decoding_models.load(models / 'draft', one).model.tokenizer

@@ -19,10 +19,10 @@ from lm.devices import mesh
 from lm.huggingface import checkpoint as huggingface
 from lm.huggingface import safetensors_files, weight_map
 from lm.huggingface.families import FAMILIES
-from lm.model import cache as cache_lib
 from lm.model import config as config_lib
-from lm.model import params, presets
+from lm.model import params, presets, stepped
 from lm.model import transformer as transformer_lib
+from tests.lm.model import steps
 
 FIXTURES = pathlib.Path(__file__).parent
 NAMES = sorted(file.parent.name for file in FIXTURES.glob('*/expected.npz'))
@@ -66,15 +66,14 @@ def test_logits_equal_those_of_transformers_token_by_token(name):
     tokens, real, logits = expected(name)
 
     @jax.jit
-    def step(cache, tokens_B, real_B):
-        before = cache.length_B
-        logits_BLV, cache = transformer_lib.step(weights, config, tokens_B[:, None], cache)
+    def read(memory, tokens_B, real_B):
+        logits_BLV, memory = steps.step(weights, config, memory, tokens_B[:, None])
         # drop padding again, so that rows differ in length
-        return logits_BLV[:, 0], cache_lib.truncate(cache, before + real_B)
+        return logits_BLV[:, 0], stepped.model(config).keep(memory, None, real_B)
 
-    cache = cache_lib.init(config, len(tokens), tokens.shape[1])
+    memory = steps.empty(config, len(tokens), tokens.shape[1])
     for i in range(tokens.shape[1]):
-        got, cache = step(cache, tokens[:, i], real[:, i].astype(np.int32))
+        got, memory = read(memory, tokens[:, i], real[:, i].astype(np.int32))
         want = logits[:, i]
         np.testing.assert_allclose(
             np.where(real[:, i, None], got, 0), want, atol=TOLERANCE, rtol=0, err_msg=f'token {i}'

@@ -113,8 +113,8 @@ def test_evaluation_sums_each_target_once(undisturbed):
     assert sums['nats_per_token'].count == sum(map(len, DOCUMENTS))
 
 
-def stopped_at(folder, step, factor):
-    """Runs until the loss of `step` is spoiled; returns the error's line and what was kept."""
+def spoiled_run(folder, step, factor):
+    """Runs with the loss of one step multiplied; the factor is data, so the program is the same."""
 
     def spoiled(weights, batch, key, key_data, factor):
         # the loss knows its step only by its key
@@ -123,15 +123,25 @@ def stopped_at(folder, step, factor):
         return jax.lax.cond(here, lambda x: x * factor, lambda x: x, value), sums
 
     key_data = jax.random.key_data(jax.random.fold_in(jax.random.key(0), step - 1))
+    return run(folder, batches(), objective=spoiled, frozen=(key_data, np.float32(factor)))
+
+
+@pytest.fixture(scope='module')
+def unspoiled(tmp_path_factory):
+    """The folder and the state of a run whose loss is multiplied by 1."""
+    folder = tmp_path_factory.mktemp('unspoiled')
+    return folder, spoiled_run(folder, 11, 1.0)
+
+
+def stopped_at(folder, step, factor):
+    """Runs until the loss of `step` is spoiled; returns the error's line and the folder kept."""
     with pytest.raises(FloatingPointError) as error:
-        run(folder, batches(), objective=spoiled, frozen=(key_data, np.float32(factor)))
+        spoiled_run(folder, step, factor)
     return str(error.value), folder / 'stopped' / f'step_{step}'
 
 
 @pytest.mark.parametrize('factor', [np.nan, np.inf, 100.0])
-def test_a_loss_that_is_lost_stops_the_run_and_leaves_the_state_before(
-    undisturbed, tmp_path, factor
-):
+def test_a_loss_that_is_lost_stops_the_run_and_leaves_the_state_before(unspoiled, tmp_path, factor):
     error, kept = stopped_at(tmp_path, 11, factor)
     eleventh = [batch for _, batch in zip(range(11), batches())][-1]
     documents = np.unique(eleventh['documents'][eleventh['weights'] > 0]).tolist()
@@ -141,8 +151,8 @@ def test_a_loss_that_is_lost_stops_the_run_and_leaves_the_state_before(
     assert (why['step'], why['documents']) == (11, documents)
     for name, array in np.load(kept / 'batch_process_0.npz').items():
         np.testing.assert_array_equal(array, eleventh[name])
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, undisturbed[1])
-    before = epath.Path(undisturbed[0]) / 'checkpoints' / '10' / 'state'
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, unspoiled[1])
+    before = epath.Path(unspoiled[0]) / 'checkpoints' / '10' / 'state'
     state, expected = (restore.leaves(epath.Path(x), like) for x in (kept / 'state', before))
     jax.tree.map(np.testing.assert_array_equal, state, expected)
 
