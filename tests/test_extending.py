@@ -36,12 +36,9 @@ def apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, 'path', [str(tmp_path), *sys.path])
     importlib.invalidate_caches()
-    before = set(sys.modules)
     yield tmp_path
-    for name in set(sys.modules) - before:
-        module = sys.modules[name]
-        places = [getattr(module, '__file__', None), *getattr(module, '__path__', ())]
-        if any(str(tmp_path) in str(place) for place in places):
+    for name, module in list(sys.modules.items()):
+        if str(tmp_path) in str(getattr(module, '__file__', None)):
             del sys.modules[name]
 
 

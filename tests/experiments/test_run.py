@@ -210,7 +210,6 @@ def elsewhere(tmp_path, monkeypatch):
     """Returns a function that writes an experiment into a folder of its own and gives its path."""
     monkeypatch.setattr(sys, 'path', [*sys.path])
     monkeypatch.chdir(tmp_path)
-    before = set(sys.modules)
 
     def write(path, package=False, **files):
         folder = tmp_path / path
@@ -223,8 +222,9 @@ def elsewhere(tmp_path, monkeypatch):
         return folder
 
     yield write
-    for module in set(sys.modules) - before:
-        del sys.modules[module]
+    for name, module in list(sys.modules.items()):
+        if str(tmp_path) in str(getattr(module, '__file__', None)):
+            del sys.modules[name]
 
 
 def result_of(tmp_path, name):
