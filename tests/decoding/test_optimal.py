@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from decoding import optimal
 
 V = 4
-LAWS = st.lists(st.integers(0, 6), min_size=V, max_size=V).filter(any)
-LAWS = LAWS.map(lambda w: np.asarray(w) / np.sum(w))
+DISTRIBUTIONS = st.lists(st.integers(0, 6), min_size=V, max_size=V).filter(any)
+DISTRIBUTIONS = DISTRIBUTIONS.map(lambda w: np.asarray(w) / np.sum(w))
 
 
 def tuples(draft, k, replacement):
@@ -55,7 +55,7 @@ def test_the_bound_is_the_optimal_transport(k, replacement):
         np.testing.assert_allclose(bound, expected, atol=1e-7)
 
 
-@given(LAWS, LAWS, st.integers(1, 4))
+@given(DISTRIBUTIONS, DISTRIBUTIONS, st.integers(1, 4))
 def test_no_rule_accepts_more_than_the_bound(target, draft, k):
     rounding = 1e-12
     iid = optimal.optimal_acceptance(target, draft, k, True)

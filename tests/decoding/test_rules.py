@@ -13,7 +13,7 @@ from decoding import optimal, rules
 
 V = 5
 WEIGHTS = st.lists(st.integers(0, 6), min_size=V, max_size=V).filter(any)
-LAWS = WEIGHTS.map(lambda w: np.asarray(w) / np.sum(w))
+DISTRIBUTIONS = WEIGHTS.map(lambda w: np.asarray(w) / np.sum(w))
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -24,7 +24,7 @@ def double_precision():
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def recursive(target_V, draft_V, k, replacement):
-    """Law of the emitted token and probability that it is a draft, over all tuples of k drafts."""
+    """The emitted token's distribution, and P(it is a draft), over all tuples of k drafts."""
     weight_N, target_NV, draft_NV = jnp.ones(1), target_V[None], draft_V[None]
     p_V = jnp.zeros(V)
     steps = jax.vmap(jax.vmap(rules.rejection_step, (None, None, 0)), (0, 0, None))
@@ -53,7 +53,7 @@ def k_seq(target_V, draft_V, k):
 
 
 @pytest.mark.parametrize('k', [1, 2, 3, 4])
-@given(target_V=LAWS, draft_V=LAWS)
+@given(target_V=DISTRIBUTIONS, draft_V=DISTRIBUTIONS)
 @settings(max_examples=25)
 def test_the_emitted_token_follows_the_target(k, target_V, draft_V):
     for replacement in False, True:
@@ -71,7 +71,7 @@ def test_the_emitted_token_follows_the_target(k, target_V, draft_V):
     assert 1 <= rho <= k
 
 
-@given(LAWS, LAWS)
+@given(DISTRIBUTIONS, DISTRIBUTIONS)
 def test_one_draft_is_standard_speculative_sampling(target_V, draft_V):
     overlap = np.minimum(target_V, draft_V).sum()
     for p_V, accepted in recursive(target_V, draft_V, 1, False), k_seq(target_V, draft_V, 1)[:2]:
@@ -79,7 +79,7 @@ def test_one_draft_is_standard_speculative_sampling(target_V, draft_V):
         np.testing.assert_allclose(accepted, overlap, atol=1e-12)
 
 
-@given(LAWS)
+@given(DISTRIBUTIONS)
 def test_drafts_of_the_whole_support_are_always_accepted(target_V):
     draft_V = np.full(V, 1 / V)
     accepted = recursive(target_V, draft_V, V, False)[1]

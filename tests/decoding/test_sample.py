@@ -133,7 +133,7 @@ def test_a_draw_depends_on_its_own_key_and_position_only():
         alone = sample.draw(p[i : i + 1], keys[i : i + 1], position[i : i + 1])
         assert alone[0] == together[i]
     many = jnp.arange(2000)
-    same_law, same_key = jnp.broadcast_to(p[0], (2000, 50)), jnp.broadcast_to(keys[0], (2000,))
-    drawn = jax.jit(sample.draw)(same_law, same_key, many)
+    same_p, same_key = jnp.broadcast_to(p[0], (2000, 50)), jnp.broadcast_to(keys[0], (2000,))
+    drawn = jax.jit(sample.draw)(same_p, same_key, many)
     counts = np.bincount(drawn, minlength=50)
     assert np.abs(counts / 2000 - np.exp(p[0])).sum() < 0.3
