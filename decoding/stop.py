@@ -1,4 +1,4 @@
-"""What ends a text: token ids and byte strings, as one automaton that advances token by token.
+"""Stops: token ids and byte strings that end a text, as one automaton that reads token by token.
 
 A stop string may span tokens, and may end inside one. Aho and Corasick's automaton (1975) over
 bytes finds it; each token's bytes are run through from every state beforehand, so that on the
@@ -24,7 +24,7 @@ STOPPED = 0
 
 
 class Rule(NamedTuple):
-    """What ends one row's text, whichever comes first.
+    """Ids and strings, the first of which ends one row's text.
 
     Attributes:
       ids: token ids.

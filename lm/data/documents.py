@@ -1,4 +1,4 @@
-"""Random-access documents of ids: what they are, and documents encoded once, on disk."""
+"""Random-access documents of ids: their protocol, and documents encoded once, on disk."""
 
 import functools
 import pathlib

@@ -46,7 +46,7 @@ def cross_entropy(
 
 
 class _Arrays(NamedTuple):
-    """What tables are made from, or its gradient, which has None for keys and segments.
+    """The arrays that make tables, or their gradient, which has None for keys and segments.
 
     The learned table is None where every row is drawn.
     """

@@ -22,7 +22,7 @@ from lm.model.config import Config
 
 
 class Layer(NamedTuple):
-    """What differs between layers beside their parameters; data, so that one scan serves all.
+    """Properties of a layer beside its parameters; data, so that one scan serves all layers.
 
     Attributes:
       number: of the layer, from 0.
