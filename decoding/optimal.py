@@ -1,6 +1,6 @@
-"""Yardsticks of acceptance for small vocabularies, in numpy: what each rule reaches, and the best.
+"""Acceptance rates for small vocabularies, in numpy: of each rule, and the optimum.
 
-All take the distributions of one position, `target_V` and `draft_V`, and k drafts, drawn
+All take the distributions at one position, `target_V` and `draft_V`, and k drafts, drawn
 independently or without replacement (`replacement=False`; fewer than k if the draft's support has
 fewer tokens).
 """
@@ -51,7 +51,7 @@ def _inside_without_replacement(draft_V: np.ndarray, draft_R: np.ndarray, k: int
 
 
 def k_seq_acceptance(target_V: np.ndarray, draft_V: np.ndarray, k: int) -> float:
-    """Returns 1 - (1 - beta)^k at the best rho: what K-SEQ accepts (Sun et al. 2023).
+    """Returns K-SEQ's acceptance rate, 1 - (1 - beta)^k at the best rho (Sun et al. 2023).
 
     Between two neighbouring ratios target / draft, beta = a + b / rho; the best rho is where
     1 - (1 - beta)^k = rho beta.
@@ -75,10 +75,10 @@ def k_seq_acceptance(target_V: np.ndarray, draft_V: np.ndarray, k: int) -> float
 def recursive_acceptance(
     target_V: np.ndarray, draft_V: np.ndarray, k: int, replacement: bool
 ) -> float:
-    """Returns what recursive rejection accepts (Jeon et al. 2024), over all tuples of drafts.
+    """Returns the acceptance rate of recursive rejection (Jeon et al. 2024), over all tuples.
 
-    A draft is rejected with probability sum [target - draft]_+, the residual that the next one
-    meets. Time grows as V^k.
+    A draft is rejected with probability sum [target - draft]_+; the next one meets this residual,
+    renormalised. Time grows as V^k.
     """
     return 1 - _all_rejected(np.asarray(target_V), np.asarray(draft_V), k, replacement)
 
