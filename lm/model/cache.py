@@ -1,4 +1,4 @@
-"""The key/value cache: rows addressed per KV head, each with the position it came from.
+"""The key/value cache: rows addressed per KV head, each with its position in the text.
 
 Rows are not positions: a cache that has evicted rows is shorter than its text.
 """
@@ -21,8 +21,8 @@ class Cache:
     """Keys and values of the nodes that a batch has read.
 
     Attributes:
-      k_NBKSC, v_NBKSC: rows; only the first `length_B` of the S rows hold anything.
-      position_NBKS: int32: position in the text of each row, negative where there is none; a
+      k_NBKSC, v_NBKSC: S rows; only the first `length_B` are in use.
+      position_NBKS: int32: each row's position in the text, negative for rows without a key; a
         policy may keep different rows for different layers and heads.
       length_B: int32: rows in use, per batch row; also where the next row is written.
     """
@@ -48,14 +48,14 @@ def init(config: Config, batch: int, rows: int) -> Cache:
 def write_positions(
     cache: Cache, positions_BL: jax.Array, layers: Sequence[int] | None = None
 ) -> Cache:
-    """Appends L rows: notes their positions and lengthens the cache; `write` fills them.
+    """Appends L rows: records their positions and increases the length; `write` fills them.
 
     Rows past the end of the cache are dropped: the caller allocates enough.
 
     Args:
       cache: see `Cache`.
       positions_BL: int32, of the new rows.
-      layers: layers that the nodes run; all by default. In the others the rows hold no key.
+      layers: layers that the nodes run; all by default. In other layers the rows hold no key.
     """
     noted = positions_BL[:, None]
     if layers is not None:
@@ -66,7 +66,7 @@ def write_positions(
 
 
 def reveal(cache: Cache, positions_BL: jax.Array, layers: Sequence[int]) -> Cache:
-    """Notes the positions of the last L rows in further layers, which the nodes run now."""
+    """Records the positions of the last L rows in further layers, which the nodes run now."""
     return _note(cache, positions_BL[:, None], np.asarray(layers)[:, None, None, None])
 
 
@@ -97,12 +97,12 @@ def _rows(rows_BL: jax.Array, kv_heads: int) -> tuple[jax.Array, ...]:
 def keep(cache: Cache, start_B: jax.Array, rows_BM: jax.Array, count_B: jax.Array) -> Cache:
     """Keeps an accepted path: row `start + rows[i]` moves to `start + i`, for i below `count`.
 
-    What lay behind `start + count` is given up. All rows are read before any is written.
+    Rows from `start + count` on are dropped. All rows are read before any is written.
 
     Args:
       cache: its last rows are the nodes of a draft tree.
       start_B: int32, the first node's row.
-      rows_BM: int32, nodes of the path, counted from `start_B`; at least `count_B` of them matter.
+      rows_BM: int32, nodes of the path, relative to `start_B`; the first `count_B` are kept.
       count_B: int32, at most M.
     """
     kv_heads, rows = cache.position_NBKS.shape[2:]
@@ -121,12 +121,12 @@ def keep(cache: Cache, start_B: jax.Array, rows_BM: jax.Array, count_B: jax.Arra
 
 
 def truncate(cache: Cache, length_B: jax.Array) -> Cache:
-    """Returns the cache with only its first `length_B` rows; the rest will be overwritten."""
+    """Returns the cache truncated to `length_B` rows; later rows will be overwritten."""
     return dataclasses.replace(cache, length_B=jnp.minimum(cache.length_B, length_B))
 
 
 def take(cache: Cache, rows_M: jax.Array) -> Cache:
-    """Returns the cache of M batch rows, copies of the given ones."""
+    """Returns the cache of M batch rows, copied from the given ones."""
     return Cache(
         k_NBKSC=cache.k_NBKSC[:, rows_M],
         v_NBKSC=cache.v_NBKSC[:, rows_M],

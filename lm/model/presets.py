@@ -10,7 +10,7 @@ from lm.model.config import Config, RopeScaling
 
 
 def tiny(vocab_size: int = 384) -> Config:
-    """Two small layers, for tests and for trying things out."""
+    """Two small layers, for tests and experiments."""
     return Config(vocab_size, 64, 2, 4, 2, 16, 128, max_length=128, unroll=2)
 
 
@@ -19,7 +19,7 @@ def _lester(vocab_size: int, width: int, heads: int, layers: int, hidden: int, *
 
 
 def m1_3m(vocab_size: int = 384) -> Config:
-    """The paper's byte model that feeds the arithmetic coder (P1, section 3.2)."""
+    """The paper's byte model for the arithmetic coder (P1, section 3.2)."""
     return _lester(vocab_size, 256, 4, 3, 1024, max_length=1024)
 
 

@@ -28,7 +28,7 @@ def _scaled(row: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     slow = row / scaling.factor
     if scaling.kind == 'linear':
         return slow
-    # turns that a channel makes over the trained length; fast channels keep their frequency
+    # number of turns over the trained length; fast channels keep their frequency
     turns = scaling.original_length * row / (2 * np.pi)
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
