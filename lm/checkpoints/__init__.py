@@ -1,1 +1,1 @@
-"""What a run and a model are on disk."""
+"""Runs and models on disk."""

@@ -160,4 +160,4 @@ def test_a_loss_that_is_lost_stops_the_run_and_leaves_the_state_before(unspoiled
 def test_a_batch_of_unknown_documents_stops_the_run_too():
     values = {'loss': float('nan'), 'gradient_norm': 1.0}
     failure = divergence.Failure(3, values, {'tokens': np.zeros((2, 4), np.int32)})
-    assert 'does not tell the documents' in divergence.describe(failure, 'somewhere')
+    assert 'does not report documents' in divergence.describe(failure, 'somewhere')
