@@ -115,17 +115,6 @@ def remembered(path: epath.PathLike, about: Mapping[str, Any], find: Callable[[]
     return curve
 
 
-def _curve(nodes: Sequence[int], seconds: Sequence[float]) -> Curve:
-    """Returns the curve read from JSON; raises ValueError or TypeError if it is invalid."""
-    sizes, times = np.asarray(nodes), np.asarray(seconds, np.float64)
-    whole = sizes.dtype.kind == 'i' and sizes.ndim == 1 and sizes.size
-    if not whole or np.any(np.diff(sizes, prepend=0) <= 0) or times.shape != sizes.shape:
-        raise ValueError('invalid curve: sizes do not increase, or times are missing')
-    if not np.all((times > 0) & (times < np.inf)):
-        raise ValueError('invalid curve: a time is not positive')
-    return Curve(tuple(nodes), tuple(seconds))
-
-
 def rates(
     by_rank: Sequence[float], by_depth: Sequence[float] | None = None
 ) -> Callable[[int, int], float]:
@@ -183,3 +172,14 @@ def best_nodes(
         return Choice(template, tokens, tokens * plain / seconds)
 
     return max(map(choice, range(1, curve.nodes[-1] + 1)), key=lambda c: c.speedup)
+
+
+def _curve(nodes: Sequence[int], seconds: Sequence[float]) -> Curve:
+    """Returns the curve read from JSON; raises ValueError or TypeError if it is invalid."""
+    sizes, times = np.asarray(nodes), np.asarray(seconds, np.float64)
+    whole = sizes.dtype.kind == 'i' and sizes.ndim == 1 and sizes.size
+    if not whole or np.any(np.diff(sizes, prepend=0) <= 0) or times.shape != sizes.shape:
+        raise ValueError('invalid curve: sizes do not increase, or times are missing')
+    if not np.all((times > 0) & (times < np.inf)):
+        raise ValueError('invalid curve: a time is not positive')
+    return Curve(tuple(nodes), tuple(seconds))

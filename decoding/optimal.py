@@ -30,26 +30,6 @@ def optimal_acceptance(
     return float(np.min(target_R + 1 - inside_R))
 
 
-def _inside_without_replacement(draft_V: np.ndarray, draft_R: np.ndarray, k: int) -> np.ndarray:
-    """Returns P(the first k draws without replacement are all in S), for every set S as bits."""
-    k = min(k, int(np.count_nonzero(draft_V)))
-    sets = np.arange(1 << len(draft_V))
-    drawn_R = np.zeros(len(sets))  # P(the draws so far are the set S)
-    drawn_R[0] = 1
-    for _ in range(k):
-        following_R = np.zeros_like(drawn_R)
-        for x, p in enumerate(draft_V):
-            before = sets[((sets >> x & 1) == 0) & (drawn_R > 0)]
-            if p > 0:
-                following_R[before | 1 << x] += drawn_R[before] * p / draft_R[sets[-1] ^ before]
-        drawn_R = following_R
-    inside_R = drawn_R
-    for x in range(len(draft_V)):  # sum over subsets, one token at a time
-        has_x = sets[(sets >> x & 1) == 1]
-        inside_R[has_x] += inside_R[has_x ^ 1 << x]
-    return inside_R
-
-
 def k_seq_acceptance(target_V: np.ndarray, draft_V: np.ndarray, k: int) -> float:
     """Returns K-SEQ's acceptance rate, 1 - (1 - beta)^k at the best rho (Sun et al. 2023).
 
@@ -81,6 +61,26 @@ def recursive_acceptance(
     renormalised. Time grows as V^k.
     """
     return 1 - _all_rejected(np.asarray(target_V), np.asarray(draft_V), k, replacement)
+
+
+def _inside_without_replacement(draft_V: np.ndarray, draft_R: np.ndarray, k: int) -> np.ndarray:
+    """Returns P(the first k draws without replacement are all in S), for every set S as bits."""
+    k = min(k, int(np.count_nonzero(draft_V)))
+    sets = np.arange(1 << len(draft_V))
+    drawn_R = np.zeros(len(sets))  # P(the draws so far are the set S)
+    drawn_R[0] = 1
+    for _ in range(k):
+        following_R = np.zeros_like(drawn_R)
+        for x, p in enumerate(draft_V):
+            before = sets[((sets >> x & 1) == 0) & (drawn_R > 0)]
+            if p > 0:
+                following_R[before | 1 << x] += drawn_R[before] * p / draft_R[sets[-1] ^ before]
+        drawn_R = following_R
+    inside_R = drawn_R
+    for x in range(len(draft_V)):  # sum over subsets, one token at a time
+        has_x = sets[(sets >> x & 1) == 1]
+        inside_R[has_x] += inside_R[has_x ^ 1 << x]
+    return inside_R
 
 
 def _all_rejected(target_V: np.ndarray, draft_V: np.ndarray, k: int, replacement: bool) -> float:

@@ -103,32 +103,6 @@ def log_probs(sampler: Sampler, logits: jax.Array, seen: jax.Array | None = None
     return x - jnp.log(jnp.sum(jnp.exp(x), axis=-1, keepdims=True))
 
 
-def _keep_greatest(x: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Returns `x <= 0` with -inf below the highest threshold that keeps enough entries.
-
-    Bisects the threshold: a pass over V per bit costs far less than sorting V.
-
-    Args:
-      x: `[..., V]`.
-      enough: from the kept entries, bool `[..., V]`, to bool `[..., 1]`; if it never holds, all are
-        kept.
-    """
-    # non-negative floats compare as their bits do
-    integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
-    bits = jax.lax.bitcast_convert_type(jnp.abs(x), integer)
-    infinity = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), integer)
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low) // 2
-        is_enough = enough(bits <= middle)
-        return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
-
-    high = jnp.broadcast_to(infinity, (*x.shape[:-1], 1))
-    _, high = jax.lax.fori_loop(0, jnp.iinfo(integer).bits, halve, (-jnp.ones_like(high), high))
-    return jnp.where(bits <= high, x, -jnp.inf)
-
-
 def at_position(key_B: jax.Array, position_B: jax.Array, *tags: int) -> jax.Array:
     """Returns each text's key for a position; tags distinguish several uses of a position."""
     fold = jax.vmap(jax.random.fold_in)
@@ -161,3 +135,29 @@ def draw(logprob_BV: jax.Array, key_B: jax.Array, position_B: jax.Array) -> jax.
     logprob_BO = tree.at(logprob_BJO, block_B)
     within_B = jnp.argmax(logprob_BO + noise[:, blocks:], axis=1)
     return (block_B * size + within_B).astype(jnp.int32)
+
+
+def _keep_greatest(x: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Returns `x <= 0` with -inf below the highest threshold that keeps enough entries.
+
+    Bisects the threshold: a pass over V per bit costs far less than sorting V.
+
+    Args:
+      x: `[..., V]`.
+      enough: from the kept entries, bool `[..., V]`, to bool `[..., 1]`; if it never holds, all are
+        kept.
+    """
+    # non-negative floats compare as their bits do
+    integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), integer)
+    infinity = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), integer)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        is_enough = enough(bits <= middle)
+        return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
+
+    high = jnp.broadcast_to(infinity, (*x.shape[:-1], 1))
+    _, high = jax.lax.fori_loop(0, jnp.iinfo(integer).bits, halve, (-jnp.ones_like(high), high))
+    return jnp.where(bits <= high, x, -jnp.inf)

@@ -191,6 +191,20 @@ class _Described(NamedTuple):
     fields: dict[str, Any]
 
 
+def digest(config: Any, params: Params, architecture: Architecture = TRANSFORMER) -> str:
+    """Returns a hex SHA-256 of the architecture, the config and every parameter's bytes."""
+    described = json.dumps(architecture.to_json(config), sort_keys=True)
+    if architecture.name != TRANSFORMER.name:  # digests are older than architectures
+        described = f'{architecture.name} {described}'
+    result = hashlib.sha256(described.encode())
+    for path, leaf in sorted(
+        jax.tree_util.tree_leaves_with_path(params), key=lambda entry: checksums.name(entry[0])
+    ):
+        result.update(f'{checksums.name(path)} {leaf.shape} {leaf.dtype}'.encode())
+        result.update(np.ascontiguousarray(processes.whole(leaf)).reshape(-1).view(np.uint8).data)
+    return result.hexdigest()
+
+
 def _described(path: epath.PathLike, known: Mapping[str, Architecture]) -> _Described:
     """Finds the folder of a bundle and reads its config.json."""
     folder = atomic.absolute(path)
@@ -234,17 +248,3 @@ def _metadata(folder: epath.Path) -> dict[str, Any]:
         return dict(restore.metadata(folder))
     except Exception:
         raise ValueError('params/ is missing or damaged; copy the bundle again') from None
-
-
-def digest(config: Any, params: Params, architecture: Architecture = TRANSFORMER) -> str:
-    """Returns a hex SHA-256 of the architecture, the config and every parameter's bytes."""
-    described = json.dumps(architecture.to_json(config), sort_keys=True)
-    if architecture.name != TRANSFORMER.name:  # digests are older than architectures
-        described = f'{architecture.name} {described}'
-    result = hashlib.sha256(described.encode())
-    for path, leaf in sorted(
-        jax.tree_util.tree_leaves_with_path(params), key=lambda entry: checksums.name(entry[0])
-    ):
-        result.update(f'{checksums.name(path)} {leaf.shape} {leaf.dtype}'.encode())
-        result.update(np.ascontiguousarray(processes.whole(leaf)).reshape(-1).view(np.uint8).data)
-    return result.hexdigest()

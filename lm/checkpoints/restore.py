@@ -61,10 +61,6 @@ class DataPosition:
         self._batches.start_prefetch()
 
 
-def _digest(state: Any) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
 def steps(folder: epath.Path) -> list[int]:
     """Returns the steps in a folder of checkpoints, newest first, damaged or not."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
@@ -149,6 +145,10 @@ def metadata(folder: epath.Path) -> Any:
     with _reads_ended():
         saved = ocp.PyTreeCheckpointHandler().metadata(folder)
     return getattr(saved, 'tree', saved)
+
+
+def _digest(state: Any) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 class _EndingLoop(asyncio.SelectorEventLoop):

@@ -100,17 +100,6 @@ class EncodedDocuments:
         return int(self._arrays[1][-1])
 
 
-def _check_local(folder: epath.PathLike) -> None:
-    if '://' in str(folder):
-        raise ValueError(f'{folder}: encoded documents are memory-mapped: give a local folder')
-
-
-def _write_header(file: BinaryIO, count: int, dtype: np.dtype) -> None:
-    # numpy pads headers for a growing length, so that a header can be overwritten.
-    header = {'descr': dtype.str, 'fortran_order': False, 'shape': (count,)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
 def id_dtype(vocab_size: int) -> np.dtype:
     """Returns the smallest of uint8, uint16 and int32, little-endian, that holds every id."""
     return np.dtype('u1' if vocab_size <= 1 << 8 else '<u2' if vocab_size <= 1 << 16 else '<i4')
@@ -137,3 +126,14 @@ def checked_ids(index: int, document: Any, vocab_size: int, codebooks: int = 1) 
             f'{ids.max()}; was it encoded with another tokenizer?'
         )
     return ids
+
+
+def _check_local(folder: epath.PathLike) -> None:
+    if '://' in str(folder):
+        raise ValueError(f'{folder}: encoded documents are memory-mapped: give a local folder')
+
+
+def _write_header(file: BinaryIO, count: int, dtype: np.dtype) -> None:
+    # numpy pads headers for a growing length, so that a header can be overwritten.
+    header = {'descr': dtype.str, 'fortran_order': False, 'shape': (count,)}
+    np.lib.format.write_array_header_1_0(file, header)

@@ -57,15 +57,6 @@ def write_shard(
         return Shard(count, tokens, size, partial.stat().st_size, digest)
 
 
-@contextlib.contextmanager
-def _named(path: epath.PathLike) -> Iterator[None]:
-    """Names the file that could not be written: ArrayRecord raises RuntimeError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(f'{path}: {atomic.cannot_write(error)}') from error
-
-
 class ShardedDocuments:
     """Documents of one split: vectors of ids, opened on first use in each process."""
 
@@ -134,6 +125,15 @@ class ShardedDocuments:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != '_readers'}
+
+
+@contextlib.contextmanager
+def _named(path: epath.PathLike) -> Iterator[None]:
+    """Names the file that could not be written: ArrayRecord raises RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f'{path}: {atomic.cannot_write(error)}') from error
 
 
 def _check_file(file: pathlib.Path, shard: Shard) -> None:

@@ -108,10 +108,6 @@ def visible(mask: Mask) -> jax.Array:
     return result
 
 
-def _shape(query: jax.Array, key: jax.Array) -> tuple[int, ...]:
-    return np.broadcast_shapes(query.shape, key.shape)
-
-
 def tree_rows(mask: Mask) -> jax.Array:
     """Returns whether each row is from the draft tree's first node on, bool `[B, 1, S]`."""
     row_S = jnp.arange(mask.key_position.shape[-1])
@@ -173,13 +169,6 @@ def blocks(mask: Mask, query: int, key: int) -> Blocks:
     return Blocks(some, every)
 
 
-def _reduce(x: jax.Array, block: int, reduce, padding) -> jax.Array:
-    """Reduces the last axis block by block, `[..., n]` to `[..., ceil(n / block)]`."""
-    pad = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]
-    x = jnp.pad(x, pad, constant_values=padding)
-    return reduce(x.reshape(*x.shape[:-1], -1, block), axis=-1)
-
-
 def span(flags: jax.Array) -> jax.Array:
     """Returns int32 `[..., 2]`: the first true of the last axis, and one past the last true.
 
@@ -200,3 +189,14 @@ def first_run(flags: jax.Array) -> jax.Array:
     end = jnp.where(jnp.any(ended, axis=-1), jnp.argmax(ended, axis=-1), n)
     found = jnp.any(flags, axis=-1)
     return jnp.stack([first, end], axis=-1).astype(jnp.int32) * found[..., None]
+
+
+def _shape(query: jax.Array, key: jax.Array) -> tuple[int, ...]:
+    return np.broadcast_shapes(query.shape, key.shape)
+
+
+def _reduce(x: jax.Array, block: int, reduce, padding) -> jax.Array:
+    """Reduces the last axis block by block, `[..., n]` to `[..., ceil(n / block)]`."""
+    pad = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]
+    x = jnp.pad(x, pad, constant_values=padding)
+    return reduce(x.reshape(*x.shape[:-1], -1, block), axis=-1)

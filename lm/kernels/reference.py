@@ -55,22 +55,6 @@ def attention(
     return _softmax_sum(s_BKGLS, visible(mask), v_BKSC, q_BLHC.shape)
 
 
-def _softmax_sum(s_BKGLS, visible_BKLS, v_BKSC, shape):
-    seen = visible_BKLS[:, :, None]
-    s_BKGLS = jnp.where(seen, s_BKGLS, -jnp.inf)
-    highest = jax.lax.stop_gradient(jnp.max(s_BKGLS, axis=-1, keepdims=True, initial=-1e30))
-    weights = jnp.where(seen, jnp.exp(s_BKGLS - highest), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
-    # a row that no query sees has weight 0, and 0 * NaN is NaN
-    read = jnp.any(seen, axis=(2, 3))[..., None]
-    v_BKSC = jnp.where(read, v_BKSC, 0).astype(jnp.float32)
-    out = jnp.einsum('bkgls,bksc->blkgc', weights, v_BKSC, precision=HIGHEST)
-    lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + highest, -jnp.inf)
-    lse_BLKG = jnp.moveaxis(lse[..., 0], 3, 1)
-    return out.reshape(shape), lse_BLKG.reshape(shape[:3])
-
-
 def column_sums(
     q_BLHC: jax.Array,
     k_BKSC: jax.Array,
@@ -121,3 +105,19 @@ def sparse_decode(
         is_node_B11S = jnp.arange(k_BKSC.shape[2]) >= mask.first_node_B[:, None, None, None]
         seen_BKLS = jnp.where(is_node_B11S, visible(mask), seen_BKLS)
     return _softmax_sum(s_BKGLS, seen_BKLS, v_BKSC, q_BLHC.shape)
+
+
+def _softmax_sum(s_BKGLS, visible_BKLS, v_BKSC, shape):
+    seen = visible_BKLS[:, :, None]
+    s_BKGLS = jnp.where(seen, s_BKGLS, -jnp.inf)
+    highest = jax.lax.stop_gradient(jnp.max(s_BKGLS, axis=-1, keepdims=True, initial=-1e30))
+    weights = jnp.where(seen, jnp.exp(s_BKGLS - highest), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    # a row that no query sees has weight 0, and 0 * NaN is NaN
+    read = jnp.any(seen, axis=(2, 3))[..., None]
+    v_BKSC = jnp.where(read, v_BKSC, 0).astype(jnp.float32)
+    out = jnp.einsum('bkgls,bksc->blkgc', weights, v_BKSC, precision=HIGHEST)
+    lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + highest, -jnp.inf)
+    lse_BLKG = jnp.moveaxis(lse[..., 0], 3, 1)
+    return out.reshape(shape), lse_BLKG.reshape(shape[:3])

@@ -92,14 +92,6 @@ def hidden(
     return _hidden(params, config, tables.for_batch(params['tables'], config, batch, key), batch)
 
 
-def _hidden(
-    params: Params, config: Config, own: BatchTables, batch: dict[str, jax.Array]
-) -> jax.Array:
-    x_BLD = tables.embed_batch(own, config, batch['segments'])
-    nodes = Nodes(None, batch['positions'], x_BTD=x_BLD)
-    return transformer.read(params, config, nodes, batch['segments']).h_BTD
-
-
 def bits_per_byte(nats: float, n_bytes: int) -> float:
     """Returns a text's summed loss in bits per byte, for any tokenization.
 
@@ -107,3 +99,11 @@ def bits_per_byte(nats: float, n_bytes: int) -> float:
     8.0
     """
     return nats / math.log(2) / n_bytes
+
+
+def _hidden(
+    params: Params, config: Config, own: BatchTables, batch: dict[str, jax.Array]
+) -> jax.Array:
+    x_BLD = tables.embed_batch(own, config, batch['segments'])
+    nodes = Nodes(None, batch['positions'], x_BTD=x_BLD)
+    return transformer.read(params, config, nodes, batch['segments']).h_BTD

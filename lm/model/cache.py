@@ -70,28 +70,11 @@ def reveal(cache: Cache, positions_BL: jax.Array, layers: Sequence[int]) -> Cach
     return _note(cache, positions_BL[:, None], np.asarray(layers)[:, None, None, None])
 
 
-def _note(cache: Cache, positions: jax.Array, layers: Any) -> Cache:
-    l = positions.shape[-1]
-    rows = _rows(cache.length_B[:, None] - l + jnp.arange(l), cache.position_NBKS.shape[2])
-    position_NBKS = cache.position_NBKS.at[(layers, *rows)].set(positions, mode='drop')
-    return dataclasses.replace(cache, position_NBKS=position_NBKS)
-
-
 def write(rows_NBKSC: jax.Array, layer: jax.Array | int, start_B: jax.Array, new_BKLC: jax.Array):
     """Returns `rows_NBKSC` with `new_BKLC` written at rows `start_B + [0, L)` of one layer."""
     rows_BL = start_B[:, None] + jnp.arange(new_BKLC.shape[2])
     new_BKLC = new_BKLC.astype(rows_NBKSC.dtype)
     return rows_NBKSC.at[(layer, *_rows(rows_BL, new_BKLC.shape[1]))].set(new_BKLC, mode='drop')
-
-
-def _rows(rows_BL: jax.Array, kv_heads: int) -> tuple[jax.Array, ...]:
-    """Returns indices of rows for the axes B, K and S; they broadcast to `[B, K, L]`.
-
-    Every axis is indexed: with a slice between, XLA scatters in another layout than the TPU kernels
-    read, and copies the whole stack on the way in and out.
-    """
-    b = rows_BL.shape[0]
-    return jnp.arange(b)[:, None, None], jnp.arange(kv_heads)[:, None], rows_BL[:, None]
 
 
 def keep(cache: Cache, start_B: jax.Array, rows_BM: jax.Array, count_B: jax.Array) -> Cache:
@@ -133,3 +116,20 @@ def take(cache: Cache, rows_M: jax.Array) -> Cache:
         position_NBKS=cache.position_NBKS[:, rows_M],
         length_B=cache.length_B[rows_M],
     )
+
+
+def _note(cache: Cache, positions: jax.Array, layers: Any) -> Cache:
+    l = positions.shape[-1]
+    rows = _rows(cache.length_B[:, None] - l + jnp.arange(l), cache.position_NBKS.shape[2])
+    position_NBKS = cache.position_NBKS.at[(layers, *rows)].set(positions, mode='drop')
+    return dataclasses.replace(cache, position_NBKS=position_NBKS)
+
+
+def _rows(rows_BL: jax.Array, kv_heads: int) -> tuple[jax.Array, ...]:
+    """Returns indices of rows for the axes B, K and S; they broadcast to `[B, K, L]`.
+
+    Every axis is indexed: with a slice between, XLA scatters in another layout than the TPU kernels
+    read, and copies the whole stack on the way in and out.
+    """
+    b = rows_BL.shape[0]
+    return jnp.arange(b)[:, None, None], jnp.arange(kv_heads)[:, None], rows_BL[:, None]

@@ -200,6 +200,19 @@ def one_table(config: Config) -> bool:
     return _spec(config).kind == 'permuted' and not _spec(config).partial
 
 
+def regret_bound(vocab_size: int, distinct: int) -> float:
+    """Returns log(d! / (d - k)!) in nats: a bound on the cost of unknown symbols.
+
+    Let p be a distribution over texts of d symbols, and q its average over all renamings. A text
+    with k distinct symbols has q >= (d - k)! / d! * p, since that fraction of the renamings leaves
+    it unchanged.
+
+    >>> round(math.exp(regret_bound(4, 2)), 6)  # 4 x 3 ordered pairs of symbols
+    12.0
+    """
+    return math.lgamma(vocab_size + 1) - math.lgamma(vocab_size - distinct + 1)
+
+
 def _spec(config: Config) -> Lexinvariant:
     assert config.lexinvariant is not None
     return config.lexinvariant
@@ -223,16 +236,3 @@ def _each(function: Callable, key: jax.Array, ids: jax.Array) -> jax.Array:
     for _ in ids.shape:
         function = jax.vmap(function)
     return function(jnp.broadcast_to(key, ids.shape), ids)
-
-
-def regret_bound(vocab_size: int, distinct: int) -> float:
-    """Returns log(d! / (d - k)!) in nats: a bound on the cost of unknown symbols.
-
-    Let p be a distribution over texts of d symbols, and q its average over all renamings. A text
-    with k distinct symbols has q >= (d - k)! / d! * p, since that fraction of the renamings leaves
-    it unchanged.
-
-    >>> round(math.exp(regret_bound(4, 2)), 6)  # 4 x 3 ordered pairs of symbols
-    12.0
-    """
-    return math.lgamma(vocab_size + 1) - math.lgamma(vocab_size - distinct + 1)

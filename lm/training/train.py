@@ -135,38 +135,6 @@ def run(
     return state
 
 
-def _start(
-    config: TrainConfig, init, optimizer, mesh: Mesh, checkpoints: Checkpoints, iterator: Any
-) -> tuple[int, TrainState]:
-    """Returns the step and the state of the newest checkpoint, or 0 and the initial state."""
-    state = init_state(init(jax.random.key(config.seed)), optimizer, mesh)
-    if not checkpoints.steps():
-        return 0, state
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    del state  # two states may not fit in memory
-    return checkpoints.restore(like, iterator)
-
-
-def _compiled(
-    config: TrainConfig, loss: LossFn, optimizer, state: TrainState, mesh: Mesh
-) -> Callable:
-    """Returns the jitted step; the state is donated, and the learning rate reported."""
-    rate = optimizer_lib.schedule(config.optimizer, config.steps)
-
-    def step(state, batch, *frozen):
-        after, metrics = train_step(loss, optimizer, config.seed, state, batch, *frozen)
-        return after, {**metrics, 'learning_rate': rate(state.step)}
-
-    # fixed shardings of the state: otherwise some leaves move, and the second step recompiles
-    where = jax.tree.map(lambda x: x.sharding, state)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        divergence.guarded(step, config.explodes_at),
-        donate_argnums=0,
-        out_shardings=(where, everywhere, None),
-    )
-
-
 def train_step(
     loss: LossFn,
     optimizer: optax.GradientTransformation,
@@ -205,17 +173,6 @@ def evaluate(
     return _add(totals, pending)
 
 
-def _add(totals: dict[str, Sum], sums: dict[str, Sum]) -> dict[str, Sum]:
-    """Returns the totals with a batch's sums added, if there are any."""
-    zero = Sum(0.0, 0.0)
-    before = {name: totals.get(name, zero) for name in sums}
-    added = {
-        name: Sum(before[name].total + float(x.total), before[name].count + float(x.count))
-        for name, x in sums.items()
-    }
-    return {**totals, **added}
-
-
 def put(batch: Mapping[str, np.ndarray | Shared], mesh: Mesh) -> dict[str, jax.Array]:
     """Returns a host batch as arrays sharded over the mesh; each process passes its own rows.
 
@@ -239,6 +196,49 @@ def put(batch: Mapping[str, np.ndarray | Shared], mesh: Mesh) -> dict[str, jax.A
         for name, x in batch.items()
         if name != DOCUMENTS
     }
+
+
+def _start(
+    config: TrainConfig, init, optimizer, mesh: Mesh, checkpoints: Checkpoints, iterator: Any
+) -> tuple[int, TrainState]:
+    """Returns the step and the state of the newest checkpoint, or 0 and the initial state."""
+    state = init_state(init(jax.random.key(config.seed)), optimizer, mesh)
+    if not checkpoints.steps():
+        return 0, state
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    del state  # two states may not fit in memory
+    return checkpoints.restore(like, iterator)
+
+
+def _compiled(
+    config: TrainConfig, loss: LossFn, optimizer, state: TrainState, mesh: Mesh
+) -> Callable:
+    """Returns the jitted step; the state is donated, and the learning rate reported."""
+    rate = optimizer_lib.schedule(config.optimizer, config.steps)
+
+    def step(state, batch, *frozen):
+        after, metrics = train_step(loss, optimizer, config.seed, state, batch, *frozen)
+        return after, {**metrics, 'learning_rate': rate(state.step)}
+
+    # fixed shardings of the state: otherwise some leaves move, and the second step recompiles
+    where = jax.tree.map(lambda x: x.sharding, state)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        divergence.guarded(step, config.explodes_at),
+        donate_argnums=0,
+        out_shardings=(where, everywhere, None),
+    )
+
+
+def _add(totals: dict[str, Sum], sums: dict[str, Sum]) -> dict[str, Sum]:
+    """Returns the totals with a batch's sums added, if there are any."""
+    zero = Sum(0.0, 0.0)
+    before = {name: totals.get(name, zero) for name in sums}
+    added = {
+        name: Sum(before[name].total + float(x.total), before[name].count + float(x.count))
+        for name, x in sums.items()
+    }
+    return {**totals, **added}
 
 
 def _first_loss(folder: epath.PathLike) -> float:

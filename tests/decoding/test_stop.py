@@ -57,7 +57,7 @@ def test_on_the_device():
     np.testing.assert_array_equal(stop.stopped(state_B), [True, False, True])
 
 
-def test_rows_without_stops_end_at_their_length():
+def test_rules_without_stops_never_stop():
     stops = stop.none(5, 2)
     for state in states(stops, range(5)):
         assert not stop.stopped(state).any()
