@@ -30,7 +30,7 @@ def check(
     """Returns the length at which each row ends, int32 `[B]`; arguments are those of `generate`.
 
     Raises:
-      ValueError: an argument cannot work; names it.
+      ValueError: an argument is invalid; names it.
       TypeError: the verifier is not exact for the drafter's trees.
     """
     model, method = lm.model, drafter.method
@@ -39,7 +39,7 @@ def check(
     new = np.asarray(max_new_tokens)
     if new.shape not in ((), (len(prompts),)) or new.dtype.kind not in 'iu':
         raise ValueError(
-            f'max_new_tokens: {max_new_tokens}; expected a whole number, or one for each of '
+            f'max_new_tokens: {max_new_tokens}; expected an integer, or one for each of '
             f'{len(prompts)} rows'
         )
     new = np.broadcast_to(new, (len(prompts),))
@@ -48,7 +48,7 @@ def check(
     for i, prompt in enumerate(prompts):
         ids = np.asarray(prompt)
         if not ids.size:
-            raise ValueError(f'prompt {i} is empty; start it with the id that starts documents')
+            raise ValueError(f'prompt {i} is empty; start it with the BOS id')
         if ids.ndim != 1 or ids.dtype.kind not in 'iu':
             raise ValueError(
                 f'prompt {i}: {ids.dtype} of shape {ids.shape}; expected a list of ids'
@@ -58,8 +58,8 @@ def check(
             raise ValueError(f'prompt {i}: id {bad[0]} is not in [0, {model.vocab_size})')
         if ids.size + new[i] > model.max_length:
             raise ValueError(
-                f'prompt {i} has {ids.size} tokens, and {new[i]} more do not fit: the model is '
-                f'meant for {model.max_length} (max_length)'
+                f'prompt {i} has {ids.size} tokens, and {new[i]} more do not fit: the model '
+                f'takes at most {model.max_length} (max_length)'
             )
     sample.check(sampler)
     verify.check_pairing(method, verifier, sampler)
@@ -84,16 +84,16 @@ def _check_dense(
     if model.dense:
         return
     if transform is not None:
-        raise ValueError('transform: needs the logits of every token, and this model is searched')
+        raise ValueError('transform: needs the logits of every token; this model only searches')
     if verifier.dense:
         raise ValueError(
-            f'{verifier.name} needs the probability of every token, and this model is searched: '
+            f'{verifier.name} needs the probability of every token; this model only searches: '
             f'use {verify.target_only_walk.name}'
         )
     for field in dataclasses.fields(sampler):
         if field.name != 'temperature' and getattr(sampler, field.name) is not None:
             raise ValueError(
-                f'{field.name}: needs the logits of every token, and this model is searched: only '
+                f'{field.name}: needs the logits of every token; this model only searches: only '
                 'the temperature can be set'
             )
 
@@ -104,12 +104,12 @@ def _check_draft_model(target: LM, drafter: Drafter) -> None:
         return
     if drafter.method.shared_layers and draft.model is not target.model:
         raise ValueError(
-            'drafter: an early exit of another model than the target, whose layers it runs'
+            'drafter: an early exit of another model; it must run the layers of the target'
         )
     if draft.tokenizer and target.tokenizer and draft.tokenizer != target.tokenizer:
         raise ValueError(
             f'draft and target have different tokenizers ({draft.tokenizer[:12]} and '
-            f'{target.tokenizer[:12]}): their ids do not mean the same bytes'
+            f'{target.tokenizer[:12]}): an id stands for different bytes in each'
         )
     if draft.model.vocab_size != target.model.vocab_size:
         raise ValueError(
@@ -119,12 +119,12 @@ def _check_draft_model(target: LM, drafter: Drafter) -> None:
 
 
 def per_row(sampler: Sampler, rows: int) -> Sampler:
-    """Returns the sampler with settings `[B]` as columns, which the nodes of a row share."""
+    """Returns the sampler with settings `[B]` as `[B, 1]`, to broadcast over a row's nodes."""
 
     def column(setting):
         shape = np.shape(setting)
         if shape not in ((), (rows,), (rows, 1)):
-            raise ValueError(f'sampler: a setting of shape {shape}; expected a number, or {rows}')
+            raise ValueError(f'sampler: a setting of shape {shape}; expected () or ({rows},)')
         return jnp.asarray(setting)[:, None] if shape == (rows,) else setting
 
     return jax.tree.map(column, sampler)

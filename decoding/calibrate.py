@@ -1,9 +1,9 @@
-"""How large a draft tree should be on the machine at hand.
+"""Chooses the size of draft trees for a machine.
 
-A larger tree is accepted deeper, and its pass takes longer. How much longer is measured here, and
-how much deeper follows from the acceptance rates of earlier calls (`generate.Metrics`), as in
-Sequoia (Chen et al. 2024, arXiv 2402.12374, section 4.2) and Parallel Prompt Decoding (Chen et
-al. 2024, arXiv 2405.18628, section 4).
+A larger tree yields more accepted tokens, but its pass takes longer. `measure` times the passes;
+the expected tokens follow from the acceptance rates of earlier calls (`generate.Metrics`), as in
+Sequoia (Chen et al. 2024, arXiv 2402.12374, section 4.2) and Parallel Prompt Decoding (Chen et al.
+2024, arXiv 2405.18628, section 4).
 """
 
 import functools
@@ -27,13 +27,13 @@ from lm.model.contract import Nodes
 
 
 class Curve(NamedTuple):
-    """Seconds that a pass of the target takes, by the nodes of each row's tree, ascending."""
+    """Seconds per pass of the target, by number of nodes per tree, ascending."""
 
     nodes: tuple[int, ...]
     seconds: tuple[float, ...]
 
     def at(self, nodes: int) -> float:
-        """Returns the seconds of a pass over any number of nodes up to the largest measured."""
+        """Returns the seconds of a pass over trees of `nodes` nodes, interpolated linearly."""
         return float(np.interp(nodes, self.nodes, self.seconds))
 
 
@@ -42,7 +42,7 @@ class Choice(NamedTuple):
 
     Attributes:
       template: the tree.
-      tokens: that a round is expected to give, the one drawn after the path included.
+      tokens: expected per round, including the one drawn after the accepted path.
       speedup: over decoding without drafts.
     """
 
@@ -54,12 +54,12 @@ class Choice(NamedTuple):
 def measure(
     lm: LM, batch: int, rows: int, nodes: Sequence[int] = (1, 2, 4, 8, 16, 32), repeats: int = 9
 ) -> Curve:
-    """Times passes over trees of several sizes, in turn; medians.
+    """Returns the median time of a pass for several tree sizes, timed in turn.
 
     Args:
-      lm: the target, best as `model.for_decoding` returns it.
+      lm: the target, preferably from `model.for_decoding`.
       batch: texts decoded together.
-      rows: length of the texts; half of each is read.
+      rows: length of the texts; the first half is prefilled.
       nodes: sizes to time.
       repeats: passes of each size.
     """
@@ -74,7 +74,7 @@ def measure(
     @functools.partial(jax.jit, donate_argnums=2)
     def run(params, token_BT, memory):
         t = token_BT.shape[1]
-        # A node that sees nothing but itself costs as much as any.
+        # A node that sees only itself costs as much as any other.
         bits_BTW = pack_bits(jnp.broadcast_to(jnp.eye(t, dtype=bool), (batch, t, t)))
         tree = Nodes(token_BT, half_B[:, None] + jnp.arange(t), bits_BTW if t > 1 else None)
         memory, seen = model.step(params, memory, tree)
@@ -94,13 +94,13 @@ def measure(
 
 
 def remembered(path: epath.PathLike, about: Mapping[str, Any], find: Callable[[], Curve]) -> Curve:
-    """Returns the curve that a JSON file holds, or finds and writes it.
+    """Returns the curve cached in a JSON file; without one, measures it and writes the file.
 
     Args:
       path: the file.
       about: everything the curve depends on: machine, model, batch and so on. A file about
         anything else is overwritten.
-      find: measures.
+      find: measures the curve.
     """
     file = epath.Path(path)
     key = json.loads(json.dumps(dict(about)))
@@ -109,33 +109,22 @@ def remembered(path: epath.PathLike, about: Mapping[str, Any], find: Callable[[]
         if held['about'] == key:
             return _curve(held['nodes'], held['seconds'])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # no file, or a damaged one
+        pass  # missing or damaged
     curve = find()
     file.write_text(json.dumps({'about': key, **curve._asdict()}, indent=2) + '\n')
     return curve
 
 
-def _curve(nodes: Sequence[int], seconds: Sequence[float]) -> Curve:
-    """Returns a curve that was read; raises ValueError or TypeError if it is none."""
-    sizes, times = np.asarray(nodes), np.asarray(seconds, np.float64)
-    whole = sizes.dtype.kind == 'i' and sizes.ndim == 1 and sizes.size
-    if not whole or np.any(np.diff(sizes, prepend=0) <= 0) or times.shape != sizes.shape:
-        raise ValueError('no curve: sizes do not rise, or lack their seconds')
-    if not np.all((times > 0) & (times < np.inf)):
-        raise ValueError('no curve: a time is not positive')
-    return Curve(tuple(nodes), tuple(seconds))
-
-
 def rates(
     by_rank: Sequence[float], by_depth: Sequence[float] | None = None
 ) -> Callable[[int, int], float]:
-    """Returns (depth, rank) -> rate at which a candidate is taken once its parent was.
+    """Returns (depth, rank) -> acceptance rate of a candidate, given that its parent was accepted.
 
-    A depth's own rate is shared among the ranks as all depths' together are. Below the deepest one
-    known, the last rate holds.
+    Each depth's rate is split among the ranks in proportion to `by_rank`. Beyond the deepest
+    measured depth, the last rate applies.
 
     Args:
-      by_rank, by_depth: as `generate.Metrics` has them; the same at all depths if not given.
+      by_rank, by_depth: as in `generate.Metrics`; without `by_depth`, all depths are alike.
     """
     rank_rates = falling(by_rank)
     total = float(rank_rates.sum())
@@ -149,12 +138,12 @@ def rates(
 
 
 def falling(by_rank: Sequence[float]) -> np.ndarray:
-    """Returns rates made fit for `template.best_first`: falling, and inside of (0, 1)."""
+    """Returns rates that `template.best_first` accepts: non-increasing and in (0, 1)."""
     return np.minimum.accumulate(np.clip(np.asarray(by_rank, np.float64), 1e-6, 1 - 1e-6))
 
 
 def expected_tokens(template: Template, rate: Callable[[int, int], float]) -> float:
-    """Returns the tokens that a round gives: 1, and each node's probability of being accepted."""
+    """Returns the expected tokens per round: 1 + the sum of the nodes' acceptance probabilities."""
     reached = np.ones(len(template.parent))
     for node in range(1, len(reached)):
         parent, rank, depth = (int(x[node]) for x in template)
@@ -171,7 +160,7 @@ def best_nodes(
     Args:
       curve: of the target; trees up to its largest size are considered.
       by_rank, by_depth: see `rates`.
-      draft_seconds: that drafting takes for each level of a tree.
+      draft_seconds: drafting time per level of a tree.
     """
     rate = rates(by_rank, by_depth)
     plain = curve.at(1)
@@ -183,3 +172,14 @@ def best_nodes(
         return Choice(template, tokens, tokens * plain / seconds)
 
     return max(map(choice, range(1, curve.nodes[-1] + 1)), key=lambda c: c.speedup)
+
+
+def _curve(nodes: Sequence[int], seconds: Sequence[float]) -> Curve:
+    """Returns the curve read from JSON; raises ValueError or TypeError if it is invalid."""
+    sizes, times = np.asarray(nodes), np.asarray(seconds, np.float64)
+    whole = sizes.dtype.kind == 'i' and sizes.ndim == 1 and sizes.size
+    if not whole or np.any(np.diff(sizes, prepend=0) <= 0) or times.shape != sizes.shape:
+        raise ValueError('invalid curve: sizes do not increase, or times are missing')
+    if not np.all((times > 0) & (times < np.inf)):
+        raise ValueError('invalid curve: a time is not positive')
+    return Curve(tuple(nodes), tuple(seconds))

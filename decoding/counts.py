@@ -10,11 +10,12 @@ from decoding.tree import DraftTree
 
 @flax.struct.dataclass
 class Counts:
-    """Events so far; the acceptance rate of a depth or a rank is accepted / offered.
+    """Counts so far; the acceptance rate at a depth or rank is accepted / offered.
 
     Attributes:
       rounds_B: target passes while the row was live.
-      offered_BP, accepted_BP: by depth, walks that found a child there, and that took one.
+      offered_BP, accepted_BP: by depth: walks that were offered a child there, and walks that
+        accepted one.
       offered_BA, accepted_BA: the same by a child's rank among its siblings.
     """
 
@@ -36,7 +37,7 @@ def add(counts: Counts, live_B: jax.Array, drafted: DraftTree, verdict: Verdict)
     """Returns the counts after one more round.
 
     Args:
-      counts: before it.
+      counts: before the round.
       live_B: bool, rows that were not done.
       drafted, verdict: of the round.
     """

@@ -5,8 +5,8 @@ One round of decoding (`decoding.rounds`):
     propose   a tree of T nodes below the last token of each text
     step      one pass of the target over all T nodes
     verify    a path down the tree, and one token after its end
-    keep      the path's nodes stay in the target's memory, the new tokens join the text
-    update    the drafter learns what happened
+    keep      the path's nodes stay in the target's memory; its tokens are appended to the text
+    update    the drafter's state takes in the outcome
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -25,11 +25,11 @@ class Text:
     """The texts of a batch.
 
     Attributes:
-      token_BS: int32, prompt and continuation; behind `length_B`, anything.
+      token_BS: int32, prompt and continuation; undefined from `length_B` on.
       length_B: int32, at least 1. The last token, at `length - 1`, is the root of the next tree;
         the target has not read it yet.
       key_B: each row's own key. The draw of the token at position t folds in t, so that a row's
-        text does not depend on the rows beside it (`decoding.sample`).
+        text does not depend on the other rows (`decoding.sample`).
     """
 
     token_BS: jax.Array
@@ -43,9 +43,9 @@ class Prompt(NamedTuple):
     Attributes:
       token_BL: int32, the prompts, padded on the right.
       text: see `Text`.
-      rows: that a memory of the drafter's own needs: the longest text, and one tree.
+      rows: size of a memory of the drafter's own: the longest text plus one tree.
       params, memory: the target's; the memory holds all but each text's last token.
-      seen: of all L tokens, with the layers that `Method.ask` names.
+      seen: results for all L tokens, including the layers in `Method.ask`.
     """
 
     token_BL: jax.Array
@@ -57,7 +57,7 @@ class Prompt(NamedTuple):
 
 
 class Context(NamedTuple):
-    """The inputs of a draft: the texts, and the target's parameters and memory."""
+    """The inputs of `propose`: the texts, and the target's parameters and memory."""
 
     text: Text
     params: Any
@@ -68,7 +68,7 @@ class PartialPass(NamedTuple):
     """Nodes of a tree that have run through the target's first `Method.shared_layers` layers.
 
     Attributes:
-      x_BTD: the stream after these layers.
+      x_BTD: the residual stream after these layers.
       memory: the target's, with the nodes' rows of these layers.
     """
 
@@ -77,7 +77,7 @@ class PartialPass(NamedTuple):
 
 
 class Proposal(NamedTuple):
-    """A tree, the drafter's state, and the part of the target's pass that drafting already ran."""
+    """A tree, the drafter's state, and the partial target pass that drafting ran, if any."""
 
     tree: DraftTree
     state: Any
@@ -88,10 +88,10 @@ class Verdict(NamedTuple):
     """The decision of a verifier.
 
     Attributes:
-      path_BP: int32 `[B, depth + 1]`: accepted nodes from the root (0) down; repeats its last
-        node where it is shorter.
+      path_BP: int32 `[B, depth + 1]`: accepted nodes from the root (0) down, padded with the last
+        one.
       accepted_B: int32: accepted nodes below the root.
-      next_B: int32: the token drawn after the last of them.
+      next_B: int32: the token drawn after the last accepted node.
     """
 
     path_BP: jax.Array
@@ -100,15 +100,15 @@ class Verdict(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The outcome of a round, for the drafter to learn from.
+    """The outcome of a round, the input of `update`.
 
     Attributes:
-      tree: as it was proposed.
-      scores: the target's own, after each node.
-      seen: of the target's pass, with the layers that `Method.ask` names.
+      tree: as proposed.
+      scores: the target's after each node, before transform and sampler.
+      seen: results of the target's pass, including the layers in `Method.ask`.
       verdict: see `Verdict`.
       text: with the new tokens.
-      count_B: int32, how many those are; 0 for rows that were done.
+      count_B: int32, number of new tokens; 0 for finished rows.
     """
 
     tree: DraftTree
@@ -145,7 +145,7 @@ class Method(NamedTuple):
       trees: class of the trees; verifiers accept some classes only.
       nodes: T, the root included.
       depth: of the deepest node.
-      branching: children of one node at most.
+      branching: maximum number of children per node.
       shared_layers: layers of the target that run while drafting (`PartialPass`).
       ask: extra results of the target's passes that the drafter needs.
     """
@@ -176,13 +176,13 @@ class Provenance(NamedTuple):
 
 
 class Drafter(NamedTuple):
-    """A way to draft.
+    """A drafter: static functions, the arrays they take, and provenance.
 
-    Make it once and use it for many calls: the method is part of the compiled program.
+    Create it once and reuse it: the method is a static argument, and a new one recompiles.
 
     Attributes:
       method: see `Method`.
-      params: arrays that its functions need: a draft model's parameters, say.
+      params: arrays that its functions take, such as a draft model's parameters.
       provenance: see `Provenance`.
     """
 
@@ -192,7 +192,7 @@ class Drafter(NamedTuple):
 
 
 class Verify(Protocol):
-    """Returns which path of a tree stands, and the token after it.
+    """Returns the accepted path of a tree, and the token after it.
 
     Args:
       tree: as proposed.
@@ -214,7 +214,7 @@ class Verifier(NamedTuple):
     Attributes:
       verify: see `Verify`.
       trees: the class of trees for which the rule is exact.
-      name: for tables.
+      name: for tables and error messages.
       dense: whether it needs the probability of every token (`scores.Probabilities`).
     """
 

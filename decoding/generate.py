@@ -30,16 +30,16 @@ class Metrics(NamedTuple):
     """Counts and times of a call; rounds and tokens are summed over the rows.
 
     Attributes:
-      tokens: new ones.
-      rounds: passes of the target, counted while a row was live.
+      tokens: new tokens.
+      rounds: target passes, counted for live rows.
       block_efficiency: tokens per target pass.
-      memory_bound_speedup: block efficiency / (1 + draft calls x size of a draft pass / size of
-        the target): the speed-up if reading weights were all that takes time.
-      acceptance_by_depth: of the walks that found a child at this depth, the share that took one;
-        the first entry is depth 1.
+      memory_bound_speedup: block efficiency / (1 + draft calls x size of a draft pass / size of the
+        target): the speed-up if passes took only the time to read weights.
+      acceptance_by_depth: of the walks that were offered a child at this depth, the share that
+        accepted one; the first entry is depth 1.
       acceptance_by_rank: of the nodes that had a child of this rank, the share that took it.
       prefill_seconds, decode_seconds: wall clock, compilation included.
-      compilations: of the loop and of the prefill that this call caused.
+      compilations: compilations of the loop and the prefill that this call caused.
     """
 
     tokens: int
@@ -57,10 +57,10 @@ class Generation(NamedTuple):
     """Continuations, without their prompts.
 
     Attributes:
-      tokens: int32 `[T]` for each row, the one that stopped it included.
+      tokens: int32 `[T]` for each row, including the token that stopped it.
       ended: why each row ended.
       metrics: see `Metrics`.
-      draft: the drafter's state at the end, from which some can start warm (`recycling.pool`).
+      draft: the drafter's final state, for a warm start (`recycling.pool`).
     """
 
     tokens: list[np.ndarray]
@@ -82,27 +82,26 @@ def generate(
     stops: Stops | None = None,
     stream: Stream | None = None,
 ) -> Generation:
-    """Continues a batch of prompts; a drafter gives several tokens per pass, equally distributed.
+    """Continues a batch of prompts; drafts change the speed, not the text's distribution.
 
-    The compiled program depends on the model, the drafter's method, the verifier, the transform,
-    which sampler fields are set, the number of rows, and the buckets that the longest prompt and
-    the longest text fall into (`bucket`).
+    Recompiles for another model, drafter's method, verifier, transform, set of sampler fields in
+    use, number of rows, or bucket of the longest prompt or the longest text (`bucket`).
 
     Args:
       lm: the target.
-      prompts: ids of each row's text so far, of any lengths from 1.
-      key: one key, from which each row's is folded by its index; or a key for each row.
-      max_new_tokens: for all rows, or for each.
-      sampler: how logits become a distribution; by default as they are. Temperature 0 is greedy.
-        A setting is a number, or one for each row.
-      drafter: how to draft; by default not at all.
+      prompts: ids of each row, a ragged batch; at least one id per row.
+      key: one key, into which each row's index is folded; or one key per row.
+      max_new_tokens: one limit, or one per row.
+      sampler: how logits become a distribution; by default their softmax. Temperature 0 is greedy.
+        A setting is a scalar, or one per row.
+      drafter: how to draft; by default `plain`.
       verifier: the rule; by default the exact one that accepts most for the drafter's trees.
       transform: changes the logits before the sampler.
-      stops: what ends a row before its length does.
+      stops: stop ids and stop strings (`decoding.stop`).
       stream: called after each round with each live row's new tokens.
 
     Raises:
-      ValueError: before anything is compiled; says which argument is wrong.
+      ValueError: before anything compiles; names the argument.
     """
     drafter = plain() if drafter is None else drafter
     sampler = Sampler() if sampler is None else sampler

@@ -1,8 +1,8 @@
-"""Logits over a table too large to hold them: exact top-k, normaliser and draws, by chunks.
+"""Exact top-k, normaliser and draws over a vocabulary too large for dense logits.
 
-Rows may lie on all devices of a mesh. Each goes through its own rows, a chunk at a time, and keeps
-its k greatest logits and the mass of each block of tokens; `[B, V]` never exists. In f32 all of it
-is exact: nothing is searched for by an index. `project` makes one, for those who want it.
+The table's rows may be sharded over a mesh. Each device scans its own rows, a chunk at a time, and
+keeps its k greatest logits and the mass of each block of tokens; `[B, V]` is never materialised. In
+f32 the results are exact: there is no index (`decoding.projected_search` has an approximate one).
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ _ROWS = PartitionSpec(mesh_lib.AXES)
 
 @flax.struct.dataclass
 class Table:
-    """The rows that hidden states meet in the logits.
+    """An output table: logits are the products of its rows with hidden states.
 
     Attributes:
-      rows_VD: those from `size` on are padding. Computed with in the dtype of the hidden states.
-      size: tokens.
+      rows_VD: rows from `size` on are padding. Multiplied in the dtype of the hidden states.
+      size: number of tokens.
       never: ids that are never drawn.
       softcap: of the logits (Gemma 2), or None.
       chunk: rows whose logits exist at a time, on each device; a multiple of `sample.BLOCK`.
@@ -47,8 +47,7 @@ class Found(NamedTuple):
     """The results of a pass over the table; logits are capped, and divided by a temperature > 0.
 
     Attributes:
-      logits_BA, tokens_BA: the k greatest, f32, and their ids, int32; of equal ones the lower id
-        is first.
+      logits_BA, tokens_BA: the k greatest, f32, and their ids, int32; ties put the lower id first.
       log_mass_BJ: f32, log of the sum of exp(logit) of each block of 256 tokens.
       temperature_B: f32.
     """
@@ -65,12 +64,12 @@ class Found(NamedTuple):
 
     @property
     def kept_mass_B(self) -> jax.Array:
-        """Probability of the k together, the share that a draw among them keeps."""
+        """Total probability of the k tokens in the softmax over the whole table."""
         return jnp.exp(jax.nn.logsumexp(self.logits_BA, axis=1) - self.log_normalizer_B)
 
 
 def place(table: Table, mesh: Mesh) -> Table:
-    """Returns the table with its rows divided among all devices of a mesh, padded as that needs."""
+    """Returns the table with its rows sharded over all devices of a mesh, and padded to divide."""
     unit = mesh.size * BLOCK
     padding = -table.rows_VD.shape[0] % unit
     rows_VD = jnp.pad(table.rows_VD, ((0, padding), (0, 0))) if padding else table.rows_VD
@@ -78,10 +77,10 @@ def place(table: Table, mesh: Mesh) -> Table:
 
 
 def search(table: Table, h_BD: jax.Array, k: int, temperature: jax.Array | float = 1.0) -> Found:
-    """Returns the k greatest logits and the mass of all, in one pass over the table.
+    """Returns the k greatest logits and the mass of every block, in one pass over the table.
 
-    Over a mesh in use (`jax.set_mesh`) each device searches its own rows, and k candidates of each
-    are merged.
+    On a mesh in use (`jax.set_mesh`) each device searches its own rows; the k candidates of each
+    device are merged.
 
     Args:
       table: see `Table`; on a mesh, as `place` returns it.
@@ -113,10 +112,10 @@ def search(table: Table, h_BD: jax.Array, k: int, temperature: jax.Array | float
 def draw(
     table: Table, h_BD: jax.Array, found: Found, key_B: jax.Array, position_B: jax.Array
 ) -> jax.Array:
-    """Draws from the softmax over the whole table, int32 `[B]`: exact, and no logits are held.
+    """Draws from the softmax over the whole table, int32 `[B]`; exact, without dense logits.
 
     The Gumbel-max trick picks a block by its mass and then a token of the block, whose logits are
-    computed again. The same key and position draw what `sample.draw` would from dense logits.
+    recomputed. `sample.draw` draws the same token from dense logits with the same key and position.
 
     Args:
       table, h_BD: as given to `search`.
@@ -146,10 +145,10 @@ def draw(
 
 
 def draw_among(found: Found, key_B: jax.Array, position_B: jax.Array) -> jax.Array:
-    """Draws among the k found, by their probabilities renormalised to 1: int32 `[B]`.
+    """Draws among the k found from their renormalised probabilities, int32 `[B]`.
 
-    That is the distribution of `Sampler(top_k=k)`, not the model's: `found.kept_mass_B` is the
-    share of the model's that it keeps.
+    This is the distribution of `Sampler(top_k=k)`, not the model's; `found.kept_mass_B` is the
+    probability that it keeps.
     """
     best_B = sample.draw(jax.nn.log_softmax(found.logits_BA), key_B, position_B)
     best_B = jnp.where(found.temperature_B > 0, best_B, 0)
@@ -161,7 +160,7 @@ def _over_rows(
 ) -> Any:
     """Returns `function(rows_VD, *operands, first)`, run by each device on its rows from `first`.
 
-    `join` makes one result of the devices'; without a mesh there is one already.
+    `join` combines the devices' results; on one device it is not called.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -177,7 +176,7 @@ def _over_rows(
         first = jax.lax.axis_index(mesh_lib.AXES) * rows_VD.shape[0]
         return join(function(rows_VD, *operands, first))
 
-    # every device computes with all of h, which is small beside the table
+    # h is replicated: it is small beside the table
     specs = (_ROWS, *(PartitionSpec() for _ in operands))
     mapped = jax.shard_map(on_device, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
     return mapped(table.rows_VD, *operands)
@@ -190,7 +189,7 @@ def _logits(table: Table, spec: str, h_BD: jax.Array, rows, temperature_B: jax.A
 
 
 def _drawable(table: Table, tokens: jax.Array) -> jax.Array:
-    """Returns which ids may be drawn."""
+    """Returns whether each id may be drawn."""
     drawable = tokens < table.size
     for token in table.never:
         drawable &= tokens != token
@@ -200,7 +199,7 @@ def _drawable(table: Table, tokens: jax.Array) -> jax.Array:
 def _search_rows(
     table: Table, h_BD: jax.Array, temperature_B: jax.Array, first: jax.Array | int, k: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns logits and ids of the k greatest, all where they are fewer, and the block masses."""
+    """Returns logits and ids of the k greatest (or of all rows, if fewer), and the block masses."""
     b, rows = h_BD.shape[0], table.rows_VD.shape[0]
     k = min(k, rows)
 
@@ -209,7 +208,7 @@ def _search_rows(
         logits_BO = _logits(table, 'bd,cd->bc', h_BD, rows_OD, temperature_B)
         token_O = first + start + jnp.arange(size, dtype=jnp.int32)
         logits_BO = jnp.where(_drawable(table, token_O), logits_BO, -jnp.inf)
-        # those kept come first, so that of equal ones the lower id stays
+        # kept entries come first, so that ties keep the lower id
         logits = jnp.concatenate([best[0], logits_BO], axis=1)
         tokens = jnp.concatenate([best[1], jnp.broadcast_to(token_O, (b, size))], axis=1)
         logits_BA, index = jax.lax.top_k(logits, k)

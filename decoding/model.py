@@ -34,8 +34,8 @@ def transformer(
     """Returns a decoder transformer to decode with.
 
     Args:
-      config, params: of the model. Rows with which a table was padded for training are ids too:
-        name them in `never`, or cut them off.
+      config, params: of the model. Padding rows of its tables count as ids: list them in `never`,
+        or slice them off.
       tokenizer: digest of its tokenizer.
       bos: starts documents and is never drawn.
       never: further ids that are never drawn.
@@ -45,9 +45,9 @@ def transformer(
 
 
 def for_decoding(lm: LM) -> LM:
-    """Returns the model with its parameters laid out as the platform decodes fastest.
+    """Returns the model with its parameters in the platform's fastest layout for decoding.
 
-    On one CPU device that is a copy (`lm.model.cpu_layout`). `generate` does it at every call; do
+    On one CPU device that is a copy (`lm.model.cpu_layout`). `generate` does this at every call; do
     it once before many calls, and for draft models.
     """
     return lm._replace(params=lm.model.layout(lm.params))

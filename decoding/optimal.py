@@ -1,6 +1,6 @@
-"""Yardsticks of acceptance for small vocabularies, in numpy: what each rule reaches, and the best.
+"""Acceptance rates for small vocabularies, in numpy: of each rule, and the optimum.
 
-All take the distributions of one position, `target_V` and `draft_V`, and k drafts, drawn
+All take the distributions at one position, `target_V` and `draft_V`, and k drafts, drawn
 independently or without replacement (`replacement=False`; fewer than k if the draft's support has
 fewer tokens).
 """
@@ -30,28 +30,8 @@ def optimal_acceptance(
     return float(np.min(target_R + 1 - inside_R))
 
 
-def _inside_without_replacement(draft_V: np.ndarray, draft_R: np.ndarray, k: int) -> np.ndarray:
-    """Returns P(the first k draws without replacement are all in S), for every set S as bits."""
-    k = min(k, int(np.count_nonzero(draft_V)))
-    sets = np.arange(1 << len(draft_V))
-    drawn_R = np.zeros(len(sets))  # P(the draws so far are the set S)
-    drawn_R[0] = 1
-    for _ in range(k):
-        following_R = np.zeros_like(drawn_R)
-        for x, p in enumerate(draft_V):
-            before = sets[((sets >> x & 1) == 0) & (drawn_R > 0)]
-            if p > 0:
-                following_R[before | 1 << x] += drawn_R[before] * p / draft_R[sets[-1] ^ before]
-        drawn_R = following_R
-    inside_R = drawn_R
-    for x in range(len(draft_V)):  # sum over subsets, one token at a time
-        has_x = sets[(sets >> x & 1) == 1]
-        inside_R[has_x] += inside_R[has_x ^ 1 << x]
-    return inside_R
-
-
 def k_seq_acceptance(target_V: np.ndarray, draft_V: np.ndarray, k: int) -> float:
-    """Returns 1 - (1 - beta)^k at the best rho: what K-SEQ accepts (Sun et al. 2023).
+    """Returns K-SEQ's acceptance rate, 1 - (1 - beta)^k at the best rho (Sun et al. 2023).
 
     Between two neighbouring ratios target / draft, beta = a + b / rho; the best rho is where
     1 - (1 - beta)^k = rho beta.
@@ -75,12 +55,32 @@ def k_seq_acceptance(target_V: np.ndarray, draft_V: np.ndarray, k: int) -> float
 def recursive_acceptance(
     target_V: np.ndarray, draft_V: np.ndarray, k: int, replacement: bool
 ) -> float:
-    """Returns what recursive rejection accepts (Jeon et al. 2024), over all tuples of drafts.
+    """Returns the acceptance rate of recursive rejection (Jeon et al. 2024), over all tuples.
 
-    A draft is rejected with probability sum [target - draft]_+, the residual that the next one
-    meets. Time grows as V^k.
+    A draft is rejected with probability sum [target - draft]_+; the next one meets this residual,
+    renormalised. Time grows as V^k.
     """
     return 1 - _all_rejected(np.asarray(target_V), np.asarray(draft_V), k, replacement)
+
+
+def _inside_without_replacement(draft_V: np.ndarray, draft_R: np.ndarray, k: int) -> np.ndarray:
+    """Returns P(the first k draws without replacement are all in S), for every set S as bits."""
+    k = min(k, int(np.count_nonzero(draft_V)))
+    sets = np.arange(1 << len(draft_V))
+    drawn_R = np.zeros(len(sets))  # P(the draws so far are the set S)
+    drawn_R[0] = 1
+    for _ in range(k):
+        following_R = np.zeros_like(drawn_R)
+        for x, p in enumerate(draft_V):
+            before = sets[((sets >> x & 1) == 0) & (drawn_R > 0)]
+            if p > 0:
+                following_R[before | 1 << x] += drawn_R[before] * p / draft_R[sets[-1] ^ before]
+        drawn_R = following_R
+    inside_R = drawn_R
+    for x in range(len(draft_V)):  # sum over subsets, one token at a time
+        has_x = sets[(sets >> x & 1) == 1]
+        inside_R[has_x] += inside_R[has_x ^ 1 << x]
+    return inside_R
 
 
 def _all_rejected(target_V: np.ndarray, draft_V: np.ndarray, k: int, replacement: bool) -> float:

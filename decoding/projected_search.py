@@ -1,4 +1,4 @@
-"""An approximate search for the greatest logits: a shortlist from fewer dimensions, then exact.
+"""Approximate top-k logits: a shortlist by a low-rank projection, then exact logits.
 
 Inner products, not cosines: dividing rows by their norms would change which logit is greatest.
 """
@@ -14,7 +14,7 @@ from lm.model import layers
 
 @flax.struct.dataclass
 class Projection:
-    """A table's rows in the few directions in which they are longest.
+    """A table's rows in their leading principal directions.
 
     Attributes:
       basis_DE: orthonormal.
@@ -26,7 +26,7 @@ class Projection:
 
 
 def project(table: Table, rank: int) -> Projection:
-    """Returns the projection that keeps most of the rows' squared length (principal directions).
+    """Returns the projection that keeps the most of the rows' squared length (uncentred PCA).
 
     Raises:
       ValueError: the rank is not 1 to D.
@@ -46,10 +46,10 @@ def project(table: Table, rank: int) -> Projection:
 def search(
     table: Table, projection: Projection, h_BD: jax.Array, k: int, shortlist: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns k logits f32 `[B, k]` and their tokens int32: the greatest of a shortlist, exact.
+    """Returns the k greatest logits of a shortlist, f32 `[B, k]`, and their tokens, int32.
 
-    Each logit is exact; a token may be missing, which `recall` measures. A softmax over the result
-    is not the model's distribution.
+    The logits are exact; tokens may be missing (see `recall`). A softmax over the result is not the
+    model's distribution.
 
     Raises:
       ValueError: the shortlist is shorter than k, or longer than the vocabulary.
@@ -58,7 +58,7 @@ def search(
         raise ValueError(f'shortlist {shortlist}: expected at least k, {k}')
     coarse_BE = layers.einsum('bd,dr->br', h_BD, projection.basis_DE)
     tokens_BM = large_vocabulary.search(projection.table, coarse_BE, shortlist).tokens_BA
-    tokens_BM = jnp.sort(tokens_BM, axis=1)  # of equal logits the lower id is first
+    tokens_BM = jnp.sort(tokens_BM, axis=1)  # ties put the lower id first
     rows_BMD = table.rows_VD[tokens_BM]
     logits_BM = layers.einsum('bd,bsd->bs', h_BD, rows_BMD, jnp.float32)
     logits_BA, best = jax.lax.top_k(layers.softcap(logits_BM, table.softcap), k)
@@ -66,5 +66,5 @@ def search(
 
 
 def recall(tokens_BA: jax.Array, exact_BA: jax.Array) -> jax.Array:
-    """Returns the share of the exact tokens that were found, f32 `[]`."""
+    """Returns the fraction of the exact top-k tokens that were found, f32 `[]`."""
     return jnp.mean(jnp.any(exact_BA[:, :, None] == tokens_BA[:, None], axis=2), dtype=jnp.float32)

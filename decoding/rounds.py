@@ -27,10 +27,10 @@ class Plan(NamedTuple):
 
     Attributes:
       model: the target.
-      method: how to draft.
+      method: the drafter's.
       verifier: see `Verifier`.
-      rows: room in memories: the longest text, and one tree.
-      transform: changes the logits before the sampler; None leaves them as they are.
+      rows: allocated in each memory: the longest text plus one tree.
+      transform: changes the logits before the sampler; or None.
     """
 
     model: Model
@@ -66,7 +66,7 @@ class State:
       draft: the drafter's state.
       stop_B: state of each row's stop automaton.
       limit_B: length at which a row ends.
-      done_B: rows that are finished.
+      done_B: whether each row is finished.
       counts: see `Counts`.
     """
 
@@ -99,7 +99,7 @@ def prefill(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def loop(plan: Plan, inputs: Inputs, state: State, rounds: jax.Array) -> State:
-    """Runs rounds until every row is done, or as many as given."""
+    """Runs rounds until every row is done, at most `rounds`; the state is donated."""
 
     def unfinished(carry):
         state, done = carry
@@ -127,7 +127,7 @@ def one_round(plan: Plan, inputs: Inputs, state: State) -> State:
 def target_pass(
     plan: Plan, params: Any, proposal: Proposal, context: Context
 ) -> tuple[Scores, Seen, Memory]:
-    """Runs the target over the nodes of a tree; its memory then holds T nodes more."""
+    """Runs the target over the nodes of a tree; its memory then holds T more nodes."""
     model, method, drafted = plan.model, plan.method, proposal.tree
     position_BT = (context.text.length_B - 1)[:, None] + drafted.depth_BT
     bits_BTW = None
@@ -144,7 +144,7 @@ def target_pass(
 def distribution(
     plan: Plan, inputs: Inputs, drafted: DraftTree, scores: Scores, text: Text
 ) -> Distribution:
-    """Returns the target's distribution after each node, as transform and sampler adjust it."""
+    """Returns the target's distribution after each node, with transform and sampler applied."""
     if plan.transform is not None:
         assert isinstance(scores, scores_lib.Logits), 'a logits transform needs dense logits'
         logits_BTV = plan.transform(inputs.transform, scores.logits_BTV, drafted, text)
@@ -159,7 +159,7 @@ def commit(
     plan: Plan, inputs: Inputs, state: State, drafted: DraftTree, scores: Scores, seen: Seen,
     verdict: Verdict,
 ) -> State:  # fmt: skip
-    """Returns the state after a round, from the state with the memories as the passes left them."""
+    """Returns the state after a round; `state` has the memories as the passes left them."""
     emitted_BP = _emitted(drafted, verdict)
     count_B, stop_B, stopped_B = _stop(inputs.stops, state, emitted_BP, verdict)
     after = _append(state.text, emitted_BP, count_B)

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 def rejection_step(
     target_V: jax.Array, draft_V: jax.Array, token: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One draft in recursive rejection (Jeon et al. 2024, RSD; Chen et al. 2024, Sequoia).
+    """One step of recursive rejection (Jeon et al. 2024, RSD; Chen et al. 2024, Sequoia).
 
     Args:
-      target_V: probabilities that the emitted token is to follow.
-      draft_V: probabilities from which `token` was drawn; all 0 if nothing was left to draw.
+      target_V: distribution that the emitted token must have.
+      draft_V: distribution from which `token` was drawn; all 0 if no token was left.
       token: scalar.
 
     Returns:
-      The probability of accepting the token x, and for its rejection the target's residual and
-      the distribution of the next draft without replacement (with replacement it is `draft_V`):
+      The probability of accepting the token x; if it is rejected, the target's residual and the
+      next draft's distribution without replacement (with replacement: `draft_V`):
 
           min(1, target(x) / draft(x))    [target - draft]_+ / sum    draft without x / sum
 
@@ -29,7 +29,7 @@ def rejection_step(
     """
     q, p = target_V[token], draft_V[token]
     acceptance = jnp.minimum(1, _ratio(q, p))
-    # rounding may leave no residual where the two agree: then rejection is rounding too
+    # if the two agree, rounding may leave no residual: the rejection was rounding error too
     residual_V = _normalised(jnp.maximum(target_V - draft_V, 0), otherwise=target_V)
     rest_V = draft_V.at[token].set(0)
     return acceptance, residual_V, _normalised(rest_V, otherwise=jnp.zeros_like(rest_V))
@@ -52,12 +52,13 @@ class KSeqPlan(NamedTuple):
 def k_seq_plan(target_V: jax.Array, draft_V: jax.Array, k: jax.Array | int) -> KSeqPlan:
     """Returns K-SEQ with its best rho (Sun et al. 2023, SpecTr, section 4).
 
-    Every rho for which 1 - (1 - beta)^k <= rho beta is exact; the least accepts the most. The left
-    side falls with rho and the right side rises: bisection, which ends on the exact side.
+    With beta = sum min(draft, target / rho), every rho with 1 - (1 - beta)^k <= rho beta is exact,
+    and the smallest accepts most. The left side falls with rho and the right side rises: bisection.
+    The residual is [target - min(draft, target / rho) (1 - (1 - beta)^k) / beta]_+ / sum.
 
     Args:
       target_V, draft_V: probabilities.
-      k: drafts, drawn independently of each other; none counts as one.
+      k: number of i.i.d. drafts; 0 counts as 1.
     """
     k = jnp.maximum(jnp.asarray(k, target_V.dtype), 1)
     tolerance = jnp.finfo(target_V.dtype).eps
@@ -78,13 +79,13 @@ def k_seq_plan(target_V: jax.Array, draft_V: jax.Array, k: jax.Array | int) -> K
 
     _, rho = jax.lax.while_loop(unfinished, halve, (jnp.ones_like(k), k))
     beta, any_accepted = accepted(rho)
-    times = _ratio(any_accepted, beta)  # that a token's share of beta is accepted
+    times = _ratio(any_accepted, beta)  # expected acceptances per unit of beta
     residual_V = jnp.maximum(target_V - jnp.minimum(draft_V, target_V / rho) * times, 0)
     return KSeqPlan(rho, beta, _normalised(residual_V, otherwise=target_V))
 
 
 def k_seq_acceptance(target: jax.Array, draft: jax.Array, rho: jax.Array) -> jax.Array:
-    """Returns the probability of accepting a draft from its token's probabilities; any shape."""
+    """Returns the acceptance probability min(1, target / (rho draft)), elementwise."""
     return jnp.minimum(1, _ratio(target, rho * draft))
 
 
@@ -94,7 +95,7 @@ def _normalised(x_V: jax.Array, otherwise: jax.Array) -> jax.Array:
 
 
 def _ratio(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns x / y, and 0 where y is 0 or so small that processors may take it for 0."""
+    """Returns x / y, and 0 where y is 0 or subnormal, which processors may flush to 0."""
     return jnp.where(_is_normal(y), x / jnp.where(_is_normal(y), y, 1), 0)
 
 

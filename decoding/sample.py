@@ -1,4 +1,4 @@
-"""From logits to the distribution that is sampled, and draws keyed by position."""
+"""From logits to the sampling distribution, and draws keyed by position."""
 
 from collections.abc import Callable
 
@@ -9,24 +9,24 @@ import numpy as np
 
 from decoding import tree
 
-BLOCK = 256  # tokens whose mass `draw` adds up
+BLOCK = 256  # tokens per block in `draw`
 
 
 @flax.struct.dataclass
 class Sampler:
-    """How logits become the distribution of the next token; None leaves a step out.
+    """How logits become the distribution of the next token; None skips a step.
 
     In this order: repetition penalty (Keskar et al. 2019), temperature, top-k, top-p (Holtzman et
     al. 2020), min-p (Nguyen et al. 2024).
 
     Attributes:
-      temperature: divides the logits; 0 puts all mass on the first greatest one.
-      top_k: keeps the k most probable tokens, and those that tie with the last of them.
-      top_p: keeps the smallest set of most probable tokens whose mass reaches p, and those that tie
-        with the last of them.
+      temperature: divides the logits; 0 puts all mass on the greatest one, the first of ties.
+      top_k: keeps the k most probable tokens, and ties with the last of them.
+      top_p: keeps the smallest set of most probable tokens whose mass reaches p, and ties with the
+        last of them.
       min_p: keeps tokens at least this probable relative to the most probable one.
-      repetition_penalty: tokens already in the text have positive logits divided and negative
-        ones multiplied by it.
+      repetition_penalty: divides the positive logits of tokens already in the text, and multiplies
+        their negative ones.
     """
 
     temperature: jax.Array | float = 1.0
@@ -37,7 +37,7 @@ class Sampler:
 
 
 def check(sampler: Sampler) -> None:
-    """Raises ValueError, naming the field, if one that is known before tracing cannot be meant."""
+    """Raises ValueError, naming the field, if a value known before tracing is out of range."""
 
     def require(field: str, expected: str, is_right: Callable[[np.ndarray], np.ndarray]) -> None:
         value = getattr(sampler, field)
@@ -50,14 +50,14 @@ def check(sampler: Sampler) -> None:
         return (x > 0) & (x <= 1)
 
     require('temperature', '0 or more, and finite', lambda x: (x >= 0) & np.isfinite(x))
-    require('top_k', 'a whole number, 1 or more', lambda x: (x >= 1) & (x == np.floor(x)))
+    require('top_k', 'an integer, 1 or more', lambda x: (x >= 1) & (x == np.floor(x)))
     require('top_p', 'more than 0, at most 1', is_share)
     require('min_p', 'more than 0, at most 1', is_share)
     require('repetition_penalty', 'more than 0, and finite', lambda x: (x > 0) & np.isfinite(x))
 
 
 def log_probs(sampler: Sampler, logits: jax.Array, seen: jax.Array | None = None) -> jax.Array:
-    """Returns the log-probabilities `[..., V]` that are sampled from, -inf outside the support.
+    """Returns the log-probabilities to sample from, `[..., V]`; -inf outside the support.
 
     Args:
       sampler: each field a scalar, or an array that broadcasts against `[...]`.
@@ -78,7 +78,7 @@ def log_probs(sampler: Sampler, logits: jax.Array, seen: jax.Array | None = None
         penalty = setting(sampler.repetition_penalty)
         x = jnp.where(seen, jnp.where(x > 0, x / penalty, x * penalty), x)
 
-    # From here on the greatest is 0: no temperature overflows it, and no step removes it.
+    # From here on the maximum is 0: no temperature overflows it, and no step removes it.
     first = jnp.arange(x.shape[-1]) == jnp.argmax(x, axis=-1, keepdims=True)
     x = x - jnp.max(x, axis=-1, keepdims=True)
     temperature = setting(sampler.temperature)
@@ -103,33 +103,8 @@ def log_probs(sampler: Sampler, logits: jax.Array, seen: jax.Array | None = None
     return x - jnp.log(jnp.sum(jnp.exp(x), axis=-1, keepdims=True))
 
 
-def _keep_greatest(x: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Returns `x <= 0`, with -inf for all but the greatest, as few as are enough, and their ties.
-
-    Bisects the threshold: a pass over V per bit costs far less than sorting V.
-
-    Args:
-      x: `[..., V]`.
-      enough: bool `[..., V]` of the kept ones -> bool `[..., 1]`; all are kept if none are enough.
-    """
-    # floats that are not negative are in the order of their bits
-    integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
-    bits = jax.lax.bitcast_convert_type(jnp.abs(x), integer)
-    infinity = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), integer)
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low) // 2
-        is_enough = enough(bits <= middle)
-        return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
-
-    high = jnp.broadcast_to(infinity, (*x.shape[:-1], 1))
-    _, high = jax.lax.fori_loop(0, jnp.iinfo(integer).bits, halve, (-jnp.ones_like(high), high))
-    return jnp.where(bits <= high, x, -jnp.inf)
-
-
 def at_position(key_B: jax.Array, position_B: jax.Array, *tags: int) -> jax.Array:
-    """Returns the keys of one position of each text; tags tell the uses of one position apart."""
+    """Returns each text's key for a position; tags distinguish several uses of a position."""
     fold = jax.vmap(jax.random.fold_in)
     key_B = fold(key_B, position_B)
     for tag in tags:
@@ -145,9 +120,9 @@ def gumbel(key_B: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.A
 def draw(logprob_BV: jax.Array, key_B: jax.Array, position_B: jax.Array) -> jax.Array:
     """Draws the token at a position of each text, int32 `[B]`, by the Gumbel-max trick.
 
-    First a block of the vocabulary, by its mass, and then one of its tokens: that takes noise for
-    V / 256 blocks and 256 tokens, where noise for V tokens would cost more than a small draft
-    model's pass. Equal log-probabilities, key and position give equal tokens.
+    Draws a block of the vocabulary by its mass, then one of its tokens. This takes noise for V /
+    256 blocks and 256 tokens; noise for V tokens would cost more than a small draft model's pass.
+    Equal log-probabilities, key and position give equal tokens.
     """
     b, v = logprob_BV.shape
     size = min(v, BLOCK)
@@ -160,3 +135,29 @@ def draw(logprob_BV: jax.Array, key_B: jax.Array, position_B: jax.Array) -> jax.
     logprob_BO = tree.at(logprob_BJO, block_B)
     within_B = jnp.argmax(logprob_BO + noise[:, blocks:], axis=1)
     return (block_B * size + within_B).astype(jnp.int32)
+
+
+def _keep_greatest(x: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Returns `x <= 0` with -inf below the highest threshold that keeps enough entries.
+
+    Bisects the threshold: a pass over V per bit costs far less than sorting V.
+
+    Args:
+      x: `[..., V]`.
+      enough: from the kept entries, bool `[..., V]`, to bool `[..., 1]`; if it never holds, all are
+        kept.
+    """
+    # non-negative floats compare as their bits do
+    integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), integer)
+    infinity = jax.lax.bitcast_convert_type(jnp.asarray(jnp.inf, x.dtype), integer)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        is_enough = enough(bits <= middle)
+        return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
+
+    high = jnp.broadcast_to(infinity, (*x.shape[:-1], 1))
+    _, high = jax.lax.fori_loop(0, jnp.iinfo(integer).bits, halve, (-jnp.ones_like(high), high))
+    return jnp.where(bits <= high, x, -jnp.inf)

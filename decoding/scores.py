@@ -1,8 +1,8 @@
-"""Scores that a head returns, and the distribution that a sampler makes of them.
+"""The scores that a head returns, and the sampling distributions they define.
 
-The loop asks for three things only: a distribution to draw from, its most probable token, and the
-best k tokens. Dense logits give all of them, and so does a vocabulary too large to hold logits
-for, which is searched (`decoding.large_vocabulary`).
+The loop needs a distribution to draw from, its most probable token, and the top-k tokens. Dense
+logits give all three, and so does a search of a vocabulary too large for dense logits
+(`decoding.large_vocabulary`).
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -50,7 +50,7 @@ class Probabilities:
         return sample.draw(tree.at(self.logprob_BTV, node_B), key_B, position_B)
 
     def greatest(self, node_B: jax.Array) -> jax.Array:
-        """See `Distribution`; of equal ones the first."""
+        """See `Distribution`; ties go to the first."""
         return jnp.argmax(tree.at(self.logprob_BTV, node_B), axis=1).astype(jnp.int32)
 
 
@@ -70,15 +70,15 @@ class Logits:
 
 
 def of_head(result: Any) -> Scores:
-    """Returns the scores that a head returned; an array is taken to be logits."""
+    """Returns a head's result as scores; an array is taken to be logits."""
     return Logits(result) if isinstance(result, jax.Array) else result
 
 
 def top(x: jax.Array, k: int, block: int = 128) -> jax.Array:
-    """Returns the indices that `lax.top_k` does, in about a fifth of its time for large V on CPU.
+    """Returns the indices of `lax.top_k`, in about a fifth of its time for large V on CPU.
 
-    Only the k blocks of greatest maxima can hold one of the k greatest. Kept in their order, they
-    also break ties as the whole would: the first one wins.
+    Only the k blocks with the greatest maxima can hold one of the k greatest. In their original
+    order, ties go to the first entry, as in `lax.top_k`.
 
     Args:
       x: `[..., V]`.
@@ -95,13 +95,14 @@ def top(x: jax.Array, k: int, block: int = 128) -> jax.Array:
 
 
 class Apply(Protocol):
-    """Returns the logits that the sampler gets, `[B, T, V]`, from those of the model.
+    """Returns the logits that go to the sampler, `[B, T, V]`, from those of the model.
 
     Args:
       params: of the transform.
-      logits_BTV: f32, of what follows each node; -inf for ids that are never drawn: keep them so.
-      drafted: the nodes. The token before a draw is `drafted.token_BT`; those before it are the
-        node's ancestors (`tree.ancestors`), then the text up to the root.
+      logits_BTV: f32, of the token after each node; -inf for ids that are never drawn, and must
+        stay so.
+      drafted: the tree. A node's context is the text up to the root, the node's ancestors
+        (`tree.ancestors`) and its own token, `drafted.token_BT`.
       text: tokens, lengths and keys of the rows (`decoding.drafter.Text`); the last token is the
         root.
     """
@@ -114,11 +115,11 @@ class Apply(Protocol):
 class Transform(NamedTuple):
     """A change of the logits before the sampler; verifiers stay exact for the changed distribution.
 
-    Make it once and use it often: the function is part of the compiled program.
+    Create it once and reuse it: `apply` is a static argument, and a new one recompiles.
 
     Attributes:
       apply: see `Apply`.
-      params: arrays that it needs.
+      params: arrays that it takes.
     """
 
     apply: Apply

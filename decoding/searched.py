@@ -1,4 +1,4 @@
-"""A head that searches a vocabulary too large to hold its logits.
+"""A head that searches a vocabulary too large for dense logits.
 
 target = searched.transformer(config, params, bos=0)
 generate(target, prompts, ...)        # the tokens that dense logits would give
@@ -30,15 +30,15 @@ def transformer(
 ) -> LM:  # fmt: skip
     """Returns a transformer whose head searches its output table, a chunk of rows at a time.
 
-    Draws come from the model's whole distribution, or from the `top_k` greatest, renormalised.
-    Memory for logits is that of a chunk. Verifiers that need the probability of every token are
-    refused, and so are all settings of a sampler but the temperature.
+    Draws come from the model's whole distribution, or from the `top_k` greatest, renormalised. Only
+    the logits of one chunk exist at a time. Dense verifiers and all sampler settings but the
+    temperature are refused.
 
     Args:
       config, params, tokenizer, bos, never: see `decoding.model.transformer`. The input table may
         be sharded by rows, too.
-      mesh: over which the output rows are divided; they stay as they are if not given.
-      top_k: draw among so many; None for all.
+      mesh: shards the output rows; by default they stay as they are.
+      top_k: number of tokens to draw among; None for all.
       chunk: see `large_vocabulary.Table`.
 
     Raises:
@@ -72,7 +72,7 @@ def _model(inner: Model, top_k: int | None) -> Model:
 
 @flax.struct.dataclass
 class Search:
-    """Scores of nodes that a search finds (`decoding.scores.Scores`).
+    """Scores found by searching a table (`decoding.scores.Scores`).
 
     Attributes:
       table: see `Table`.
@@ -85,7 +85,7 @@ class Search:
     top_k: int | None = flax.struct.field(pytree_node=False)
 
     def distribution(self, sampler: Sampler, seen_BTV: jax.Array | None) -> 'Searched':
-        """See `Scores`; only the sampler's temperature counts."""
+        """See `Scores`; the sampler's temperature alone applies."""
         b, t, d = self.h_BTD.shape
         temperature_BT = jnp.broadcast_to(jnp.asarray(sampler.temperature, jnp.float32), (b, t))
         found = large_vocabulary.search(
@@ -103,7 +103,7 @@ class Search:
 
 @flax.struct.dataclass
 class Searched:
-    """A distribution known by a search (`decoding.scores.Distribution`).
+    """A distribution given by a search's results (`decoding.scores.Distribution`).
 
     Attributes:
       table, h_BTD, top_k: see `Search`.

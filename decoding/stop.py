@@ -1,7 +1,7 @@
-"""Stops: token ids and byte strings that end a text, as one automaton that reads token by token.
+"""Stop ids and stop strings as one automaton that advances token by token.
 
-A stop string may span tokens, and may end inside one. Aho and Corasick's automaton (1975) over
-bytes finds it; each token's bytes are run through from every state beforehand, so that on the
+A stop string may span tokens, and may end inside one. The automaton of Aho and Corasick (1975) over
+bytes finds it. Each token's bytes are run through it from every state in advance, so that on the
 device a token is one look-up. For the stop string 'ab' and the tokens 'a', 'b', 'xa', 'abc':
 
     state               a  b  xa abc
@@ -24,7 +24,7 @@ STOPPED = 0
 
 
 class Rule(NamedTuple):
-    """Ids and strings, the first of which ends one row's text.
+    """The stops of one row; the first one met ends its text.
 
     Attributes:
       ids: token ids.
@@ -37,12 +37,12 @@ class Rule(NamedTuple):
 
 @flax.struct.dataclass
 class Stops:
-    """Rules of a batch, ready for the device.
+    """The rules of a batch as arrays.
 
     Attributes:
       table: int32 `[states, V]`, the state after each token; as many states as the strings have
-        bytes, rounded up to a power of two, so that most changes of rules compile nothing.
-      start_B: int32, where each row starts.
+        bytes, rounded up to a power of two, so that most changes of rules do not recompile.
+      start_B: int32, the state in which each row starts.
     """
 
     table: jax.Array
@@ -50,17 +50,17 @@ class Stops:
 
 
 def none(vocab_size: int, rows: int) -> Stops:
-    """Returns the rules of rows that nothing but their length ends."""
+    """Returns an automaton that never stops: rows end at their length."""
     table = jnp.broadcast_to(jnp.asarray([[STOPPED], [1]], jnp.int32), (2, vocab_size))
     return Stops(table, jnp.ones(rows, jnp.int32))
 
 
 def build(rules: Sequence[Rule], token_bytes: Sequence[bytes]) -> Stops:
-    """Returns the automaton of a batch. Takes time and memory as states times V.
+    """Returns the automaton of a batch. Time and memory grow as states x V.
 
     Args:
       rules: of each row; equal ones share their states.
-      token_bytes: what each id of the vocabulary writes; empty for ids that write nothing.
+      token_bytes: the bytes of each id; empty for ids that write nothing.
 
     Raises:
       ValueError: an empty stop string, or an id outside of the vocabulary.
@@ -92,14 +92,14 @@ def advance(table: jax.Array, state_B: jax.Array, token_B: jax.Array) -> jax.Arr
 
 
 def stopped(state_B: jax.Array) -> jax.Array:
-    """Returns which rows have met a stop, bool `[B]`; they stay so."""
+    """Returns whether each row has met a stop, bool `[B]`; a stopped row stays stopped."""
     return state_B == STOPPED
 
 
 def _check(row: int, rule: Rule, vocab_size: int) -> None:
     for string in rule.strings:
         if not isinstance(string, bytes):
-            raise TypeError(f'row {row}: stop string {string!r} is no bytes; encode it as UTF-8')
+            raise TypeError(f'row {row}: stop string {string!r} is not bytes; encode it as UTF-8')
         if not string:
             raise ValueError(f'row {row}: an empty stop string would end every text at its start')
     for i in rule.ids:
@@ -112,7 +112,7 @@ def _byte_automaton(strings: tuple[bytes, ...], first: int) -> np.ndarray:
 
     A state is the longest suffix of the bytes read that is a prefix of a stop string.
     """
-    # a string that holds another one never ends first
+    # a string that contains another one never completes first
     shortest = [s for s in set(strings) if not any(t in s for t in strings if t != s)]
     prefixes = sorted({s[:i] for s in shortest for i in range(len(s))} | {b''}, key=len)
     index = {prefix: first + i for i, prefix in enumerate(prefixes)}
@@ -138,7 +138,7 @@ def _byte_automaton(strings: tuple[bytes, ...], first: int) -> np.ndarray:
 def _token_automaton(next_state: np.ndarray, token_bytes: Sequence[bytes]) -> np.ndarray:
     """Returns the state after each token, int32 `[states, V]`, from that after each byte."""
     length_V = np.asarray([len(token) for token in token_bytes])
-    order = np.argsort(-length_V, kind='stable')  # the longest first: the others end before them
+    order = np.argsort(-length_V, kind='stable')  # longest first: the others end before them
     start_V = (np.cumsum(length_V) - length_V)[order]
     text = np.frombuffer(b''.join(token_bytes), np.uint8)
     states = len(next_state)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 @flax.struct.dataclass
 class DraftTree:
-    """T nodes per row, chosen without looking at the draws that will decide among them.
+    """T nodes per row, chosen independently of the draws that verify them.
 
     Node 0, the root, is the last token of the text; its keys are not cached yet. A node's parent
     precedes it, and the children of one node come in order of preference.
@@ -20,7 +20,7 @@ class DraftTree:
 
     Attributes:
       token_BT, parent_BT, depth_BT: int32; the root's parent is -1.
-      valid_BT: bool; a node that is not valid is no child of any other. The root is valid.
+      valid_BT: bool; an invalid node counts as absent. The root is valid.
     """
 
     token_BT: jax.Array
@@ -44,7 +44,7 @@ class WithoutReplacement(DraftTree):
 
 @flax.struct.dataclass
 class Independent(DraftTree):
-    """K sequences, each drawn by itself: the root has K children, and every other node at most one.
+    """K sequences, drawn independently: the root has K children, every other node at most one.
 
     Attributes:
       logprob_BTV: log-probabilities from which each node's child, or each of the root's children,
@@ -61,7 +61,7 @@ def root_only(token_B: jax.Array) -> DraftTree:
 
 
 def chain(token_BT: jax.Array, valid_BT: jax.Array) -> DraftTree:
-    """Returns the tree of a single path from the root: T tokens, each the child of the last.
+    """Returns the tree of a single path from the root: T tokens, each the child of the one before.
 
     Args:
       token_BT: int32, the last token of each text first.
@@ -77,7 +77,7 @@ def ancestors(tree: DraftTree, depth: int) -> jax.Array:
 
     Args:
       tree: see `DraftTree`.
-      depth: of the deepest node, at least.
+      depth: at least that of the deepest node.
     """
     nodes = jnp.arange(tree.parent_BT.shape[1])
     reach = (tree.parent_BT[..., None] == nodes) | (nodes[:, None] == nodes)
@@ -88,7 +88,7 @@ def ancestors(tree: DraftTree, depth: int) -> jax.Array:
 
 
 def child(tree: DraftTree, node_B: jax.Array, rank: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """Returns the index of each node's child of a rank, int32 `[B]`, and whether there is one."""
+    """Returns the index of each node's child of a rank, int32 `[B]`, and whether it exists."""
     mine = (tree.parent_BT == node_B[:, None]) & tree.valid_BT
     is_it = mine & (jnp.cumsum(mine, axis=1) == rank + 1)
     return jnp.argmax(is_it, axis=1).astype(jnp.int32), jnp.any(is_it, axis=1)
@@ -96,5 +96,5 @@ def child(tree: DraftTree, node_B: jax.Array, rank: jax.Array | int) -> tuple[ja
 
 def at(values_BT: jax.Array, node_B: jax.Array) -> jax.Array:
     """Returns each row's value at its node: `[B, T, ...]` -> `[B, ...]`."""
-    # row by row: a batch that lies over devices is not gathered for it
+    # row by row, so that a sharded batch is not gathered
     return jax.vmap(lambda values_T, node: values_T[node])(values_BT, node_B)

@@ -1,14 +1,24 @@
-"""The exact rules: which drafted tokens stand, and which token is drawn after them.
+"""The exact rules: which drafted path is accepted, and which token is drawn after it.
 
-Each rule keeps the target's distribution for the class of trees that it names, and for no other:
-recursive rejection over top-k children, for example, is biased. So a tree of another class is
-refused by its type.
+Let p be the target's distribution after a node, and q the one its children were drawn from.
 
-    greedy walk           any tree          temperature 0
-    target-only walk      any tree          the very tokens of plain sampling
-    recursive rejection   WithoutReplacement
-    speculative sampling  WithoutReplacement, one child per node
-    K-SEQ                 Independent
+    greedy walk           any tree, temperature 0
+        follow the child argmax p; without one, emit argmax p
+    target-only walk      any tree; gives exactly the tokens of plain sampling
+        draw y from p; follow the child y; without one, emit y. Children are accepted with
+        probability sum p(x) over their tokens x
+    recursive rejection   WithoutReplacement (Jeon et al. 2024, RSD; Chen et al. 2024, Sequoia)
+        accept child x with probability min(1, p(x) / q(x)); if it is rejected, p becomes the
+        residual [p - q]_+ / sum, q becomes (q without x) / sum; after the last, emit y from p
+    speculative sampling  WithoutReplacement, one child per node (Leviathan et al. 2023)
+        the same
+    K-SEQ                 Independent (Sun et al. 2023, SpecTr)
+        follow the first of k children accepted with probability min(1, p(x) / (rho q(x))); without
+        one, emit y from [p - min(q, p / rho) (1 - (1 - beta)^k) / beta]_+ / sum, where
+        beta = sum min(q, p / rho) and rho is the smallest with 1 - (1 - beta)^k <= rho beta
+
+Each rule is exact for the class of trees that it names, and for no other: recursive rejection over
+top-k children, for example, is biased. A tree of another class is refused by its type.
 """
 
 from collections.abc import Callable
@@ -23,53 +33,8 @@ from decoding.drafter import Method, Text, Verdict, Verifier
 from decoding.scores import Distribution, Probabilities
 from decoding.tree import DraftTree, Independent, WithoutReplacement, at, child
 
-ACCEPTANCE = 1  # tag of the uniforms that accept; the draw of a token has none
+ACCEPTANCE = 1  # tag of the uniforms for acceptance; the draw of a token has none
 ONE_CHILD = 'speculative sampling is for one child per node, not {}: use recursive rejection'
-
-
-class _Walk(NamedTuple):
-    """How far down the tree each row is: nodes from the root, and how many below it."""
-
-    path_BP: jax.Array
-    accepted_B: jax.Array
-
-    @property
-    def node_B(self) -> jax.Array:
-        return at(self.path_BP, self.accepted_B)
-
-    def descend(self, node_B: jax.Array, where_B: jax.Array) -> '_Walk':
-        accepted_B = self.accepted_B + where_B
-        is_new = (jnp.arange(self.path_BP.shape[1]) == accepted_B[:, None]) & where_B[:, None]
-        return _Walk(jnp.where(is_new, node_B[:, None], self.path_BP), accepted_B)
-
-    def verdict(self, next_B: jax.Array) -> Verdict:
-        behind = jnp.arange(self.path_BP.shape[1]) > self.accepted_B[:, None]
-        path_BP = jnp.where(behind, self.node_B[:, None], self.path_BP)
-        return Verdict(path_BP, self.accepted_B, next_B)
-
-
-def _at_root(batch: int, depth: int) -> _Walk:
-    return _Walk(jnp.zeros((batch, depth + 1), jnp.int32), jnp.zeros(batch, jnp.int32))
-
-
-def _follow(tree: DraftTree, depth: int, choose: Callable[[jax.Array, jax.Array], jax.Array]):
-    """Descends as long as a child carries the token that `choose(node_B, depth)` names."""
-
-    def step(state):
-        level, walk, running_B, next_B = state
-        node_B = walk.node_B
-        token_B = choose(node_B, level)
-        is_it = (tree.parent_BT == node_B[:, None]) & (tree.token_BT == token_B[:, None])
-        is_it &= tree.valid_BT & (running_B & (level < depth))[:, None]
-        found_B = jnp.any(is_it, axis=1)
-        walk = walk.descend(jnp.argmax(is_it, axis=1).astype(jnp.int32), found_B)
-        return level + 1, walk, found_B, jnp.where(running_B, token_B, next_B)
-
-    batch = tree.token_BT.shape[0]
-    running_B, next_B = jnp.ones(batch, bool), jnp.zeros(batch, jnp.int32)
-    start = jnp.asarray(0, jnp.int32), _at_root(batch, depth), running_B, next_B
-    _, walk, _, next_B = jax.lax.while_loop(lambda state: jnp.any(state[2]), step, start)
-    return walk.verdict(next_B)
 
 
 def _greedy(
@@ -105,7 +70,7 @@ def _recursive(
         child_B, exists_B = child(tree, walk.node_B, rank_B[:, None])
         return child_B, exists_B & (rank_B < branching) & (walk.accepted_B < depth)
 
-    # One draft of each row per step, whatever its depth: rows need not wait for each other.
+    # One draft per row and step, at any depth: rows need not wait for each other.
     def step(state):
         walk, rank_B, (child_B, exists_B), target_BV, draft_BV = state
         token_B = at(tree.token_BT, child_B)
@@ -154,7 +119,7 @@ def _k_seq(
     def step(state):
         level, walk, node_BA, alive_BA, target_BV = state
         alive_B = jnp.any(alive_BA, axis=1)
-        # the survivors carry the same tokens, so that both distributions are the same after each
+        # the survivors have the same tokens, and so the same distributions after them
         draft_BV = jnp.exp(at(tree.logprob_BTV, walk.node_B)).astype(target_BV.dtype)
         plan = jax.vmap(rules.k_seq_plan)(target_BV, draft_BV, jnp.sum(alive_BA, axis=1))
         token_BA = jnp.take_along_axis(tree.token_BT, node_BA, axis=1)
@@ -185,18 +150,6 @@ def _k_seq(
     return _emit(final[1], final[4], text)
 
 
-def _uniforms(text: Text, depth_B: jax.Array, k: int, dtype) -> jax.Array:
-    """Returns the uniforms `[B, k]` that accept drafts of the token after a node of each depth."""
-    key_B = sample.at_position(text.key_B, text.length_B + depth_B, ACCEPTANCE)
-    return jax.vmap(lambda key: jax.random.uniform(key, (k,), dtype))(key_B)
-
-
-def _emit(walk: _Walk, probability_BV: jax.Array, text: Text) -> Verdict:
-    """Draws the token after the path of each row."""
-    position_B = text.length_B + walk.accepted_B
-    return walk.verdict(sample.draw(jnp.log(probability_BV), text.key_B, position_B))
-
-
 greedy_walk = Verifier(_greedy, DraftTree, 'greedy walk')
 target_only_walk = Verifier(_target_only, DraftTree, 'target-only walk')
 recursive_rejection = Verifier(_recursive, WithoutReplacement, 'recursive rejection', dense=True)
@@ -207,16 +160,16 @@ k_seq = Verifier(_k_seq, Independent, 'K-SEQ', dense=True)
 
 
 def default_for(trees: type[DraftTree]) -> Verifier:
-    """Returns the verifier made for a class of trees, exact at any temperature."""
+    """Returns the default verifier for a class of trees, exact at any temperature."""
     return _exact_for(trees)[0]
 
 
 def check_pairing(method: Method, verifier: Verifier, sampler: sample.Sampler | None = None):
-    """Refuses a verifier whose texts would not follow the target's distribution.
+    """Refuses a verifier that would not preserve the target's distribution.
 
     Raises:
       TypeError: the verifier is not exact for the drafter's trees.
-      ValueError: speculative sampling with several children per node; or a greedy walk where the
+      ValueError: speculative sampling with several children per node; or a greedy walk if the
         sampler's temperature is known and not 0.
     """
     if not issubclass(method.trees, verifier.trees):
@@ -230,6 +183,63 @@ def check_pairing(method: Method, verifier: Verifier, sampler: sample.Sampler | 
                 f'a greedy walk is for temperature 0, not {temperature}: '
                 f'use {default_for(method.trees).name}'
             )
+
+
+class _Walk(NamedTuple):
+    """How far down the tree each row is: the path from the root, and its length below the root."""
+
+    path_BP: jax.Array
+    accepted_B: jax.Array
+
+    @property
+    def node_B(self) -> jax.Array:
+        return at(self.path_BP, self.accepted_B)
+
+    def descend(self, node_B: jax.Array, where_B: jax.Array) -> '_Walk':
+        accepted_B = self.accepted_B + where_B
+        is_new = (jnp.arange(self.path_BP.shape[1]) == accepted_B[:, None]) & where_B[:, None]
+        return _Walk(jnp.where(is_new, node_B[:, None], self.path_BP), accepted_B)
+
+    def verdict(self, next_B: jax.Array) -> Verdict:
+        behind = jnp.arange(self.path_BP.shape[1]) > self.accepted_B[:, None]
+        path_BP = jnp.where(behind, self.node_B[:, None], self.path_BP)
+        return Verdict(path_BP, self.accepted_B, next_B)
+
+
+def _at_root(batch: int, depth: int) -> _Walk:
+    return _Walk(jnp.zeros((batch, depth + 1), jnp.int32), jnp.zeros(batch, jnp.int32))
+
+
+def _follow(tree: DraftTree, depth: int, choose: Callable[[jax.Array, jax.Array], jax.Array]):
+    """Descends as long as a child has the token that `choose(node_B, depth)` returns."""
+
+    def step(state):
+        level, walk, running_B, next_B = state
+        node_B = walk.node_B
+        token_B = choose(node_B, level)
+        is_it = (tree.parent_BT == node_B[:, None]) & (tree.token_BT == token_B[:, None])
+        is_it &= tree.valid_BT & (running_B & (level < depth))[:, None]
+        found_B = jnp.any(is_it, axis=1)
+        walk = walk.descend(jnp.argmax(is_it, axis=1).astype(jnp.int32), found_B)
+        return level + 1, walk, found_B, jnp.where(running_B, token_B, next_B)
+
+    batch = tree.token_BT.shape[0]
+    running_B, next_B = jnp.ones(batch, bool), jnp.zeros(batch, jnp.int32)
+    start = jnp.asarray(0, jnp.int32), _at_root(batch, depth), running_B, next_B
+    _, walk, _, next_B = jax.lax.while_loop(lambda state: jnp.any(state[2]), step, start)
+    return walk.verdict(next_B)
+
+
+def _uniforms(text: Text, depth_B: jax.Array, k: int, dtype) -> jax.Array:
+    """Returns the uniforms `[B, k]` that decide on drafts of the token after each row's depth."""
+    key_B = sample.at_position(text.key_B, text.length_B + depth_B, ACCEPTANCE)
+    return jax.vmap(lambda key: jax.random.uniform(key, (k,), dtype))(key_B)
+
+
+def _emit(walk: _Walk, probability_BV: jax.Array, text: Text) -> Verdict:
+    """Draws the token after the path of each row."""
+    position_B = text.length_B + walk.accepted_B
+    return walk.verdict(sample.draw(jnp.log(probability_BV), text.key_B, position_B))
 
 
 def _module(function: Any) -> str:

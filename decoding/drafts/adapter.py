@@ -20,7 +20,7 @@ from lm.model.leaves import Params
 
 
 def init(key: jax.Array, config: Config) -> Params:
-    """Returns an adapter: a body of one attention block, without an MLP.
+    """Returns the initial parameters: a body of one attention block, without an MLP.
 
     It starts as a plain early exit: attention adds nothing until `wo_NHCD` is trained.
 
@@ -40,7 +40,7 @@ def leaves(config: Config) -> dict[str, Any]:
     body = params_lib.leaves(one_layer(config))['body']
     names = ('attention_norm_ND', 'wq_NDHC', 'wk_NDKC', 'wv_NDKC', 'wo_NHCD')
     layers = {name: body['layers'][name] for name in names}
-    layers['wo_NHCD'] = layers['wo_NHCD']._replace(scale=None)  # begins at zero
+    layers['wo_NHCD'] = layers['wo_NHCD']._replace(scale=None)  # starts at zero
     return {**body, 'layers': layers}
 
 
@@ -72,11 +72,11 @@ def one_layer(config: Config) -> Config:
 def loss(
     adapter: Params, params: Params, config: Config, layers: int, batch: dict[str, jax.Array]
 ) -> Loss:
-    """Returns the cross-entropy of the adapter to the target, `-sum p_target log p_adapter`.
+    """Returns the adapter's cross-entropy to the target, `-sum p_target log p_adapter`.
 
     Args:
-      adapter: the parameters that are trained.
-      params, config: the target, which stays as it is.
+      adapter: the trained parameters.
+      params, config: the target, which is not trained.
       layers: E, layers of the target below the adapter.
       batch: packed text as `lm.data.batches` makes it: `tokens`, `positions`, `segments`,
         `weights`.

@@ -1,4 +1,4 @@
-"""The adapter of an early exit as an architecture, so that a bundle can hold it by itself."""
+"""The adapter of an early exit as an architecture, so that it can have a bundle of its own."""
 
 import dataclasses
 from typing import Any

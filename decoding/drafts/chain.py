@@ -12,16 +12,14 @@ from decoding.sample import Sampler
 
 
 def chain(lm: LM, length: int, sampler: Sampler | None = None) -> Drafter:
-    """Returns the drafter of `length` tokens, each drawn after the one before it.
+    """Returns the drafter of chains of `length` tokens, each drawn given the one before.
 
-    A tree in which no node has a sibling; `iid` makes the same of one sequence, for the verifiers
-    of independent sequences.
+    No node of its trees has a sibling. `iid` with one sequence drafts the same, for K-SEQ.
 
     Args:
       lm: the draft model.
       length: tokens.
-      sampler: how its logits become the distribution that tokens are drawn from; by default as they
-        are.
+      sampler: applied to the draft model's logits; by default their softmax.
 
     Raises:
       ValueError: length below 1.

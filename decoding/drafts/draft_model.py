@@ -1,7 +1,7 @@
-"""A draft model and its memory: the nodes that run in a round, and those that stay.
+"""A draft model and its memory: the nodes that run in a round, and those that are kept.
 
-The nodes of a level run together, and see the text, their ancestors and themselves. In the memory
-they stand behind the text, in the order in which they ran:
+The nodes of a level run in one pass, and see the text, their ancestors and themselves. The memory
+holds them after the text, in the order in which they ran:
 
     ... text | last but one | root | level 1 | level 2 | ...
 
@@ -25,7 +25,7 @@ from lm.model.contract import Memory, Model, Nodes
 
 
 class Weights(NamedTuple):
-    """`Drafter.params` of a drafter with a model; another sampler recompiles nothing."""
+    """`Drafter.params` of a drafter with a model; new sampler values do not recompile."""
 
     params: Any
     sampler: Sampler
@@ -45,7 +45,7 @@ class State:
 
     Attributes:
       memory: of the draft model; after `update` it lacks the last two tokens of each text.
-      index_BT: int32, place of each node of the last tree among those that ran, the root's being 0.
+      index_BT: int32, index of each node of the last tree among those that ran; the root has 0.
     """
 
     memory: Memory
@@ -59,7 +59,7 @@ class Level(NamedTuple):
       logprob_BMV: log-probabilities from which their children are drawn.
       sees_BMS: bool, which of the S nodes from the root on each node sees; the last M are its own
         level's.
-      seen_BMV: bool, tokens of the text and of the path; None if the sampler does not ask.
+      seen_BMV: bool, tokens of the text and the path; None without a repetition penalty.
       depth: of the nodes.
     """
 
@@ -70,24 +70,25 @@ class Level(NamedTuple):
 
 
 def prefill(model: Model, params: Any, prompt: Prompt, rows: int) -> Memory:
-    """Returns a memory of each prompt but its last two tokens."""
+    """Returns a memory of all but the last two tokens of each prompt."""
     text = prompt.text
     kept_B = jnp.maximum(text.length_B - 2, 0)
     return model.start(params, contract.chain(prompt.token_BL), kept_B, rows, text.key_B).memory
 
 
 def update(model: Model, weights: Weights, state: State, outcome: Outcome, **extra: Any) -> State:
-    """Keeps the last token but one, the root, and the accepted nodes but the last."""
+    """Keeps the token before the root, the root, and all accepted nodes but the last."""
     del weights
     index_BP = jnp.take_along_axis(state.index_BT, outcome.verdict.path_BP, axis=1)
-    index_BP = jnp.pad(index_BP[:, :-1] + 1, ((0, 0), (1, 0)))  # the last but one ran first
+    # the token before the root ran first
+    index_BP = jnp.pad(index_BP[:, :-1] + 1, ((0, 0), (1, 0)))
     return dataclasses.replace(state, memory=model.keep(state.memory, index_BP, outcome.count_B))
 
 
 def begin(draft: Draft, memory: Memory, text: Text) -> tuple[Level, Memory]:
     """Runs the last two tokens of each text; returns the root's level, and the memory."""
     position_BL = text.length_B[:, None] + jnp.arange(-2, 0)
-    # In a text of one token the first of the two is a node that nothing sees, at position -1.
+    # In a text of one token, the first of the two has position -1, which no node sees.
     token_BL = pick(text.token_BS, jnp.maximum(position_BL, 0))
     memory, seen = draft.model.step(draft.params, memory, Nodes(token_BL, position_BL))
     sees_BMS = jnp.ones((text.length_B.shape[0], 1, 1), bool)
@@ -102,12 +103,12 @@ def extend(
     draft: Draft, memory: Memory, text: Text, above: Level, parent_BM: jax.Array,
     token_BM: jax.Array,
 ) -> tuple[Level, Memory]:  # fmt: skip
-    """Runs the level below one that ran last; returns it, and the memory.
+    """Runs the next level; returns it, and the memory.
 
     Args:
       draft, memory, text: see `begin`.
       above: the level above.
-      parent_BM: int32, each new node's place in it.
+      parent_BM: int32, index of each new node's parent in it.
       token_BM: int32, the new nodes' tokens.
     """
     b, m = token_BM.shape
@@ -138,7 +139,7 @@ def _log_probs(draft: Draft, memory: Memory, h_BMD: jax.Array, seen_BMV) -> jax.
 
 
 def _in_text(text: Text, vocab_size: int) -> jax.Array:
-    """Returns bool `[B, V]`: the tokens that each text has."""
+    """Returns bool `[B, V]`: the tokens that occur in each text."""
     b, s = text.token_BS.shape
     live_BS = jnp.arange(s) < text.length_B[:, None]
     token_BS = jnp.where(live_BS, text.token_BS, vocab_size)

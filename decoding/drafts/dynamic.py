@@ -3,22 +3,21 @@
 Xiong et al. 2024, "DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure" (arXiv
 2410.11744).
 
-A slot is a place for a child: the i-th of a node u. Its value is the probability that the walk
-tries it, were a drawn token y accepted with the draft model's own probability of it,
+A slot (u, i) is the place of node u's i-th child. Its value is the probability that verification
+tries it, if a drawn token y were accepted with the draft model's probability q(y),
 
     value(u, i) = P(u) (1 - q(y_1) - ... - q(y_i-1)),    P(u): product of q along the path to u,
 
-which is known before the slot's own token is drawn. DySpec's greedy algorithm fills the most
-valuable slot over and over, one draft call each. Its threshold form fills all slots above a
-threshold, one level per call. Here levels are drawn the same way, wide enough for any outcome, and
-the N - 1 most valuable slots of all levels stay: those that the greedy algorithm fills, but with
-one call per level; the threshold applies besides.
+It is known before the slot's own token is drawn. DySpec's greedy algorithm repeatedly fills the
+most valuable slot, with one draft call each. Its threshold form fills all slots above a threshold,
+one level per call. Here levels are drawn the same way, wide enough for any outcome, and the N - 1
+most valuable slots of all levels are kept. These are the slots that the greedy algorithm fills, for
+one call per level. The threshold applies as well.
 
-Why that is exact although slots are given up after they were drawn: whether a slot stays depends
-on its value and on how many others are worth more. Its younger siblings and its descendants are
-worth no more than itself, and come behind it in a tie. The values of all others do not depend on
-its token. So no slot's token has a say in whether the slot stays. (What would be biased is to give
-up nodes by how probable they turned out to be.)
+Dropping slots after they were drawn is exact. Whether a slot is kept depends on its value and on
+how many others are worth more. Its younger siblings and its descendants are worth no more, and lose
+ties against it; the values of all other slots do not depend on its token. So whether a slot is kept
+does not depend on its token. (Dropping nodes by the probability of their tokens would be biased.)
 """
 
 import dataclasses
@@ -41,12 +40,12 @@ def dynamic(
 
     Args:
       lm: the draft model.
-      nodes: of the tree, root included; where fewer slots are worth it, the rest is not valid.
-      depth: of the deepest node at most; draft calls per round.
-      threshold: slots of this value or less stay empty. It saves no time where, as here, a pass
-        over a tree costs the same whatever is in it.
-      sampler: how its logits become the distribution that children are drawn from; by default as
-        they are.
+      nodes: of the tree, root included; if fewer slots exceed the threshold, the others are
+        invalid.
+      depth: maximum depth of a node; draft calls per round.
+      threshold: slots of this value or less stay empty. This saves no time: a pass over a tree
+        costs the same, however many nodes are valid.
+      sampler: applied to the draft model's logits; by default their softmax.
 
     Raises:
       ValueError: nodes below 2 or more than a tree of this depth has, depth below 1 or above
@@ -57,8 +56,8 @@ def dynamic(
     if not 0 <= threshold < 1:
         raise ValueError(f'threshold: {threshold}; expected at least 0 and below 1')
     vocab_size = lm.model.vocab_size
-    # Who stays at a level has an ancestor at each level above, and may have only elder siblings
-    # beside these: so many slots of a level, and of a node, can stay at most.
+    # A kept slot's ancestors and elder siblings are kept, too. This bounds the number of slots kept
+    # per level and per node.
     most = [nodes - level for level in range(1, depth + 1)]
     ranks = [min(m, vocab_size) for m in most]
     sizes: tuple[int, ...] = ()
@@ -72,7 +71,7 @@ def dynamic(
         q_BMA = jnp.exp(jnp.take_along_axis(logprob_BMV, token_BMA, axis=2))
         value_BMA = slot_values(mass_BM, q_BMA)
         value_BMA = jnp.where(perturbed_BMA > -jnp.inf, value_BMA, 0)
-        # a child's own slots are worth no more than its own, whatever rounding does
+        # a child's slots are worth no more than the child's own, despite rounding
         mass_BMA = jnp.minimum(mass_BM[..., None] * q_BMA, value_BMA)
         ranked_BMA = jnp.where(value_BMA > threshold, value_BMA, -jnp.inf)
         children = levels.keep(token_BMA, ranked_BMA, sizes[level - 1], (mass_BMA, ranked_BMA))
@@ -90,24 +89,24 @@ def dynamic(
 
 
 def slot_values(mass_BM: jax.Array, q_BMA: jax.Array) -> jax.Array:
-    """Returns the value of each node's slots; it does not increase along A.
+    """Returns the value of each node's slots, `[B, M, A]`, non-increasing along A.
 
     Args:
       mass_BM: probability of the path to each node.
       q_BMA: probability of each child drawn, in the order drawn.
     """
-    # of the elders alone: a difference of sums would let the slot's own token into the rounding
+    # elder siblings only: in a difference of sums, rounding would depend on the slot's own token
     before_BMA = jnp.cumsum(jnp.pad(q_BMA[..., :-1], ((0, 0), (0, 0), (1, 0))), axis=2)
     return mass_BM[..., None] * jax.lax.cummin(jnp.maximum(1 - before_BMA, 0), axis=2)
 
 
 def most_valuable(drawn: DraftTree, value_BT: jax.Array, nodes: int) -> tuple[DraftTree, jax.Array]:
-    """Returns the tree of the root and its most valuable slots, and each node's place in `drawn`.
+    """Returns the tree of the root and the most valuable slots, and each node's index in `drawn`.
 
     Args:
       drawn: a tree of at least `nodes` nodes.
-      value_BT: of each node but the root; -inf: stays empty. No node's exceeds its parent's or its
-        elder siblings'; ties go to the first.
+      value_BT: of each node but the root; -inf leaves a slot empty. No value exceeds that of the
+        parent or of elder siblings; ties go to the first.
       nodes: T of the result.
     """
     count = drawn.token_BT.shape[1]
@@ -117,7 +116,7 @@ def most_valuable(drawn: DraftTree, value_BT: jax.Array, nodes: int) -> tuple[Dr
     place_BT = jnp.sort(jnp.where(best > -jnp.inf, place_BT, count), axis=1)
     valid_BT = place_BT < count
     stays = jnp.any(place_BT[..., None] == jnp.arange(count), axis=1)
-    index = jnp.cumsum(stays, axis=1) - 1  # of a node that stays, among those that stay
+    index = jnp.cumsum(stays, axis=1) - 1  # of each kept node, among the kept nodes
     place_BT = jnp.where(valid_BT, place_BT, 0)
     tree = jax.tree.map(lambda x: pick(x, place_BT), drawn)
     parent_BT = jnp.take_along_axis(index, jnp.maximum(tree.parent_BT, 0), axis=1)

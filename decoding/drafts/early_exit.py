@@ -1,9 +1,9 @@
-"""Early exit: the target's own first layers draft, and do not run again to verify.
+"""Early exit: the target's first layers draft, and verification does not run them again.
 
-A chain of tokens is drawn from the stream after the first E layers, read out by the target's own
-final norm and head, or by an adapter of one attention block in front of that head (Kangaroo, Liu
-et al. 2024, arXiv 2404.18911). Those layers leave in the target's memory the rows that
-verification needs, so that it runs only the layers above.
+A chain of tokens is drawn from the residual stream after the first E layers, through the target's
+final norm and head, or through an adapter of one attention block before that head (Kangaroo, Liu et
+al. 2024, arXiv 2404.18911). These layers write their rows into the target's memory, so that
+verification runs only the layers above.
 """
 
 import dataclasses
@@ -30,11 +30,11 @@ from decoding.sample import Sampler
 from decoding.tree import WithoutReplacement
 from lm.model.contract import NOTHING, Ask, Memory, Model, Nodes
 
-DRAFTS = 2  # tag of draft noise, which must not be the noise that verifies
+DRAFTS = 2  # tag of draft noise, independent of the verifier's
 
 
 class Adapter(NamedTuple):
-    """A model that reads the stream after the first E layers, and its parameters.
+    """A model that reads the residual stream after the first E layers, and its parameters.
 
     Attributes:
       model: its nodes are vectors; the target's head reads its hidden states.
@@ -46,10 +46,10 @@ class Adapter(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """`Drafter.params`; another sampler recompiles nothing.
+    """`Drafter.params`; new sampler values do not recompile.
 
     Attributes:
-      sampler: makes the draft's distribution of its logits.
+      sampler: applied to the draft's logits.
       adapter: parameters of the adapter, or None.
     """
 
@@ -75,19 +75,19 @@ def early_exit(
 ) -> Drafter:
     """Returns the drafter of chains drawn from the target's first layers.
 
-    Kangaroo ends a chain early if the draft is unsure; here all chains of a batch have one length,
-    since no row could save a pass by itself.
+    Kangaroo ends a chain early if the draft is unsure. Here all chains of a batch have one length:
+    one row that ends early saves the batch no pass.
 
     Args:
       target: the model that will verify.
       layers: E, how many of its layers draft.
       length: tokens of a chain.
-      sampler: makes the draft's distribution of its logits; by default as they are. Best is the
-        target's, with one setting for all rows; a repetition penalty is left out.
+      sampler: applied to the draft's logits; by default their softmax. Use the target's, with
+        scalar settings; a repetition penalty is ignored.
       adapter: see `adapter.model` and `adapter.init`; none by default.
 
     Raises:
-      ValueError: `layers` or `length` is out of range; a setting of `sampler` is no number.
+      ValueError: `layers` or `length` is out of range; a setting of `sampler` is not a scalar.
     """
     model = target.model
     if not 1 <= layers < model.n_layers:
@@ -98,7 +98,7 @@ def early_exit(
     if length < 1:
         raise ValueError(f'early_exit: chains of {length} tokens; expected at least 1')
     if any(jnp.ndim(setting) for setting in jax.tree.leaves(sampler)):
-        raise ValueError('early_exit: settings of its sampler are numbers, the same for all rows')
+        raise ValueError('early_exit: sampler settings must be scalars, the same for all rows')
     own, weights = adapter or (None, None)
     static = _Exit(model, own, layers, length)
     sampler = dataclasses.replace(sampler or Sampler(), repetition_penalty=None)
@@ -113,13 +113,13 @@ def early_exit(
         shared_layers=layers,
         ask=NOTHING if own is None else Ask((layers - 1,)),
     )
-    # Drafting T nodes costs T passes of E layers, and saves one of them to the target's pass.
+    # Drafting T nodes costs T passes of E layers, and saves the target's pass one of them.
     provenance = Provenance(target, calls=length, size=_size(model, layers, weights))
     return Drafter(method, Weights(sampler, weights), provenance)
 
 
 def _init(static: _Exit, weights: Weights, prompt: Prompt, **extra: Any) -> Memory | None:
-    """Returns the adapter's memory of all but the last tokens."""
+    """Returns the adapter's memory of all but each prompt's last token."""
     if static.adapter is None:
         return None
     read = Nodes(None, _positions(prompt.token_BL), x_BTD=prompt.seen.layers[0])
@@ -130,7 +130,7 @@ def _init(static: _Exit, weights: Weights, prompt: Prompt, **extra: Any) -> Memo
 def _propose(
     static: _Exit, weights: Weights, own: Memory | None, context: Context, **extra: Any
 ) -> Proposal:
-    """Drafts a chain; every node, the last one too, leaves its rows in both memories."""
+    """Drafts a chain; every node, including the last, writes its rows into both memories."""
     text = context.text
     root_B = text.length_B - 1
 
@@ -169,11 +169,11 @@ def _node(
     static: _Exit, weights: Weights, params: Any, token_B: jax.Array, position_B: jax.Array,
     memory: Memory, own: Memory | None,
 ) -> tuple[jax.Array, jax.Array, Memory, Memory | None]:  # fmt: skip
-    """Runs one node: the stream after E layers, its hidden state, and both memories."""
+    """Runs one node; returns the stream after E layers, the hidden state, and both memories."""
     nodes = Nodes(token_B[:, None], position_B[:, None])
     memory, seen = static.target.step(params, memory, nodes, layers=range(static.layers))
     x_BTD, h_BTD = seen.x_BTD, seen.h_BTD
-    assert x_BTD is not None, 'a model with layers returns its stream'
+    assert x_BTD is not None, 'a model with layers returns its residual stream'
     if static.adapter is not None:
         nodes = nodes._replace(x_BTD=x_BTD)
         own, seen = static.adapter.step(weights.adapter, own, nodes)

@@ -1,4 +1,4 @@
-"""Several sequences, each drawn by itself.
+"""Several sequences, drawn independently.
 
 Sun et al. 2023, "SpecTr: Fast Speculative Decoding via Optimal Transport" (arXiv 2310.15141):
 the i.i.d. draft sequences that its K-SEQ verifies.
@@ -15,16 +15,15 @@ from decoding.tree import Independent
 
 
 def iid(lm: LM, sequences: int, length: int, sampler: Sampler | None = None) -> Drafter:
-    """Returns the drafter of K sequences that share the root; some may be equal.
+    """Returns the drafter of K i.i.d. sequences below the root; some may be equal.
 
-    The tree has 1 + K length nodes.
+    The tree has 1 + K * length nodes.
 
     Args:
       lm: the draft model.
       sequences: K.
       length: tokens of each.
-      sampler: how its logits become the distribution that tokens are drawn from; by default as they
-        are.
+      sampler: applied to the draft model's logits; by default their softmax.
 
     Raises:
       ValueError: sequences or length below 1.
@@ -34,7 +33,7 @@ def iid(lm: LM, sequences: int, length: int, sampler: Sampler | None = None) -> 
 
     def draw(logprob_BMV, key_B, level, carry):
         del level, carry
-        # all start from the root, each with noise of its own, and then continue themselves
+        # all start at the root, each with its own noise; below, each continues its own last node
         parent = jnp.arange(sequences) % logprob_BMV.shape[1]
         token_BA1, _ = levels.top(logprob_BMV[:, parent], key_B, 1)
         token_BA = token_BA1[..., 0]

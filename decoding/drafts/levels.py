@@ -1,4 +1,4 @@
-"""Trees that a draft model grows level by level, and the drafters made of them."""
+"""Trees that a draft model grows level by level, and the drafters of such trees."""
 
 import functools
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from decoding.sample import Sampler
 from decoding.tree import DraftTree
 from lm.model.contract import Memory
 
-DRAFTS = 2  # tag of draft noise, which must not be the noise that verifies (`sample.at_position`)
+DRAFTS = 2  # tag of draft noise, independent of the verifier's (`sample.at_position`)
 
 
 class Children(NamedTuple):
     """The next level, each node's children side by side in the order they were drawn.
 
     Attributes:
-      parent_BM: int32, place in the level above.
+      parent_BM: int32, index in the level above.
       token_BM: int32.
-      valid_BM: bool; children of invalid parents need not be marked.
+      valid_BM: bool; children of invalid parents need not be marked invalid.
       carry: passed to the draw of the level below.
     """
 
@@ -38,7 +38,7 @@ class Children(NamedTuple):
 class Draw(Protocol):
     """Draws the children of a level's nodes from their log-probabilities.
 
-    Above level 1 is the root, with a carry of None.
+    Level 1 is drawn from the root, with a carry of None.
     """
 
     def __call__(
@@ -47,7 +47,7 @@ class Draw(Protocol):
 
 
 class Grown(NamedTuple):
-    """A tree, the place of each node among those drawn, and the draft model's memory."""
+    """A tree, each node's index among those drawn, and the draft model's memory."""
 
     tree: DraftTree
     index_BT: jax.Array
@@ -69,16 +69,15 @@ def drafter(
     branching: int,
     nodes: int | None = None,
 ) -> Drafter:
-    """Returns the drafter that proposes the trees that `grown` grows.
+    """Returns the drafter of the trees that `grown` returns.
 
     Args:
       lm: the draft model.
-      sampler: how its logits become the distribution that children are drawn from; by default as
-        they are.
+      sampler: applied to the draft model's logits; by default their softmax.
       grown: see `Grow`.
       trees: class of the trees.
-      sizes: nodes of each level below the root that are drawn.
-      branching: children of one node at most.
+      sizes: number of nodes drawn at each level below the root.
+      branching: maximum number of children per node.
       nodes: of the trees, root included; by default all that are drawn.
     """
     drawn = 1 + sum(sizes)
@@ -86,7 +85,7 @@ def drafter(
     model = lm.model
 
     def init(weights: Weights, prompt: Prompt, /, **extra: Any) -> State:
-        # nodes that the tree leaves out, and the last token but one, need rows too
+        # dropped nodes and the token before the root need rows, too
         rows = prompt.rows + drawn - nodes + 1
         memory = draft_model.prefill(model, weights.params, prompt, rows)
         return State(memory, jnp.zeros((prompt.text.length_B.shape[0], nodes), jnp.int32))
@@ -115,7 +114,7 @@ def grow(
     draw: Draw, depth: int, trees: Callable[..., DraftTree], draft: Draft, memory: Memory,
     text: Text,
 ) -> tuple[DraftTree, Memory, Any]:  # fmt: skip
-    """Grows a tree level by level; its nodes stand in the memory in their own order.
+    """Grows a tree level by level; its nodes enter the memory in order.
 
     Args:
       draw: see `Draw`.
@@ -152,7 +151,7 @@ def grow(
 
 
 def whole(draw: Draw, depth: int, trees: Callable[..., DraftTree]) -> Grow:
-    """Returns the function that proposes every node that `grow` draws."""
+    """Returns a `Grow` that keeps every node that `grow` draws."""
 
     def grown(draft: Draft, memory: Memory, text: Text) -> Grown:
         tree, memory, _ = grow(draw, depth, trees, draft, memory, text)
@@ -175,11 +174,11 @@ def top(logprob_BMV: jax.Array, key_B: jax.Array, count: int) -> tuple[jax.Array
 
 
 def keep(token_BMA: jax.Array, value_BMA: jax.Array, size: int, carry: tuple) -> Children:
-    """Keeps the `size` children of the greatest values, in the order parent, rank.
+    """Keeps the `size` children with the greatest values, ordered by parent, then rank.
 
     Args:
       token_BMA: each node's children in the order drawn.
-      value_BMA: does not increase along A; ties go to the first. -inf: no child.
+      value_BMA: non-increasing along A; ties go to the first. -inf: no child.
       size: how many to keep.
       carry: arrays `[B, M, A]`; the kept children's entries are carried on.
     """

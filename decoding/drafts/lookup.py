@@ -1,10 +1,10 @@
-"""Prompt lookup: what followed the last few tokens earlier in the text is drafted again.
+"""Prompt lookup: drafts the earlier continuations of the text's last few tokens.
 
 Saxena 2023 (prompt lookup decoding) copies one continuation; Lookahead (Zhao et al. 2024, Ant
 Group) merges several into a trie, so that shared prefixes are verified once. Its host-side trie is
-replaced here by tables on the device: for each n-gram size, from an n-gram's hash to the places
-where it last ended. Each match is compared with the text, so that a hash collision costs at most a
-candidate.
+replaced here by tables on the device, one per n-gram size, that map an n-gram's hash to the
+positions where it last ended. Each match is compared with the text, so a hash collision costs at
+most one candidate.
 """
 
 import flax.struct
@@ -15,18 +15,18 @@ from decoding import tree as tree_lib
 from decoding.drafter import Context, Drafter, Method, Outcome, Prompt, Proposal, Text
 from decoding.tree import DraftTree
 
-# A draft stays right with about this probability per token: settles where the nodes go when the
-# budget does not hold all that was found, several short branches or one long.
+# Assumed acceptance rate per token. It decides how a limited budget of nodes is divided between
+# several short branches and one long one.
 SURVIVAL = 0.8
 
 
 @flax.struct.dataclass
 class State:
-    """Where n-grams ended in each row's text; only those that a token followed.
+    """Positions where n-grams ended in each row's text, if a token followed.
 
     Attributes:
-      table: int32 `[B, sizes, buckets, branches]`: the last places whose n-gram has that hash,
-        newest first; -1 where there are fewer.
+      table: int32 `[B, sizes, buckets, branches]`: the last positions whose n-gram has that hash,
+        newest first, padded with -1.
       indexed_B: int32: n-grams that end before this position are in the table.
     """
 
@@ -45,12 +45,12 @@ def lookup(
     """Returns the drafter; its trees do not depend on the draws that verify them.
 
     Args:
-      nodes: of the tree, the root included. Where more were found, those shared by most of the
-        continuations stay, weighted by how much text they matched, and the shallow ones.
-      length: tokens of a continuation at most.
-      branches: continuations at most: of the longest match first, then the latest.
+      nodes: of the tree, the root included. If more are found, those with the highest scores are
+        kept (see `trie`): shared by many continuations with long matches, and shallow.
+      length: maximum tokens per continuation.
+      branches: maximum number of continuations: longest match first, then latest.
       longest: n-gram size to match; falls back to shorter ones, down to one token.
-      buckets: rows of the hash table, a power of two; by default as many as the text has places.
+      buckets: rows of the hash table, a power of two; by default as many as the text has positions.
 
     Raises:
       ValueError: a size is out of range.
@@ -98,10 +98,11 @@ def trie(
     weight_BA: jax.Array,
     nodes: int,
 ) -> DraftTree:
-    """Merges K continuations into a tree in which each prefix they share appears once.
+    """Merges K continuations into a tree in which each shared prefix appears once.
 
-    A prefix scores the weights of the continuations that begin with it, discounted by its length
-    (`SURVIVAL`). A prefix's own prefix always scores more, so that the best `nodes - 1` are a tree.
+    The score of a prefix is the total weight of the continuations that begin with it, discounted by
+    its length (`SURVIVAL`). Its own prefixes always score higher, so the best `nodes - 1` form a
+    tree.
 
     Args:
       root_B: int32, the token that all of them continue.
@@ -119,11 +120,12 @@ def trie(
     score_BAL = jnp.einsum('bijl,bj->bil', same_BAAL.astype(jnp.float32), weight_BA)
     score_BAL = jnp.where(is_node_BAL, score_BAL * SURVIVAL ** jnp.arange(l), 0.0)
     score_BT, chosen_BT = jax.lax.top_k(score_BAL.reshape(b, k * l), nodes - 1)
-    # of the whole grid, which node of the tree it became
+    # for each entry of the grid, its node in the tree
     batch = jnp.arange(b)[:, None]
     slot = jnp.zeros((b, k * l), jnp.int32).at[batch, chosen_BT].set(jnp.arange(1, nodes))
     above_BAL = slot[batch[..., None], (first_BAL * l + jnp.arange(l))[..., :-1].reshape(b, k, -1)]
-    above_BAL = jnp.pad(above_BAL, ((0, 0), (0, 0), (1, 0)))  # first tokens hang on the root
+    # first tokens are children of the root
+    above_BAL = jnp.pad(above_BAL, ((0, 0), (0, 0), (1, 0)))
 
     def pick(x_BAL, root, otherwise):
         x_BT = jnp.take_along_axis(x_BAL.reshape(b, k * l), chosen_BT, axis=1)
@@ -141,7 +143,7 @@ def trie(
 
 
 def _windows(text: Text, end_BM: jax.Array, size: int) -> jax.Array:
-    """Returns the `size` tokens that end at each place, `[B, M, size]`."""
+    """Returns the `size` tokens that end at each position, `[B, M, size]`."""
     place = end_BM[..., None] + jnp.arange(1 - size, 1)
     place = jnp.clip(place, 0, text.token_BS.shape[1] - 1)
     return text.token_BS[jnp.arange(end_BM.shape[0])[:, None, None], place]
@@ -172,7 +174,7 @@ def _index(text: Text, size: int, buckets: int, branches: int) -> jax.Array:
 
 
 def _insert(table: jax.Array, text: Text, end_B: jax.Array, longest: int) -> jax.Array:
-    """Returns the table with the n-grams of all sizes that end at one place of each text."""
+    """Returns the table with the n-grams of all sizes that end at one position of each text."""
     buckets = table.shape[2]
     batch = jnp.arange(end_B.shape[0])
     for row, size in enumerate(range(longest, 0, -1)):
@@ -186,7 +188,7 @@ def _insert(table: jax.Array, text: Text, end_B: jax.Array, longest: int) -> jax
 
 
 def _matches(state: State, text: Text, longest: int, branches: int) -> tuple[jax.Array, jax.Array]:
-    """Returns where continuations start, and the number of tokens before it that match.
+    """Returns where continuations start, and how many tokens before them match.
 
     int32 and f32 `[B, branches]`; 0 tokens where there is no match.
     """
@@ -200,7 +202,7 @@ def _matches(state: State, text: Text, longest: int, branches: int) -> tuple[jax
         ends.append(end)
         weights.append(jnp.where(same & (end >= 0) & (last_B1 >= size - 1), size, 0))
     end_BM, weight_BM = jnp.concatenate(ends, axis=1), jnp.concatenate(weights, axis=1)
-    # a place whose long n-gram matches is found under its shorter ones again
+    # a position whose long n-gram matches is found again under its shorter ones
     twin = (end_BM[..., None] == end_BM[:, None]) & (weight_BM[:, None] > 0)
     again_BM = jnp.any(twin & jnp.tri(end_BM.shape[1], k=-1, dtype=bool), axis=-1)
     weight_BM = jnp.where(again_BM, 0, weight_BM)
@@ -209,7 +211,7 @@ def _matches(state: State, text: Text, longest: int, branches: int) -> tuple[jax
 
 
 def _continuations(text: Text, start_BA: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the tokens from each start, `[B, A, length]`, and which of them the text has."""
+    """Returns the tokens from each start, `[B, A, length]`, and which of them are in the text."""
     place = start_BA[..., None] + jnp.arange(length)
     last = text.token_BS.shape[1] - 1
     batch = jnp.arange(start_BA.shape[0])[:, None, None]

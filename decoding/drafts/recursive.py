@@ -25,12 +25,11 @@ def branching(lm: LM, factors: tuple[int, ...], sampler: Sampler | None = None) 
 
     Args:
       lm: the draft model.
-      factors: children of the root, of each of these, and so on.
-      sampler: how its logits become the distribution that children are drawn from; by default as
-        they are.
+      factors: children per node at each depth, the root's first.
+      sampler: applied to the draft model's logits; by default their softmax.
 
     Raises:
-      ValueError: no factors, or one that is not between 1 and the vocabulary.
+      ValueError: no factors, or one outside of [1, V].
     """
     levels.check('factors: how many', len(factors))
     for i, factor in enumerate(factors):
@@ -50,20 +49,19 @@ def beam(lm: LM, width: int, length: int, sampler: Sampler | None = None) -> Dra
     """Returns RSD-S: each level holds the `width` nodes that stochastic beam search keeps.
 
     Kool et al. 2019, "Stochastic Beams and Where to Find Them: The Gumbel-Top-k Trick for Sampling
-    Sequences Without Replacement" (arXiv 1903.06059), algorithm 1. A level of the tree is a sample
-    without replacement of paths from the root; a node's children are those of its continuations
-    that are kept, by perturbed log-probability.
+    Sequences Without Replacement" (arXiv 1903.06059), algorithm 1. Each level is a sample of paths
+    from the root without replacement; a node's children are its kept continuations, ordered by
+    perturbed log-probability.
 
-    Exact although the number of children is random: of Gumbel-perturbed values in decreasing
-    order, each is independent of which token attains it, given the tokens before. Whether there
-    is an i-th child depends on its value, and so says nothing about which token it is.
+    This is exact although the number of children is random. In decreasing order, each
+    Gumbel-perturbed value is independent of the token that attains it, given the tokens before.
+    Whether there is an i-th child depends on its value alone, and so not on its token.
 
     Args:
       lm: the draft model.
-      width: nodes of a level.
-      length: levels.
-      sampler: how its logits become the distribution that children are drawn from; by default as
-        they are.
+      width: nodes per level.
+      length: number of levels.
+      sampler: applied to the draft model's logits; by default their softmax.
 
     Raises:
       ValueError: width or length below 1.
@@ -84,7 +82,7 @@ def beam(lm: LM, width: int, length: int, sampler: Sampler | None = None) -> Dra
         token_BMA, g_BMA = levels.top(phi_BM[..., None] + logprob_BMV, key_B, ranks)
         phi_BMA = phi_BM[..., None] + jnp.take_along_axis(logprob_BMV, token_BMA, axis=2)
         psi_BMA = given_maximum(g_BMA, psi_BM)
-        # rounding must not put a node before its elder: it would decide about it
+        # rounding must not order a node before its elder sibling, or its token would matter
         psi_BMA = jax.lax.cummin(psi_BMA, axis=2)
         return levels.keep(token_BMA, psi_BMA, sizes[level - 1], (phi_BMA, psi_BMA))
 
@@ -93,15 +91,14 @@ def beam(lm: LM, width: int, length: int, sampler: Sampler | None = None) -> Dra
 
 
 def given_maximum(g_BMA: jax.Array, psi_BM: jax.Array) -> jax.Array:
-    """Returns Gumbel variables `g_BMA`, made to have `psi_BM` as their maximum.
+    """Returns the Gumbel variables `g_BMA`, transformed to have the maximum `psi_BM`.
 
-    -log(e^-psi - e^-Z + e^-g), with Z the maximum that they had (Kool et al. 2019), in the form of
-    their appendix on numerical stability, which neither overflows nor cancels. The greatest becomes
-    psi exactly, and -inf stays.
+    -log(e^-psi - e^-Z + e^-g), with Z their maximum before (Kool et al. 2019), in the numerically
+    stable form of that paper's appendix. The greatest becomes exactly psi; -inf stays.
 
     Args:
       g_BMA: perturbed log-probabilities of each node's best children, the greatest first.
-      psi_BM: of the node itself; -inf, as of nodes outside of the support, gives -inf throughout.
+      psi_BM: of the node itself; -inf (outside of the support) gives -inf for all children.
     """
     exists_BMA = (g_BMA > -jnp.inf) & (psi_BM > -jnp.inf)[..., None]
     g_BMA = jnp.where(exists_BMA, g_BMA, 0)

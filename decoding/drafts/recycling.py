@@ -1,7 +1,7 @@
-"""Token Recycling: what followed a token last time is drafted after it again (Luo et al. 2024).
+"""Token Recycling (Luo et al. 2024, arXiv 2408.08696): drafts the last known successors.
 
-A matrix holds the k most probable successors of every token, as the target saw them when it last
-met that token, on an accepted path or a rejected one. A template tree is filled from it.
+A matrix holds each token's k most probable successors, from the target's last pass over that token,
+on an accepted or a rejected path. A template tree is filled from it.
 """
 
 import flax.struct
@@ -15,7 +15,7 @@ from decoding.drafts.template import Template
 from decoding.tree import DraftTree
 
 RANKS = 8
-# of the paper's template: 80 nodes below the root
+# level sizes of the paper's template: 80 nodes below the root
 LEVELS = (8, 21, 25, 15, 8, 3)
 
 
@@ -24,9 +24,9 @@ class State:
     """The known successors of each token.
 
     Attributes:
-      successor_BVA: int32 `[B, V, k]`, most probable first; -1 where the token was not met yet.
-        Each row of a batch has its own, so that neither its text nor its number of rounds depends
-        on the rows beside it. A row costs 4 k V bytes: 4 MB at V = 128,000.
+      successor_BVA: int32 `[B, V, k]`, most probable first; -1 for tokens not seen yet. Each row of
+        a batch has its own, so that neither its text nor its number of rounds depends on the other
+        rows. A row takes 4 k V bytes: 4 MB at V = 128,000.
     """
 
     successor_BVA: jax.Array
@@ -45,7 +45,7 @@ def recycling(
       vocab_size: of the target.
       template: shape of the tree; by default the paper's level sizes. For another number of nodes,
         `template.best_first(template.acceptance_of(ranks), nodes)`.
-      ranks: k, successors kept per token; at least those that the template asks for.
+      ranks: k, successors kept per token; at least the template's.
       warm_VA: int32 `[V, k]`, successors known from earlier calls (`pool`); by default none, a
         cold start. The paper keeps its matrix from one question to the next.
 
@@ -95,7 +95,7 @@ def write(
       successor_BVA: see `State`.
       token_BT: int32.
       best_BTA: int32, the target's k most probable tokens after each of them.
-      write_BT: bool: which of them count; at most one of those that are the same token.
+      write_BT: bool: which of them are written; at most one per distinct token.
     """
     b, v, _ = successor_BVA.shape
     target_BT = jnp.where(write_BT, token_BT, v)  # out of range: dropped
@@ -103,9 +103,9 @@ def write(
 
 
 def pool(successor_BVA: jax.Array) -> jax.Array:
-    """Returns the successors that a batch's rows know together, int32 `[V, k]`, for a warm start.
+    """Returns the successors of all rows of a batch merged, int32 `[V, k]`, for a warm start.
 
-    Where several rows met a token, the last of them counts.
+    If several rows have seen a token, the last one's are taken.
     """
     met_BV = successor_BVA[..., 0] >= 0
     rows = jnp.arange(met_BV.shape[0])[:, None]

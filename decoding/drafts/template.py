@@ -19,8 +19,8 @@ class Template(NamedTuple):
         depth   [ 0 1 1 2]
 
     Attributes:
-      parent, rank, depth: int `[T]`: whose child a node is, its rank among that node's candidates,
-        and its level; the root comes first.
+      parent, rank, depth: int `[T]`: a node's parent, its rank among the parent's candidates, and
+        its level; the root comes first.
     """
 
     parent: np.ndarray
@@ -29,23 +29,22 @@ class Template(NamedTuple):
 
 
 def acceptance_of(ranks: int) -> np.ndarray:
-    """Returns assumed rates at which the target takes the candidates of each rank, f64 `[ranks]`.
+    """Returns assumed acceptance rates by candidate rank, f64 `[ranks]`.
 
-    A power law. Its scale and slope are those with which `best_first` comes nearest to the level
-    sizes of the hand-made tree of Token Recycling (8/23/25/17/6/1 for 8/21/25/15/8/3).
+    A power law, fitted so that `best_first` comes closest to the level sizes of the hand-made tree
+    of Token Recycling (8/23/25/17/6/1 for 8/21/25/15/8/3).
     """
     return 0.26 * np.arange(1, ranks + 1) ** -2.5
 
 
 def best_first(acceptance: Sequence[float] | np.ndarray, nodes: int) -> Template:
-    """Returns the template of `nodes` nodes, the root included, most likely to be accepted.
+    """Returns the template of `nodes` nodes, root included, with the most expected acceptances.
 
-    A node's probability of being reached is taken to be the product of the acceptance rates of
-    the ranks on its path; no other tree of that size has a greater sum of them (compare Sequoia,
-    Chen et al. 2024).
+    A node's acceptance probability is taken to be the product of the rates of the ranks on its
+    path; no tree of that size has a greater sum of them (compare Sequoia, Chen et al. 2024).
 
     Args:
-      acceptance: rate per rank, falling, in (0, 1).
+      acceptance: rate per rank, non-increasing, in (0, 1).
       nodes: at least 1.
 
     Raises:
@@ -92,10 +91,10 @@ def fill(
       template: see `Template`.
       root_B: int32, the root's token.
       candidates: from tokens int32 `[B, M]` to candidates for the next one, int32 `[B, M, ranks]`,
-        best first and different from each other; negative where there is none.
+        distinct, best first, padded with negative ids.
     """
     levels_BM = [root_B[:, None]]
-    first = 0  # node of the level above
+    first = 0  # first node of the level above
     for depth in range(1, template.depth[-1] + 1):
         nodes = np.flatnonzero(template.depth == depth)
         above_BM = levels_BM[-1]
@@ -114,7 +113,9 @@ def fill(
 def _check(acceptance: Sequence[float] | np.ndarray, nodes: int) -> None:
     rates = np.asarray(acceptance)
     if rates.size < 1 or rates.min() <= 0 or rates.max() >= 1 or (np.diff(rates) > 0).any():
-        raise ValueError(f'acceptance by rank: {rates.tolist()}; expected falling rates in (0, 1)')
+        raise ValueError(
+            f'acceptance by rank: {rates.tolist()}; expected non-increasing rates in (0, 1)'
+        )
     if nodes < 1:
         raise ValueError(f'template: {nodes} nodes; expected at least 1, the root')
 

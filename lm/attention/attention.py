@@ -1,10 +1,10 @@
-"""Attention for every path of a model: picks the kernel, and runs it on each device's own part.
+"""Attention for every path of a model: picks the kernel, and runs it on each device's shard.
 
-On CPU everything is XLA. On TPU and GPU the kernels of `lm.kernels` run: `flash` for training and
-prefill, `decode` for one new node against a cache, `tree` for several. A kernel requested on a
-platform other than its own is interpreted: slow, for tests.
+On CPU everything is plain XLA. TPU and GPU run the kernels of `lm.kernels`: `flash` for training
+and prefill, `decode` for one new node against a cache, `tree` for several. On another platform than
+its own, a requested kernel is interpreted: slow, for tests.
 
-Gradients exist for queries, keys and values alone; those of bias, noise and temperature are zero.
+Only queries, keys and values get gradients; those of bias, noise and temperature are zero.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ Implementation = Literal['xla', 'mosaic', 'triton']
 OF_PLATFORM: dict[str, Implementation] = {'tpu': 'mosaic', 'gpu': 'triton', 'cuda': 'triton'}
 AMPERE = 8  # compute capability: the first NVIDIA GPUs with matrix units for bf16
 KERNELS = {'mosaic': mosaic, 'triton': triton}
-# Up to this many queries per KV head stay whole beside each block of keys; flash cuts them.
+# Up to this many queries per KV head are one block; beyond that, flash splits them.
 TREE_ROWS = 1024
 
 QUERIES = Axes('batch', None, 'heads', None)
@@ -40,8 +40,8 @@ LSE = Axes('batch', None, 'heads')
 def platform() -> str:
     """Returns the platform of the mesh in use (`jax.set_mesh`), or of the default device.
 
-    A mesh whose devices this host does not have counts too: programs compiled ahead of time for
-    it get its kernels.
+    This includes a mesh of devices that this host does not have: programs compiled ahead of time
+    for it get its kernels.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.abstract_device is not None:
@@ -52,8 +52,7 @@ def platform() -> str:
 def best() -> Implementation:
     """Returns the implementation for the platform in use: its kernels, or 'xla'.
 
-    The GPU kernels are for NVIDIA's Ampere and later. GPUs of a mesh that this host does not have
-    are taken to be such.
+    The GPU kernels need NVIDIA's Ampere or later, assumed of GPUs that this host does not have.
     """
     name = OF_PLATFORM.get(platform(), 'xla')
     if name != 'triton' or jax.default_backend() != 'gpu':
@@ -75,23 +74,23 @@ def attention(
 ) -> jax.Array:
     """Returns softmax(logits) v over the keys that each query sees, in the dtype of `q`.
 
-    Query head h reads key/value head `h // (H / K)`. Softmax in f32. A query that sees no key
-    gives zeros.
+    Query head h reads key/value head `h // (H / K)`. Softmax in f32. The result is zero for a query
+    that sees no key.
 
     Args:
       q_BLHC: queries.
-      k, v: `[B, K, S, C]`; with `layer`, the stacked caches `[N, B, K, S, C]` of which that layer
-        is read, where it lies.
+      k, v: `[B, K, S, C]`; with `layer`, the stacked caches `[N, B, K, S, C]`, of which one layer
+        is read in place.
       mask: see `Mask`; with `length`, `k` and `v` are a cache.
-      scoring: makes the logits of q . k, see `Scoring`.
+      scoring: from q . k to the logits, see `Scoring`.
       implementation: `None` for `best()`.
       layer: index into the stack.
-      ring: whether keys or queries go round the devices of a mesh's `sequence` axis, as in
-        `lm.attention.ring`.
+      ring: whether keys or queries are passed around the mesh's `sequence` axis
+        (`lm.attention.ring`).
 
     Raises:
       ValueError: `implementation` or `ring` is unknown, or the arrays differ in dtype; or there is
-        a cache or a draft tree, and the mesh in use cuts sequences.
+        a cache or a draft tree, and the mesh in use shards sequences.
     """
     return attention_and_lse(q_BLHC, k, v, mask, scoring, implementation, layer=layer, ring=ring)[0]
 
@@ -107,9 +106,10 @@ def attention_and_lse(
     layer: jax.Array | int | None = None,
     ring: Ring = 'keys',
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the result of `attention`, and f32 `[B, L, H]`: log sum exp of each query's logits.
+    """Returns the result of `attention`, and the LSE of each query's logits, f32 `[B, L, H]`.
 
-    With it, results over parts of the keys can be merged. It is -inf where no key is seen.
+    The LSE (log-sum-exp) allows merging results over disjoint keys (`lm.kernels.merge`). It is -inf
+    for a query that sees no key.
     """
     name = _checked(q_BLHC, k, v, layer, implementation)
     chex.assert_shape(mask.query_position, q_BLHC.shape[:2])
@@ -124,7 +124,7 @@ def attention_and_lse(
     interpret = interpreted(name)
     queries = q_BLHC.shape[1] * q_BLHC.shape[2] // k.shape[-3]
     if mask.ancestors is None and (mask.length is None or queries > TREE_ROWS):
-        if layer is not None:  # many queries read each key: the copy costs little beside them
+        if layer is not None:  # many queries read each key: the copy is cheap by comparison
             k, v, layer = k[layer], v[layer], None
         call: Callable[..., Any] = functools.partial(flash.flash, backend=name, interpret=interpret)
     else:
@@ -148,8 +148,8 @@ def column_sums(
 ) -> jax.Array:
     """Returns the attention that each key received, f32 `[B, K, S]`; it has no gradients.
 
-    Summed over the query heads of a KV head, and over the queries that `row_mask_BL` counts:
-    rejected nodes of a draft tree should not.
+    Summed over the query heads of a KV head, and over the queries in `row_mask_BL`, which should
+    exclude rejected nodes of a draft tree.
 
     Args:
       q_BLHC, k, mask, scoring, implementation, layer: as for `attention`.
@@ -183,9 +183,9 @@ def sparse_decode(
 
     Without a mask there is one query per batch row, which sees every kept row, whatever its
     position. With a mask, the last `mask.nodes` rows in use hold the nodes of a draft tree, the new
-    ones included: each query sees those nodes that the mask lets it see, and of the committed rows
-    before them every kept one. `lm.kernels.reference.sparse_decode` has the formula;
-    `attention_and_lse` says more of arguments and results.
+    ones included: each query sees the nodes that the mask allows, and every kept one of the
+    committed rows before them. `lm.kernels.reference.sparse_decode` has the formula; see
+    `attention_and_lse` for arguments and results.
     """
     ring_lib.refuse('sparse_decode')
     name = _checked(q_BLHC, k, v, layer, implementation)
@@ -208,14 +208,14 @@ def sparse_decode(
 
 
 def interpreted(implementation: str) -> bool:
-    """Returns whether kernels of this kind have to be interpreted on the platform in use."""
+    """Returns whether kernels of this kind must be interpreted on the platform in use."""
     return OF_PLATFORM.get(platform()) != implementation
 
 
 def _checked(
     q_BLHC: jax.Array, k: jax.Array, v: jax.Array, layer: Any, implementation: str | None
 ) -> Any:
-    """Returns the implementation to use, once the shapes fit."""
+    """Checks the shapes and returns the implementation to use."""
     b, _, h, c = q_BLHC.shape
     stack = () if layer is None else (None,)
     n_kv, s = k.shape[-3:-1]
@@ -231,7 +231,7 @@ def _checked(
 
 
 def _check_terms(k: jax.Array, mask: Mask | None, scoring: Scoring) -> None:
-    """Asserts that there is one bias and one noise per key, a row of them for each KV head or 1."""
+    """Asserts that bias and noise have one value per key, and a row per KV head or one."""
     *_, b, n_kv, s, _ = k.shape
     for x in (None if mask is None else mask.key_bias, scoring.noise):
         if x is not None:
@@ -244,7 +244,7 @@ def _keys(layer: Any) -> Axes:
 
 
 def _mask_axes(mask: Mask) -> Mask:
-    """Returns the logical axes of the fields that a mask has."""
+    """Returns the logical axes of the fields of a mask."""
     known = dataclasses.replace(
         jax.tree.map(lambda _: Axes('batch'), mask), key_position=Axes('batch', 'kv_heads')
     )
@@ -262,7 +262,7 @@ def _scoring_axes(scoring: Scoring) -> Scoring:
 
 
 def _with_gradients(kernel: Callable[..., Any], formula: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a kernel made for inference, with the gradients of the formula that it computes."""
+    """Returns an inference kernel with the gradients of its formula."""
 
     @jax.custom_vjp
     def call(q, k, v, others, layer):

@@ -1,4 +1,4 @@
-"""Attention of many queries as one differentiable function: training and prefill."""
+"""Attention of many queries as one differentiable function, for training and prefill."""
 
 import functools
 from typing import Literal
@@ -27,24 +27,24 @@ def flash(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns softmax(logits) v and its LSE, differentiable in q, k and v through both results.
 
-    Keeps q, k, v, the output and the LSE for the backward pass, and no weights
+    Saves q, k, v, the output and the LSE for the backward pass, and no attention weights
     (FlashAttention-2, Dao 2023).
 
     Args:
       q_BLHC: queries, bf16 or f32; head h reads key/value head `h // (H / K)`.
-      k_BKSC, v_BKSC: keys and values, in the dtype of `q`. Rows that hold no key may be NaN.
+      k_BKSC, v_BKSC: keys and values, in the dtype of `q`. Rows without a key may be NaN.
       mask: which keys each query sees, and their bias.
-      scoring: makes the logits, see `Scoring`.
-      sizes: of the blocks of both passes; None for the default of the backend.
+      scoring: see `Scoring`.
+      sizes: block sizes of both passes; None for the backend's default.
       backend: 'mosaic' for TPU, 'triton' for NVIDIA GPUs.
       interpret: run on any platform, slowly.
 
     Returns:
-      `[B, L, H, C]` in the dtype of `q`, zeros where a query sees no key; f32 `[B, L, H]`, the
-      log of the sum of exp(logits), -inf there, where the gradients are zero.
+      `[B, L, H, C]` in the dtype of `q`, zeros for a query that sees no key; f32 `[B, L, H]`, the
+      LSE, -inf for such a query, whose gradients are zero.
 
     Raises:
-      ValueError: the sizes or the mask are not what the backend can run.
+      ValueError: the backend does not support the sizes or the mask.
     """
     return _flash(q_BLHC, k_BKSC, v_BKSC, mask, scoring, sizes, backend, interpret)
 

@@ -1,10 +1,10 @@
-"""A named architecture: everything that a bundle needs to know about the model in it.
+"""A named architecture: the functions by which a bundle saves and loads a model.
 
     config --to_json--> config.json --from_json--> config --leaves--> names, shapes, axes
                                                           --model---> functions that step it
 
-`lm` knows one, the transformer. Others stand beside their own code and are passed to
-`bundle.save` and `bundle.load`; `experiments.architectures` has all of this repository.
+`lm` has one, the transformer. Others live beside their own code and are passed to `bundle.save` and
+`bundle.load`; `experiments.architectures` lists all of this repository's.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,16 +23,16 @@ class Architecture(NamedTuple):
     """Pure functions of a config, a frozen dataclass of any kind.
 
     Attributes:
-      name: stands in config.json.
+      name: written to config.json.
       to_json: returns a config as plain JSON values.
-      from_json: returns the config that `to_json` described; raises ValueError, naming the field,
-        if a field is unknown, missing or has a value that is not allowed.
+      from_json: inverse of `to_json`; raises ValueError, naming the field, if a field is unknown,
+        missing or has an invalid value.
       leaves: returns the nested dict of `lm.model.leaves.Leaf`s: one per parameter array. A bundle
         can be loaded by its top-level entries (`bundle.load_part`).
       param_dtype: returns the name of the parameters' dtype.
-      vocab_size: returns the number of ids, BOS among them; 0 for what reads no ids.
-      model: `(config, never=()) -> Model`, the functions that step it (`lm.model.contract`);
-        `never` lists ids that are never produced. None for what cannot be stepped by itself.
+      vocab_size: returns the number of ids, including BOS; 0 if the model reads no ids.
+      model: `(config, never=()) -> Model` (`lm.model.contract`); `never` lists ids that are never
+        drawn. None for an architecture that cannot be stepped alone.
     """
 
     name: str
@@ -53,12 +53,12 @@ TRANSFORMER = Architecture(
     vocab_size=lambda config: config.vocab_size,
     model=stepped.model,
 )
-# What bundles hold unless other architectures are passed, by name.
+# The default architectures, by name.
 KNOWN: Mapping[str, Architecture] = {TRANSFORMER.name: TRANSFORMER}
 
 
 def named(name: Any, known: Mapping[str, Architecture]) -> Architecture:
-    """Returns the architecture called `name`; raises ValueError, with those known, for no such."""
+    """Returns the architecture called `name`; raises ValueError, listing those known."""
     if isinstance(name, str) and name in known:
         return known[name]
     raise ValueError(
@@ -70,5 +70,5 @@ def named(name: Any, known: Mapping[str, Architecture]) -> Architecture:
 
 
 def abstract(architecture: Architecture, config: Any, mesh: Mesh | None = None) -> Params:
-    """Returns shapes and dtypes of the parameters, with shardings where a mesh is given."""
+    """Returns shapes and dtypes of the parameters, with shardings if a mesh is given."""
     return leaves_lib.abstract(architecture.leaves(config), architecture.param_dtype(config), mesh)

@@ -1,6 +1,6 @@
-"""A model on disk: its architecture and config, its tokenizer, its parameters, its provenance.
+"""A model on disk: architecture, config, tokenizer, parameters and provenance.
 
-PATH/config.json    format, architecture unless it is the transformer, config, metrics, commit
+PATH/config.json    format, architecture (default: transformer), config, metrics, commit
 PATH/tokenizer/     written by the tokenizer's own `save`
 PATH/params/        Orbax
 """
@@ -42,7 +42,7 @@ class Bundle(NamedTuple):
       config, params: the model; the config is `lm.model.config.Config` for a transformer.
       tokenizer_path: folder of its tokenizer.
       bos: the id that starts a document, not one of the tokenizer's; None if there is none.
-      metrics: as they were saved.
+      metrics: as saved.
       architecture: of the config and the parameters.
     """
 
@@ -64,10 +64,10 @@ def save(
     *,
     architecture: Architecture = TRANSFORMER,
 ) -> None:
-    """Writes a bundle, replacing an older one at `path`; a failure leaves the older one.
+    """Writes a bundle, replacing an older one at `path`; on failure the older one stays.
 
-    Refuses what `load` would refuse, before anything is written. All processes that hold parts of
-    `params` call it; each writes its own.
+    Before writing, refuses whatever `load` would refuse. All processes that hold shards of `params`
+    call it; each writes its own.
 
     Args:
       path: a folder, local or on `gs://`, that all processes see.
@@ -75,14 +75,14 @@ def save(
       params: its parameters.
       tokenizer: writes itself into the bundle.
       bos: the input-only id in front of every document in training, or None.
-      metrics: measurements of the model, by name; those that are not finite are left out.
+      metrics: measurements of the model, by name; non-finite ones are dropped.
       architecture: of the model.
 
     Raises:
-      FileExistsError: `path` is there and is no bundle.
-      ValueError: leaves are missing, left over, or of another shape or dtype than the config's,
-        all of them named; the config does not come back from its JSON; `bos` is no id of the
-        model; a metric is no number.
+      FileExistsError: `path` exists and is not a bundle.
+      ValueError: leaves are missing, unexpected, or of another shape or dtype than the config's,
+        all of them named; the config does not round-trip through JSON; `bos` is not an id of the
+        model; a metric is not a number.
       OSError: the bundle could not be written; says why.
     """
     check_replaceable(path)
@@ -95,7 +95,7 @@ def save(
         raise ValueError(f'{path}: not saved: {error}') from None
     described = {
         'format': FORMAT,
-        # left out by default: bundles are older than architectures
+        # omitted by default: bundles are older than architectures
         **({} if architecture.name == TRANSFORMER.name else {'architecture': architecture.name}),
         'model': architecture.to_json(config),
         'digest': digest(config, params, architecture),
@@ -114,7 +114,7 @@ def save(
 
 
 def check_replaceable(path: epath.PathLike) -> None:
-    """Raises FileExistsError where `save` would: `path` is there and is no bundle."""
+    """Raises FileExistsError if `save` would: `path` exists and is not a bundle."""
     atomic.check_replaceable(path, 'bundle', 'format')
 
 
@@ -126,16 +126,16 @@ def load(
 ) -> Bundle:
     """Returns the bundle at `path`, its parameters sharded over `mesh` (default: all devices).
 
-    Reads JSON and arrays; executes nothing from there.
+    Reads JSON and arrays; executes no code from the bundle.
 
     Args:
       path: the bundle.
-      mesh: over which parameters are sharded.
-      architectures: those that may be in it, by name; the transformer if not given.
+      mesh: shards the parameters.
+      architectures: those that it may have, by name; by default the transformer.
 
     Raises:
       FileNotFoundError: no bundle at `path`.
-      ValueError: the format or the architecture is unknown; leaves are missing, left over or of
+      ValueError: the format or the architecture is unknown; leaves are missing, unexpected or of
         another shape; or a byte of them has changed.
     """
     folder, architecture, config, fields = _described(path, architectures)
@@ -159,12 +159,12 @@ def load_part(
     *,
     architectures: Mapping[str, Architecture] = KNOWN,
 ) -> tuple[Any, Params]:
-    """Returns a bundle's config and one part of its parameters, and reads no other part.
+    """Returns a bundle's config and one part of its parameters; other parts are not read.
 
     Args:
       path: the bundle.
       part: a top-level entry of the architecture's leaves: `body` or `tables` of a transformer.
-      mesh: over which the part is sharded; all devices if not given.
+      mesh: shards the part; by default all devices.
       architectures: as for `load`.
 
     Raises:
@@ -191,11 +191,25 @@ class _Described(NamedTuple):
     fields: dict[str, Any]
 
 
+def digest(config: Any, params: Params, architecture: Architecture = TRANSFORMER) -> str:
+    """Returns a hex SHA-256 of the architecture, the config and every parameter's bytes."""
+    described = json.dumps(architecture.to_json(config), sort_keys=True)
+    if architecture.name != TRANSFORMER.name:  # digests are older than architectures
+        described = f'{architecture.name} {described}'
+    result = hashlib.sha256(described.encode())
+    for path, leaf in sorted(
+        jax.tree_util.tree_leaves_with_path(params), key=lambda entry: checksums.name(entry[0])
+    ):
+        result.update(f'{checksums.name(path)} {leaf.shape} {leaf.dtype}'.encode())
+        result.update(np.ascontiguousarray(processes.whole(leaf)).reshape(-1).view(np.uint8).data)
+    return result.hexdigest()
+
+
 def _described(path: epath.PathLike, known: Mapping[str, Architecture]) -> _Described:
     """Finds the folder of a bundle and reads its config.json."""
     folder = atomic.absolute(path)
     if not folder.exists() and folder.with_name(f'{folder.name}.old').exists():
-        folder = folder.with_name(f'{folder.name}.old')  # killed while it was replaced
+        folder = folder.with_name(f'{folder.name}.old')  # a save was killed while replacing it
     file = folder / 'config.json'
     if not file.exists():
         raise FileNotFoundError(f'{path}: no bundle here (config.json is missing)')
@@ -216,7 +230,7 @@ def _described(path: epath.PathLike, known: Mapping[str, Architecture]) -> _Desc
 def _read(
     path: epath.PathLike, folder: epath.Path, like: Params, others: tuple[str, ...]
 ) -> Params:
-    """Returns the leaves of `like`; parts named in `others` may be present and stay unread."""
+    """Returns the leaves of `like`; parts named in `others` may be present but are not read."""
     try:
         bundle_checks.check_size(folder / 'params', like)
         saved = _metadata(folder / 'params')
@@ -234,17 +248,3 @@ def _metadata(folder: epath.Path) -> dict[str, Any]:
         return dict(restore.metadata(folder))
     except Exception:
         raise ValueError('params/ is missing or damaged; copy the bundle again') from None
-
-
-def digest(config: Any, params: Params, architecture: Architecture = TRANSFORMER) -> str:
-    """Returns a hex SHA-256 of the architecture, the config and every parameter's bytes."""
-    described = json.dumps(architecture.to_json(config), sort_keys=True)
-    if architecture.name != TRANSFORMER.name:  # digests are older than architectures
-        described = f'{architecture.name} {described}'
-    result = hashlib.sha256(described.encode())
-    for path, leaf in sorted(
-        jax.tree_util.tree_leaves_with_path(params), key=lambda entry: checksums.name(entry[0])
-    ):
-        result.update(f'{checksums.name(path)} {leaf.shape} {leaf.dtype}'.encode())
-        result.update(np.ascontiguousarray(processes.whole(leaf)).reshape(-1).view(np.uint8).data)
-    return result.hexdigest()

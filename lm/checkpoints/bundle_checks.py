@@ -1,4 +1,4 @@
-"""Checks of a bundle: `bundle.save` runs them before it writes, `bundle.load` as it reads."""
+"""Checks of a bundle, run by `bundle.save` before writing and by `bundle.load`."""
 
 import json
 import math
@@ -12,13 +12,13 @@ from lm.checkpoints.architecture import Architecture
 from lm.files import checksums
 from lm.model.params import Params
 
-# Parameters may take this many times their bytes on disk, and this many bytes more: trained ones
-# hardly compress at all.
+# Parameters may take this many times their bytes on disk, plus this many bytes: trained ones hardly
+# compress.
 MOST_TIMES, MOST_MORE = 64, 1 << 30
 
 
 def check_config(architecture: Architecture, config: Any) -> None:
-    """Raises ValueError unless a config comes back equal from its JSON."""
+    """Raises ValueError unless a config round-trips through JSON."""
     try:
         text = json.dumps(architecture.to_json(config), allow_nan=False)
         again = architecture.from_json(json.loads(text))
@@ -38,7 +38,7 @@ def check_bos(bos: Any, vocab_size: int) -> None:
 
 
 def check_metrics(metrics: Any) -> None:
-    """Raises ValueError unless metrics are numbers by name."""
+    """Raises ValueError unless metrics map names to numbers."""
     if not isinstance(metrics, Mapping):
         raise ValueError(f'metrics: {metrics!r}; expected an object')
     for name, value in metrics.items():
@@ -63,9 +63,9 @@ def check_params(params: Params, like: Params) -> None:
 
 
 def check_saved(saved: Params, like: Params) -> None:
-    """Raises ValueError, naming every difference, unless what Orbax saved has the same leaves."""
+    """Raises ValueError, naming every difference, unless the saved leaves are those of `like`."""
     problems = _differences(checksums.kinds(saved), like)
-    # a chunk is unpacked whole, however little of it the array needs
+    # a chunk is unpacked whole, even if the array needs little of it
     problems += [
         f'{checksums.name(p)} is stored in pieces of {x.storage.chunk_shape}'
         for p, x in jax.tree_util.tree_leaves_with_path(saved)
@@ -92,14 +92,14 @@ def check_size(folder: epath.Path, like: Params) -> None:
 
 
 def _kind(leaf: Any) -> str:
-    """Returns dtype and shape as `checksums.kinds` does; the type's name if it is no array."""
+    """Returns dtype and shape like `checksums.kinds`, or the type's name if not an array."""
     if hasattr(leaf, 'dtype') and hasattr(leaf, 'shape'):
         return f'{leaf.dtype}{list(leaf.shape)}'
     return type(leaf).__name__
 
 
 def _differences(have: Mapping[str, str], like: Params) -> list[str]:
-    """Lists each leaf that is missing, left over, or of another dtype or shape."""
+    """Lists each leaf that is missing, unexpected, or of another dtype or shape."""
     want = checksums.kinds(like)
     problems = [f'{name} is missing' for name in sorted(set(want) - set(have))]
     problems += [f'{name} is not part of this model' for name in sorted(set(have) - set(want))]

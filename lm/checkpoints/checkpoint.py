@@ -4,7 +4,7 @@
     checkpoints/40/data/        the data position, JSON with its SHA-256, one file per process
     checkpoints/40/checksums/   dtype, shape and sum of each leaf of the state: `lm.files.checksums`
 
-Checkpoints of older versions have no checksums and no SHA-256, and load unverified.
+Checkpoints by older versions have neither checksums nor SHA-256, and load unverified.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from lm.files import atomic, checksums
 
 
 class Checkpoints:
-    """The newest few steps of a run in one folder. A step appears there complete or not at all."""
+    """The newest few steps of a run in one folder. Steps appear there atomically."""
 
     def __init__(self, folder: epath.PathLike, keep: int = 2):
         self._folder = atomic.absolute(folder)
@@ -38,7 +38,7 @@ class Checkpoints:
         """Saves asynchronously; arrays may be donated as soon as this returns.
 
         Raises:
-          OSError: this save or an earlier one failed; names the folder and says why.
+          OSError: this save or an earlier one failed; names the folder and the reason.
         """
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -51,15 +51,15 @@ class Checkpoints:
     def restore(self, like: Any, batches: grain.DatasetIterator) -> tuple[int, Any]:
         """Returns the newest intact step and its state, and moves `batches` to its position.
 
-        Newer steps that are damaged are reported and moved to `checkpoints.damaged/` beside the
-        folder, since the run will save those steps again.
+        Newer, damaged steps are reported and moved to `checkpoints.damaged/` beside the folder,
+        since the run will save those steps again.
 
         Args:
           like: one `jax.ShapeDtypeStruct` with a sharding per leaf, on any mesh.
-          batches: the iterator of a pipeline equal to the one whose position was saved.
+          batches: the iterator of a pipeline equal to the saved one.
 
         Raises:
-          ValueError: no step can be used, and some do not fit `like` or this run.
+          ValueError: no step is usable, and some do not fit `like` or this run.
           OSError: every step is damaged. Nothing is moved or deleted.
         """
         problems: dict[int, Exception] = {}

@@ -1,4 +1,4 @@
-"""Reads a saved step, or a part of it, and verifies that it is what was saved."""
+"""Reads a saved step, or a part of it, and verifies its checksums."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ T = TypeVar('T')
 
 
 class Damaged(Exception):
-    """A step cannot be read, or has changed since it was saved."""
+    """A step is unreadable, or has changed since it was saved."""
 
 
 class Unfit(Exception):
@@ -31,7 +31,7 @@ class DataPosition:
     """The position of a data iterator, which grain saves and restores as bytes with a SHA-256.
 
     Attributes:
-      checked: whether the position that was read has a SHA-256; older versions wrote none.
+      checked: whether the saved position has a SHA-256; older versions wrote none.
     """
 
     def __init__(self, batches: grain.DatasetIterator):
@@ -45,7 +45,7 @@ class DataPosition:
         return json.dumps({'sha256': _digest(state), 'state': state}, indent=1).encode()
 
     def set_state(self, saved: bytes) -> None:
-        """Parses saved bytes for `apply`; raises ValueError if any of them has changed."""
+        """Parses saved bytes for `apply`; raises ValueError if a byte has changed."""
         read = json.loads(saved)
         self.checked = read.keys() == {'sha256', 'state'}
         if self.checked and _digest(read['state']) != read['sha256']:
@@ -56,13 +56,9 @@ class DataPosition:
         """Does nothing: the iterator has not been moved yet."""
 
     def apply(self) -> None:
-        """Moves the iterator to the position that was read."""
+        """Moves the iterator to the saved position."""
         self._batches.set_state(self._read)
         self._batches.start_prefetch()
-
-
-def _digest(state: Any) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def steps(folder: epath.Path) -> list[int]:
@@ -74,12 +70,12 @@ def steps(folder: epath.Path) -> list[int]:
 def read(step: epath.Path, like: Any, batches: grain.DatasetIterator) -> tuple[Any, DataPosition]:
     """Returns the state saved in the folder of a step, and the position in the data.
 
-    All processes have the same outcome: if one cannot read the step, all fail.
+    All processes have the same outcome: if one fails, all fail.
 
     Raises:
       Damaged: a file is missing, unreadable, or has changed since it was saved.
-      Unfit: the step has other leaves, dtypes or shapes than `like`, or was saved by another number
-        of processes.
+      Unfit: its leaves, dtypes or shapes differ from those of `like`, or another number of
+        processes saved it.
     """
 
     def local() -> tuple[Any, DataPosition, Mapping[str, checksums.Record] | None]:
@@ -99,12 +95,12 @@ def load_params(folder: epath.PathLike, like: Any, step: int | None = None) -> A
     """Loads parameters from a run's checkpoints; reads only the leaves of `like`.
 
     `load_params(out / 'checkpoints', {'body': params.abstract(config, mesh)['body']})` loads the
-    body without the tables, of any size, on any mesh.
+    body without the tables, whatever their size, on any mesh.
 
     Args:
       folder: the run's `checkpoints/`.
       like: a part of the nested dict of parameters: `jax.ShapeDtypeStruct`s with shardings.
-      step: the step to load; default: the newest.
+      step: the step to load; by default the newest.
 
     Raises:
       FileNotFoundError: there is no such step.
@@ -132,7 +128,7 @@ def load_params(folder: epath.PathLike, like: Any, step: int | None = None) -> A
 
 
 def leaves(folder: epath.Path, like: Any) -> Any:
-    """Loads the leaves of `like` from a tree that Orbax saved; reads no others."""
+    """Loads the leaves of `like` from a tree saved by Orbax; reads no others."""
     restore_args = jax.tree.map(
         lambda x: ocp.ArrayRestoreArgs(
             sharding=x.sharding, global_shape=x.shape, dtype=x.dtype, strict=True
@@ -145,10 +141,14 @@ def leaves(folder: epath.Path, like: Any) -> Any:
 
 
 def metadata(folder: epath.Path) -> Any:
-    """Returns dtype, shape and storage of each leaf of a tree that Orbax saved."""
+    """Returns dtype, shape and storage of each leaf of a tree saved by Orbax."""
     with _reads_ended():
         saved = ocp.PyTreeCheckpointHandler().metadata(folder)
     return getattr(saved, 'tree', saved)
+
+
+def _digest(state: Any) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 class _EndingLoop(asyncio.SelectorEventLoop):
@@ -168,7 +168,7 @@ class _EndingLoops(asyncio.DefaultEventLoopPolicy):
 def _reads_ended() -> Iterator[None]:
     """Makes Orbax wait for reads in progress when another read fails.
 
-    By itself it closes their event loop, and each prints a traceback before the run's error.
+    By default it closes their event loop, and each prints a traceback before the run's error.
     """
     before = asyncio.get_event_loop_policy()
     asyncio.set_event_loop_policy(_EndingLoops())
@@ -202,7 +202,7 @@ def _checked_kinds(
         found = checksums.kinds(metadata(step / 'state'))
     except Exception as error:
         raise Damaged(f'state/ cannot be read ({_line(error)})') from error
-    # as recorded when saved, whatever has happened to the files since
+    # as recorded on saving, even if the files have changed since
     have = {leaf: str(record['kind']) for leaf, record in (recorded or {}).items()} or found
     for leaf, kind in want.items():
         if leaf not in have:
@@ -248,7 +248,7 @@ def _check_sums(tree: Any, recorded: Mapping[str, checksums.Record] | None) -> N
 
 
 def _everywhere(do: Callable[[], T]) -> T:
-    """Returns the result of `do`; if it fails on one process, fails on all."""
+    """Returns the result of `do`; a failure on one process fails on all."""
     problem: Damaged | Unfit | None = None
     result: list[T] = []
     try:
@@ -267,7 +267,8 @@ def _everywhere(do: Callable[[], T]) -> T:
 def _line(error: BaseException) -> str:
     """Returns the start of the first line of an error's root cause, which names the leaf or file.
 
-    Errors of libraries may fill pages.
+
+    Libraries' errors may fill pages.
     """
     while error.__cause__ is not None:
         error = error.__cause__

@@ -1,9 +1,9 @@
-"""From documents to packed batches: grain pipelines whose state can be saved and restored.
+"""From documents to packed batches: grain pipelines with a checkpointable state.
 
-A document of ids t_1..t_T is read as inputs [BOS, t_1, .., t_{T-1}] with targets
-[t_1, .., t_T]: every id is predicted exactly once. `lm.data.packing` lays documents end to end into
-rows of L and numbers the pieces within a row as segments, which attention never crosses.
-`lm.data.pairs` makes batches of pairs of documents.
+A document of ids t_1..t_T is read as inputs [BOS, t_1, .., t_{T-1}] with targets [t_1, .., t_T]:
+every id is predicted exactly once. `lm.data.packing` packs documents end to end into rows of L and
+numbers the pieces within a row as segments, which attention never crosses. `lm.data.pairs` packs
+pairs of documents.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from lm.data.packing import Document, PackedBatches, Packing, ShuffleBuffer
 
 Encode = Callable[[bytes], np.ndarray]
 
-# Training rows are shuffled in buffers of about this many tokens (17 bytes of memory each), so
-# that the rows of a long document do not fill one batch after another.
+# Training rows are shuffled in buffers of about this many tokens (17 bytes of memory each), so that
+# a long document's rows do not fill consecutive batches.
 _BUFFER_TOKENS = 1 << 21
-# Batches made ahead on a thread.
+# Batches prefetched on a thread.
 _PREFETCH = 2
 
 
@@ -40,30 +40,30 @@ def training_batches(
 ) -> grain.IterDataset:
     """Returns shuffled batches for one process, as a dataset of `lm.data.packing.Batch`.
 
-    A batch holds int32 `tokens`, `targets`, `segments`, `positions` and float32 `weights` (1
-    at each real target, 0 at padding), all [B, L], and for the host `documents`, the index of
-    the document that each target is from. With Q codebooks, `tokens` and `targets` are [B, L, Q].
-    Documents are shuffled anew in each epoch, then rows within a shuffle buffer. The shards of an
-    epoch are disjoint and together hold every document. The iterator's `get_state()` can be kept as
-    JSON; an iterator of an equal pipeline continues from it exactly.
+    A batch holds int32 `tokens`, `targets`, `segments`, `positions` and float32 `weights` (1 at
+    each real target, 0 at padding), all [B, L], and for the host `documents`, the index of each
+    target's document. With Q codebooks, `tokens` and `targets` are [B, L, Q]. Documents are
+    shuffled anew in each epoch, then rows within a shuffle buffer. The shards of an epoch are
+    disjoint and together cover every document. The iterator's `get_state()` can be saved as JSON;
+    an iterator of an equal pipeline resumes from it exactly.
 
     Args:
       documents: random-access documents; picklable if `workers` > 0.
       encode: from a document's bytes to its ids; None if documents are arrays of ids.
       batch_size: rows of this process's batches, B.
       length: tokens of a row, L.
-      bos: the input-only id that starts a document: all ids of documents are smaller.
+      bos: the input-only id that starts a document; all other ids are smaller.
       seed: of the order, in [0, 2**32).
-      shard_index: which shard of the documents this process reads.
-      shard_count: number of processes that read.
-      num_epochs: passes over the documents; None for no end. The last batch is padded.
-      workers: processes that read and encode; 0 does it on the prefetch thread. The batches
-        do not depend on it, but the state does. `close()` the iterator to end them.
+      shard_index: this process's shard of the documents.
+      shard_count: number of reading processes.
+      num_epochs: passes over the documents; None repeats forever. The last batch is padded.
+      workers: number of processes that read and encode; 0 does so on the prefetch thread. The state
+        depends on it, the batches do not. `close()` the iterator to end them.
       codebooks: ids per position, Q; documents are then `[T, Q]`.
 
     Raises:
-      ValueError: here, for sizes that cannot work or documents without any content; while
-        iterating, naming the document, for ids that are not in [0, bos).
+      ValueError: immediately, for invalid sizes or documents without content; while iterating,
+        naming the document, for ids outside of [0, bos).
     """
     check(documents, batch_size, length, bos, shard_index, shard_count)
     source = grain.MapDataset.source(_Encoded(documents, encode, bos, codebooks))
@@ -91,9 +91,9 @@ def evaluation_batches(
 ) -> grain.IterDataset:
     """Returns one pass over the documents in order; the last batch is padded, with weight 0.
 
-    Arguments and batches are as for `training_batches`, except for the shards: all processes
-    pack the same `shard_count * batch_size` rows and each returns its own `batch_size`, so
-    that all make the same number of steps.
+    Arguments and batches are as for `training_batches`, except for the shards: all processes pack
+    the same `shard_count * batch_size` rows and each returns its own `batch_size`, so that all take
+    the same number of steps.
 
     Raises:
       ValueError: as `training_batches`.
@@ -112,7 +112,7 @@ def evaluation_batches(
 def check(
     documents: Documents, batch_size: int, length: int, bos: int, shard: int, shards: int
 ) -> None:
-    """Raises ValueError for sizes that cannot work, or documents without any content."""
+    """Raises ValueError for invalid sizes, or documents without content."""
     if batch_size < 1:
         raise ValueError(f'batch_size must be at least 1, got {batch_size}')
     if length < 2:
@@ -126,19 +126,19 @@ def check(
             f'{len(documents)} documents cannot be divided among {shards} processes; '
             'give more documents or use fewer processes'
         )
-    # Stops at the first document with content; an endless epoch of nothing would never return.
+    # Stops at the first document with content; endless epochs of empty ones would never return.
     if not any(len(documents[i]) for i in range(len(documents))):
-        raise ValueError(f'the {len(documents)} documents hold no content: nothing to train on')
+        raise ValueError(f'the {len(documents)} documents are all empty: nothing to train on')
 
 
 def read_options() -> grain.ReadOptions:
-    """Returns the options of reading on the thread that packs."""
-    # Documents are read by the thread that packs: a pool of threads before it costs more.
+    """Returns the options for reading on the packing thread."""
+    # The packing thread reads the documents: a thread pool before it costs more.
     return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 def allow_workers() -> None:
-    """Lets grain start processes in a program that does not use absl's command line."""
+    """Lets grain start processes in a program without absl's command line."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

@@ -1,4 +1,4 @@
-"""Random-access documents of ids: their protocol, and documents encoded once, on disk."""
+"""Random-access documents of ids: the protocol, and documents encoded once, on disk."""
 
 import functools
 import pathlib
@@ -28,7 +28,7 @@ class EncodedDocuments:
     """
 
     def __init__(self, folder: epath.PathLike):
-        """Names the folder; raises FileNotFoundError if `write` never finished it."""
+        """Opens no file yet; raises FileNotFoundError if `write` did not finish the folder."""
         _check_local(folder)
         self._folder = pathlib.Path(folder)
         for name in ('ids.npy', 'offsets.npy'):
@@ -39,7 +39,7 @@ class EncodedDocuments:
     def write(
         cls, folder: epath.PathLike, documents: Iterable[np.ndarray], vocab_size: int
     ) -> 'EncodedDocuments':
-        """Writes vectors of ids, one at a time, into a folder that appears when all are there.
+        """Writes vectors of ids, one at a time, into a folder that appears once complete.
 
         Raises:
           FileExistsError: the folder exists.
@@ -73,7 +73,7 @@ class EncodedDocuments:
         if ids.dtype not in (np.uint8, np.uint16, np.int32):
             raise ValueError(again.format(f'ids.npy holds {ids.dtype}'))
         if offsets[0] or np.any(offsets[1:] < offsets[:-1]):
-            raise ValueError(again.format('offsets.npy does not rise from 0'))
+            raise ValueError(again.format('offsets.npy does not increase from 0'))
         if len(ids) != offsets[-1]:
             raise ValueError(
                 again.format(f'offsets.npy ends at {offsets[-1]}, ids.npy has {len(ids)}')
@@ -100,17 +100,6 @@ class EncodedDocuments:
         return int(self._arrays[1][-1])
 
 
-def _check_local(folder: epath.PathLike) -> None:
-    if '://' in str(folder):
-        raise ValueError(f'{folder}: encoded documents are memory-mapped: give a local folder')
-
-
-def _write_header(file: BinaryIO, count: int, dtype: np.dtype) -> None:
-    # numpy leaves room for the length to grow, so that a header can be written over.
-    header = {'descr': dtype.str, 'fortran_order': False, 'shape': (count,)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
 def id_dtype(vocab_size: int) -> np.dtype:
     """Returns the smallest of uint8, uint16 and int32, little-endian, that holds every id."""
     return np.dtype('u1' if vocab_size <= 1 << 8 else '<u2' if vocab_size <= 1 << 16 else '<i4')
@@ -120,8 +109,8 @@ def checked_ids(index: int, document: Any, vocab_size: int, codebooks: int = 1) 
     """Returns a document's ids: `[T]`, or `[T, Q]` of Q codebooks.
 
     Raises:
-      ValueError: they have another shape, are no integers, or lie outside [0, vocab_size); names
-        the document.
+      ValueError: they have another shape, are not integers, or lie outside of [0, vocab_size);
+        names the document.
     """
     ids = np.asarray(document)
     shaped = ids.ndim == 1 if codebooks == 1 else ids.ndim == 2 and ids.shape[1] == codebooks
@@ -137,3 +126,14 @@ def checked_ids(index: int, document: Any, vocab_size: int, codebooks: int = 1) 
             f'{ids.max()}; was it encoded with another tokenizer?'
         )
     return ids
+
+
+def _check_local(folder: epath.PathLike) -> None:
+    if '://' in str(folder):
+        raise ValueError(f'{folder}: encoded documents are memory-mapped: give a local folder')
+
+
+def _write_header(file: BinaryIO, count: int, dtype: np.dtype) -> None:
+    # numpy pads headers for a growing length, so that a header can be overwritten.
+    header = {'descr': dtype.str, 'fortran_order': False, 'shape': (count,)}
+    np.lib.format.write_array_header_1_0(file, header)

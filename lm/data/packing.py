@@ -1,8 +1,8 @@
 """Packing: documents laid end to end, cut into full rows, the rows shuffled in a buffer.
 
-Documents are laid end to end and cut into rows of L, so rows are full; a document cut at the
-end of a row goes on in another row, where its first input is the id before, not BOS. With
-bos = 9, L = 4, the documents [1 2 3] and [4 5] become
+Documents are laid end to end and cut into rows of L, so rows are full; a document cut at the end of
+a row continues in another row, where its first input is the preceding id, not BOS. With bos = 9, L
+= 4, the documents [1 2 3] and [4 5] become
 
     tokens     9 1 2 9    4 . . .        segments   1 1 1 2    1 0 0 0
     targets    1 2 3 4    5 . . .        positions  0 1 2 0    0 0 0 0
@@ -19,20 +19,20 @@ import numpy as np
 
 Batch = dict[str, np.ndarray]
 
-# The entry of a batch that no device gets: int64 [B, L], for people who look for a document.
+# The entry of a batch that stays on the host: int64 [B, L], for finding a document.
 DOCUMENTS = 'documents'
 # Target of a padding position inside the packer; batches show 0 there, with weight 0.
 _PADDING = -1
 
 
 class Shared(NamedTuple):
-    """An array of a batch that has no rows: all processes give the same, and none a part of it."""
+    """An array of a batch without rows: every process passes the same whole array."""
 
     array: np.ndarray
 
 
 class Document(NamedTuple):
-    """The ids of a document, and its number: its index in the corpus."""
+    """The ids of a document, and its index in the corpus."""
 
     number: int
     ids: np.ndarray
@@ -59,8 +59,8 @@ class Packing(NamedTuple):
 class PackedBatches(grain.IterDataset):
     """Batches of a dataset of `Document`s.
 
-    grain's own `ConcatThenSplitIterDataset` is not used: its state tells tuples from lists,
-    so it does not survive JSON, in which grain itself saves states.
+    grain's own `ConcatThenSplitIterDataset` is not used: its state distinguishes tuples from lists,
+    so it does not survive JSON, in which grain saves states.
     """
 
     def __init__(self, parent: grain.IterDataset, packing: Packing):
@@ -74,8 +74,8 @@ class PackedBatches(grain.IterDataset):
 class _PackedIterator(grain.DatasetIterator):
     """Packs a buffer of batches at a time.
 
-    The state holds no token: it names the point in the documents at which the buffer begins, and
-    the batches taken from it. A restored iterator packs that buffer again.
+    The state has no tokens: it records the position in the documents at which the buffer begins,
+    and the number of batches taken from it. A restored iterator packs that buffer again.
     """
 
     def __init__(self, parent: grain.DatasetIterator, packing: Packing):

@@ -1,4 +1,4 @@
-"""Pairs of documents in one batch: a chosen and a rejected answer to one prompt, for preferences.
+"""Pairs of documents for preference losses: a chosen and a rejected answer to one prompt.
 
 Row 2i holds chosen answers, row 2i + 1 the rejected ones, and a pair is the same segment of both.
 Each side is a document of its own, prompt and answer after BOS; weights are 0 on the prompt and the
@@ -10,8 +10,8 @@ and (prompt [5], chosen [6], rejected [7 8]) become
     segments   1 1 1 2 2 0       weights   0 1 1 0 1 0
                1 1 2 2 2 0                 0 1 0 1 1 0
 
-so that a loss adds up log-probabilities by segment and subtracts row 2i + 1 from row 2i. A pair is
-never cut: one that does not fit begins the next two rows.
+so that a loss sums log-probabilities by segment and subtracts row 2i + 1 from row 2i. Pairs are
+never cut: one that does not fit starts the next two rows.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Pair(NamedTuple):
     """Two answers to one prompt: bytes, or arrays of ids that need no encoding.
 
     Attributes:
-      prompt: what both answers follow; may be empty.
+      prompt: the shared prompt; may be empty.
       chosen: the preferred answer.
       rejected: the other one.
       weight: of the pair in the loss.
@@ -56,20 +56,20 @@ def pair_batches(
 ) -> grain.IterDataset:
     """Returns batches of pairs for one process, laid out as above, with `documents` for the host.
 
-    States can be kept as JSON, as those of `lm.data.batches.training_batches`.
+    States can be saved as JSON, like those of `lm.data.batches.training_batches`.
 
     Args:
       pairs: random access to `Pair`s, or to dicts of their fields.
       encode: from bytes to ids, for each part of a pair; None if parts are arrays of ids.
       batch_size: rows, two per pair of rows.
       length: tokens of a row, L.
-      bos: the input-only id that starts a document: all other ids are smaller.
+      bos: the input-only id that starts a document; all other ids are smaller.
       seed: of the order in each epoch; None keeps the order of `pairs`.
-      shard_index, shard_count: which of how many processes this one is.
-      num_epochs: passes over the pairs; None for no end. The last batch is padded.
+      shard_index, shard_count: this process's index, and the number of processes.
+      num_epochs: passes over the pairs; None repeats forever. The last batch is padded.
 
     Raises:
-      ValueError: here, for sizes that cannot work; while iterating, naming the pair, for ids out of
+      ValueError: immediately, for invalid sizes; while iterating, naming the pair, for ids out of
         range and for a pair longer than a row.
     """
     if batch_size < 2 or batch_size % 2:
@@ -83,7 +83,7 @@ def pair_batches(
 
 
 class _Sides(NamedTuple):
-    """An encoded pair: its number, the ids of both whole documents, and how many are the prompt."""
+    """An encoded pair: its number, the ids of both whole documents, and the prompt's length."""
 
     number: int
     ids: tuple[np.ndarray, np.ndarray]
@@ -132,12 +132,12 @@ class _PairBatches(grain.IterDataset):
 
 
 class _PairIterator(grain.DatasetIterator):
-    """Fills two rows at a time. The state is that of the parent before the pair that comes next."""
+    """Fills two rows at a time. The state is the parent's before the next pair."""
 
     def __init__(self, parent: grain.DatasetIterator, batch_size: int, length: int, bos: int):
         super().__init__(parent)
         self._batch_size, self._length, self._bos = batch_size, length, bos
-        self._next: _Sides | None = None  # was read, and did not fit
+        self._next: _Sides | None = None  # read, but did not fit
         self._point = parent.get_state()
 
     def get_state(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The index of a folder of shards: `index.json`, written once every shard exists."""
+"""The index of a folder of shards: `index.json`, written once all shards exist."""
 
 import json
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ class Shard(NamedTuple):
     Attributes:
       documents: records.
       tokens: ids of all documents.
-      bytes: of the text they encode.
+      bytes: size of the text they encode.
       file_bytes: size of the file.
       sha256: of the file, in hex.
     """
@@ -35,9 +35,9 @@ class Index(NamedTuple):
     """The contents of a folder of shards.
 
     Attributes:
-      vocab_size: all ids are smaller.
+      vocab_size: upper bound of the ids, exclusive.
       origin: digests of the sources of the shards, by name.
-      splits: the shards of each split, in their order.
+      splits: the shards of each split, in order.
     """
 
     vocab_size: int
@@ -51,7 +51,7 @@ def file_name(split: str, index: int, count: int) -> str:
 
 
 def write_index(folder: epath.PathLike, index: Index) -> None:
-    """Writes `index.json`, after which a folder with all its shards can be read."""
+    """Writes `index.json`, which makes a folder with all its shards readable."""
     splits = {name: [shard._asdict() for shard in found] for name, found in index.splits.items()}
     described = {'format': FORMAT, 'dtype': id_dtype(index.vocab_size).name, **index._asdict()}
     write_json(epath.Path(folder) / INDEX, {**described, 'splits': splits})
@@ -61,8 +61,8 @@ def read_index(folder: epath.PathLike) -> Index:
     """Returns the index of a folder of shards.
 
     Raises:
-      FileNotFoundError: `folder` holds no shards, or not all of them yet.
-      ValueError: the index is damaged, or its format is unknown to this version.
+      FileNotFoundError: `folder` has no shards, or not all of them yet.
+      ValueError: the index is damaged, or in a format that this version does not know.
     """
     file = epath.Path(folder) / INDEX
     if not file.exists():
@@ -92,14 +92,14 @@ def read_index(folder: epath.PathLike) -> Index:
 
 
 def shard_from(fields: Mapping[str, Any]) -> Shard:
-    """Returns a shard from its JSON; raises ValueError, KeyError or TypeError if it is none.
+    """Returns a shard from its JSON; raises ValueError, KeyError or TypeError if invalid.
 
-    No count may exceed the size of its file.
+    No count may exceed the size of the file.
     """
     shard = Shard(**{name: fields[name] for name in Shard._fields})
     counts = shard[:4]
     if not all(type(n) is int and 0 <= n < 2**53 for n in counts) or type(shard.sha256) is not str:
-        raise ValueError(f'expected whole numbers and a digest, got {tuple(shard)!r:.200}')
+        raise ValueError(f'expected integers and a digest, got {tuple(shard)!r:.200}')
     if max(shard.documents, shard.tokens) > shard.file_bytes:
         raise ValueError(
             f'{shard.documents} documents, {shard.tokens} ids in {shard.file_bytes} bytes'

@@ -1,10 +1,10 @@
-"""Documents of ids in ArrayRecord shards: one file written at a time, read by random access.
+"""Documents of ids in ArrayRecord shards: written file by file, read by random access.
 
     FOLDER/index.json                          the contents of all shards
     FOLDER/train-00000-of-00012.array_record   a record per document: its ids, little-endian
 
 An id takes one, two or four bytes, depending on the vocabulary (`lm.data.documents.id_dtype`).
-Records are neither grouped nor compressed, so that a file depends on its ids alone, and one read
+Records are neither grouped nor compressed, so that a file depends only on its ids, and one read
 returns one document.
 """
 
@@ -28,7 +28,7 @@ from lm.files import atomic
 _WRITE = 'group_size:1,uncompressed'
 _READ = 'readahead_buffer_size:0,max_parallelism:0'
 _READ_BUFFER = 1 << 15
-# Files of a split that a process keeps open; systems often allow 1024 in all.
+# Files per split that a process keeps open; systems often allow 1024 in total.
 _OPEN_FILES = 256
 
 
@@ -55,15 +55,6 @@ def write_shard(
         with partial.open('rb') as file:
             digest = hashlib.file_digest(file, 'sha256').hexdigest()
         return Shard(count, tokens, size, partial.stat().st_size, digest)
-
-
-@contextlib.contextmanager
-def _named(path: epath.PathLike) -> Iterator[None]:
-    """Says which file could not be written: ArrayRecord raises RuntimeError."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(f'{path}: {atomic.cannot_write(error)}') from error
 
 
 class ShardedDocuments:
@@ -134,6 +125,15 @@ class ShardedDocuments:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != '_readers'}
+
+
+@contextlib.contextmanager
+def _named(path: epath.PathLike) -> Iterator[None]:
+    """Names the file that could not be written: ArrayRecord raises RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f'{path}: {atomic.cannot_write(error)}') from error
 
 
 def _check_file(file: pathlib.Path, shard: Shard) -> None:

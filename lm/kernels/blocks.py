@@ -3,8 +3,8 @@
 import dataclasses
 
 MIB = 2**20
-# What every supported chip has to give one kernel. Compiling a kernel that does not fit can take
-# minutes to be refused.
+# Memory that every supported chip has for one kernel. The compiler can take minutes to refuse a
+# kernel that does not fit.
 VMEM = 48 * MIB  # TPU v5e, v5p, v6e: 64 MiB or more of vector memory per core
 SMEM = 512 * 1024  # TPU: scalar memory
 SHARED = 227 * 1024  # NVIDIA, from Ampere's largest on: shared memory per block of threads
@@ -12,12 +12,12 @@ SHARED = 227 * 1024  # NVIDIA, from Ampere's largest on: shared memory per block
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """How a kernel cuts its work.
+    """The block sizes of a kernel.
 
     Attributes:
-      query: queries per block; kernels of one or few queries take them all and ignore it.
+      query: queries per block; decoding kernels take all their queries and ignore it.
       key: keys per block.
-      splits: GPU: parts of a row's keys that run side by side, merged by their LSE.
+      splits: GPU: splits of a row's keys that run in parallel, merged by their LSE.
       warps, stages: GPU: warps per block of threads, depth of the load pipeline.
     """
 
@@ -35,17 +35,17 @@ class BlockSizes:
 
 
 def check(kernel: str, work: str, memory: str, needed: int, limit: int, advice: str) -> None:
-    """Refuses what needs more of a memory than there is.
+    """Refuses a kernel that needs more of a memory than there is.
 
     Args:
       kernel: its name, for the message.
-      work: what needs the memory, in the sizes that the kernel really uses.
+      work: description of the operands, in the sizes that the kernel uses.
       memory: its name.
       needed, limit: bytes.
       advice: what to change: larger blocks need more vector memory, and less scalar memory.
 
     Raises:
-      ValueError: in one line, with what is needed, what there is, and the advice.
+      ValueError: in one line, with the need, the limit and the advice.
     """
     if needed > limit:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Which keys a query sees, kept as positions and bits and never as a dense [L, S] array."""
+"""The keys that each query sees, as positions and bits, never as a dense [L, S] array."""
 
 import dataclasses
 from typing import NamedTuple
@@ -14,23 +14,23 @@ UNLIMITED = np.iinfo(np.int32).max
 
 @flax.struct.dataclass
 class Mask:
-    """Which keys each query sees: those for which every condition given here holds.
+    """The keys that each query sees: those that satisfy every condition given here.
 
     Attributes:
       query_position: int32 `[B, L]`.
-      key_position: int32 `[B, K or 1, S]`; negative marks a row that holds no key. Without
-        `length`, keys and values there still have to be finite.
-      query_segment, key_segment: int32 `[B, L]`, `[B, S]`: equal ones see each other.
-      length: int32 `[B]`: rows in use of a cache; later rows are never read and may be NaN.
-      ancestors: int32 `[B, L, ceil(nodes / 32)]`: which nodes of a draft tree each query sees,
-        itself included, as packed bits (`pack_bits`). The tree's keys are the last `nodes` rows
-        in use; older keys are seen by all.
-      nodes: how many nodes the tree has so far, at least the L new ones; L by default.
-      window: a query sees keys less than this far behind; an int or an int32 scalar.
+      key_position: int32 `[B, K or 1, S]`; negative for a row without a key. Without `length`, keys
+        and values there must still be finite.
+      query_segment, key_segment: int32 `[B, L]`, `[B, S]`: queries see keys of the same segment.
+      length: int32 `[B]`: number of cache rows in use; later rows are never read and may be NaN.
+      ancestors: int32 `[B, L, ceil(nodes / 32)]`: the nodes of a draft tree that each query sees,
+        itself included, as packed bits (`pack_bits`). The tree's keys are the last `nodes` rows in
+        use; all queries see the older keys.
+      nodes: number of nodes in the tree so far, at least the L new ones; L by default.
+      window: a query sees keys fewer than this many positions behind; int or int32 scalar.
       causal: a query sees no key of a later position.
       key_bias: f32 `[B, K or 1, S]`, added to the logits of each key (`lm.kernels.scoring`); hides
-        none. A row that stands for m merged keys has bias log m (Bolya et al. 2023, ToMe). Finite
-        wherever a row holds a key.
+        none. A row for m merged keys has bias log m (Bolya et al. 2023, ToMe). Finite for every row
+        with a key.
 
     A chain of three new nodes after two cached keys, in a cache of six rows:
 
@@ -61,12 +61,12 @@ class Mask:
 
     @property
     def tree_nodes(self) -> int:
-        """How many nodes the draft tree has."""
+        """The number of nodes in the draft tree."""
         return self.query_position.shape[1] if self.nodes is None else self.nodes
 
 
 def pack_bits(bits: jax.Array) -> jax.Array:
-    """Packs bool `[..., n]` into int32 `[..., ceil(n / 32)]`, the first in the lowest bit."""
+    """Packs bool `[..., n]` into int32 `[..., ceil(n / 32)]`, lowest bit first."""
     n = bits.shape[-1]
     padding = [(0, 0)] * (bits.ndim - 1) + [(0, -n % WORD)]
     words = jnp.pad(bits, padding).reshape(*bits.shape[:-1], -1, WORD).astype(jnp.uint32)
@@ -75,13 +75,13 @@ def pack_bits(bits: jax.Array) -> jax.Array:
 
 
 def unpack_bits(words: jax.Array, n: int) -> jax.Array:
-    """Returns the bool `[..., n]` that `pack_bits` packed."""
+    """Inverse of `pack_bits`: bool `[..., n]`."""
     bits = (words[..., None] >> jnp.arange(WORD)) & 1
     return bits.reshape(*words.shape[:-1], -1)[..., :n] == 1
 
 
 def key_rows(mask: Mask) -> jax.Array:
-    """Returns which rows hold a key, bool `[B, K or 1, S]`."""
+    """Returns whether each row holds a key, bool `[B, K or 1, S]`."""
     holds = mask.key_position >= 0
     if mask.length is not None:
         holds &= jnp.arange(holds.shape[-1]) < mask.length[:, None, None]
@@ -89,7 +89,7 @@ def key_rows(mask: Mask) -> jax.Array:
 
 
 def visible(mask: Mask) -> jax.Array:
-    """Returns the mask in full, bool `[B, K or 1, L, S]`: the definition, for the oracle."""
+    """Returns the dense mask, bool `[B, K or 1, L, S]`: the definition, for the oracle."""
     query = mask.query_position[:, None, :, None]
     key = mask.key_position[:, :, None, :]
     result = jnp.broadcast_to(key_rows(mask)[:, :, None], _shape(query, key))
@@ -108,29 +108,25 @@ def visible(mask: Mask) -> jax.Array:
     return result
 
 
-def _shape(query: jax.Array, key: jax.Array) -> tuple[int, ...]:
-    return np.broadcast_shapes(query.shape, key.shape)
-
-
 def tree_rows(mask: Mask) -> jax.Array:
-    """Returns which rows are the draft tree's, bool `[B, 1, S]`: its first node's and later."""
+    """Returns whether each row is from the draft tree's first node on, bool `[B, 1, S]`."""
     row_S = jnp.arange(mask.key_position.shape[-1])
     return row_S >= mask.first_node_B[:, None, None]
 
 
 def tree_alone(mask: Mask) -> Mask:
-    """Returns the mask that hides all keys but those of the draft tree."""
+    """Returns the mask that hides all keys except those of the draft tree."""
     key_position = jnp.where(tree_rows(mask), mask.key_position, -1)
     return dataclasses.replace(mask, key_position=key_position)
 
 
 class Blocks(NamedTuple):
-    """Bounds of a mask per block of queries and block of keys, so that kernels skip work.
+    """Bounds of a mask per block of queries and block of keys, by which kernels skip work.
 
     Attributes:
-      some: bool `[B, K or 1, L blocks, S blocks]`: false where no query of the block sees any
-        key of the other; true wherever one might.
-      every: bool, same shape: true where every query sees every key, so that no mask is needed.
+      some: bool `[B, K or 1, L blocks, S blocks]`: false if no query of the block sees any key of
+        the block; true if one might.
+      every: bool, same shape: true if every query sees every key, so that no mask is needed.
     """
 
     some: jax.Array
@@ -138,7 +134,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(mask: Mask, query: int, key: int) -> Blocks:
-    """Bounds the mask from the least and the greatest position and segment of each block.
+    """Bounds the mask by each block's least and greatest positions and segments.
 
     Args:
       mask: see `Mask`.
@@ -173,17 +169,10 @@ def blocks(mask: Mask, query: int, key: int) -> Blocks:
     return Blocks(some, every)
 
 
-def _reduce(x: jax.Array, block: int, reduce, padding) -> jax.Array:
-    """Reduces the last axis block by block, `[..., n]` to `[..., ceil(n / block)]`."""
-    pad = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]
-    x = jnp.pad(x, pad, constant_values=padding)
-    return reduce(x.reshape(*x.shape[:-1], -1, block), axis=-1)
-
-
 def span(flags: jax.Array) -> jax.Array:
     """Returns int32 `[..., 2]`: the first true of the last axis, and one past the last true.
 
-    (0, 0) where none is.
+    (0, 0) if there is none.
     """
     n = flags.shape[-1]
     first = jnp.argmax(flags, axis=-1)
@@ -193,10 +182,21 @@ def span(flags: jax.Array) -> jax.Array:
 
 
 def first_run(flags: jax.Array) -> jax.Array:
-    """Returns int32 `[..., 2]`: where the last axis first turns true, and where it turns back."""
+    """Returns int32 `[..., 2]`: start and end of the first run of trues in the last axis."""
     first = jnp.argmax(flags, axis=-1)
     n = flags.shape[-1]
     ended = ~flags & (jnp.arange(n) > first[..., None])
     end = jnp.where(jnp.any(ended, axis=-1), jnp.argmax(ended, axis=-1), n)
     found = jnp.any(flags, axis=-1)
     return jnp.stack([first, end], axis=-1).astype(jnp.int32) * found[..., None]
+
+
+def _shape(query: jax.Array, key: jax.Array) -> tuple[int, ...]:
+    return np.broadcast_shapes(query.shape, key.shape)
+
+
+def _reduce(x: jax.Array, block: int, reduce, padding) -> jax.Array:
+    """Reduces the last axis block by block, `[..., n]` to `[..., ceil(n / block)]`."""
+    pad = [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)]
+    x = jnp.pad(x, pad, constant_values=padding)
+    return reduce(x.reshape(*x.shape[:-1], -1, block), axis=-1)

@@ -12,10 +12,10 @@ def merge(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Args:
       out: `[X, ..., C]`, the result for each of X sets of keys.
-      lse: f32 `[X, ...]`; -inf where a query sees no key of the set, whose `out` is finite.
+      lse: f32 `[X, ...]`; -inf for a query that sees no key of the set; its `out` must be finite.
 
     Returns:
-      f32 `[..., C]` and `[...]`; zeros and -inf where a query sees no key at all.
+      f32 `[..., C]` and `[...]`; zeros and -inf for a query that sees no key at all.
     """
     highest = jnp.max(lse, axis=0)
     highest = jnp.where(highest > -jnp.inf, highest, 0.0)

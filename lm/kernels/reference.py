@@ -1,6 +1,6 @@
 """The formula of each kernel in f32, straight from the equation: the oracle of the tests.
 
-Every function here holds all L x S logits at once.
+Every function here materialises all L x S logits.
 """
 
 import jax
@@ -48,26 +48,11 @@ def attention(
     Query head h reads key/value head `h // (H / K)`.
 
     Returns:
-      f32 `[B, L, H, C]`, zeros where a query sees no key; f32 `[B, L, H]`, there -inf.
+      f32 `[B, L, H, C]`, zeros for a query that sees no key; f32 `[B, L, H]`, -inf for such a
+      query.
     """
     s_BKGLS = logits(q_BLHC, k_BKSC, scoring, mask.key_bias)
     return _softmax_sum(s_BKGLS, visible(mask), v_BKSC, q_BLHC.shape)
-
-
-def _softmax_sum(s_BKGLS, visible_BKLS, v_BKSC, shape):
-    seen = visible_BKLS[:, :, None]
-    s_BKGLS = jnp.where(seen, s_BKGLS, -jnp.inf)
-    highest = jax.lax.stop_gradient(jnp.max(s_BKGLS, axis=-1, keepdims=True, initial=-1e30))
-    weights = jnp.where(seen, jnp.exp(s_BKGLS - highest), 0.0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
-    # a row that nobody sees has weight 0, and 0 * NaN is NaN
-    read = jnp.any(seen, axis=(2, 3))[..., None]
-    v_BKSC = jnp.where(read, v_BKSC, 0).astype(jnp.float32)
-    out = jnp.einsum('bkgls,bksc->blkgc', weights, v_BKSC, precision=HIGHEST)
-    lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + highest, -jnp.inf)
-    lse_BLKG = jnp.moveaxis(lse[..., 0], 3, 1)
-    return out.reshape(shape), lse_BLKG.reshape(shape[:3])
 
 
 def column_sums(
@@ -80,9 +65,9 @@ def column_sums(
 ) -> jax.Array:
     """Returns f32 `[B, K, S]`: the attention that each key received, sum exp(logits - lse).
 
-    The sum runs over the queries for which `row_mask_BL` holds and over the query heads that
-    share the key/value head; H2O's score (Zhang et al. 2023) is its sum over steps. Over S it
-    adds up to the queries in the mask that see any key, times H / K.
+    The sum is over the queries in `row_mask_BL` and the query heads that share the key/value head;
+    H2O's score (Zhang et al. 2023) is its sum over steps. Summed over S it is the number of queries
+    in the mask that see any key, times H / K.
     """
     b, l, h = lse_BLH.shape
     k = k_BKSC.shape[1]
@@ -102,7 +87,7 @@ def sparse_decode(
     scoring: Scoring,
     mask: Mask | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """`attention` over the rows that an index keeps and, with a mask, over the nodes of a tree.
+    """`attention` over an index's kept rows and, with a mask, over the nodes of a tree.
 
     Without a mask, one query (L = 1) sees exactly the kept rows. With one, the last `mask.nodes`
     rows in use hold the nodes of a draft tree (or chain). Two sets of rows are seen by query l of
@@ -111,7 +96,7 @@ def sparse_decode(
         committed rows: s < first node, and the index keeps (k, s), whatever the row's position
         nodes:          s >= first node, and `visible(mask)` holds for (k, l, s), kept or not
 
-    So positions, windows and segments bear on nodes alone; bias and noise on both.
+    So positions, windows and segments apply to nodes only; bias and noise to both.
     """
     bias = None if mask is None else mask.key_bias
     s_BKGLS = logits(q_BLHC, k_BKSC, scoring, bias)
@@ -120,3 +105,19 @@ def sparse_decode(
         is_node_B11S = jnp.arange(k_BKSC.shape[2]) >= mask.first_node_B[:, None, None, None]
         seen_BKLS = jnp.where(is_node_B11S, visible(mask), seen_BKLS)
     return _softmax_sum(s_BKGLS, seen_BKLS, v_BKSC, q_BLHC.shape)
+
+
+def _softmax_sum(s_BKGLS, visible_BKLS, v_BKSC, shape):
+    seen = visible_BKLS[:, :, None]
+    s_BKGLS = jnp.where(seen, s_BKGLS, -jnp.inf)
+    highest = jax.lax.stop_gradient(jnp.max(s_BKGLS, axis=-1, keepdims=True, initial=-1e30))
+    weights = jnp.where(seen, jnp.exp(s_BKGLS - highest), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    # a row that no query sees has weight 0, and 0 * NaN is NaN
+    read = jnp.any(seen, axis=(2, 3))[..., None]
+    v_BKSC = jnp.where(read, v_BKSC, 0).astype(jnp.float32)
+    out = jnp.einsum('bkgls,bksc->blkgc', weights, v_BKSC, precision=HIGHEST)
+    lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + highest, -jnp.inf)
+    lse_BLKG = jnp.moveaxis(lse[..., 0], 3, 1)
+    return out.reshape(shape), lse_BLKG.reshape(shape[:3])

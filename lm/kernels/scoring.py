@@ -1,4 +1,4 @@
-"""How attention turns products of queries and keys into logits: one argument of every kernel."""
+"""From products of queries and keys to logits: one argument of every kernel."""
 
 from typing import Any, NamedTuple
 
@@ -26,8 +26,8 @@ class Scoring:
       softcap: static; the cap of Gemma 2, or None.
       temperature: f32 scalar, positive; divides the logits, as in Keyformer (Adnan et al. 2024),
         whose temperature grows with the step.
-      noise: f32 `[B, K or 1, S]`, one value per key, such as Keyformer's Gumbel noise; finite
-        wherever a row holds a key.
+      noise: f32 `[B, K or 1, S]`, one value per key, such as Keyformer's Gumbel noise; finite for
+        every row with a key.
     """
 
     scale: float = flax.struct.field(pytree_node=False)
@@ -37,7 +37,7 @@ class Scoring:
 
     @property
     def static(self) -> 'Scoring':
-        """Scale and cap alone, on which the code of a kernel depends."""
+        """Scale and cap alone: the static arguments of a kernel."""
         return Scoring(self.scale, self.softcap)
 
     def capped(self, products: jax.Array) -> jax.Array:
@@ -47,13 +47,13 @@ class Scoring:
 
 
 class Terms(NamedTuple):
-    """The data of a scoring, as kernels apply it: logits are capped * factor + offset.
+    """The data of a scoring, as kernels apply it: logits = capped * factor + offset.
 
     Attributes:
-      factor: f32 `[1]`, 1 / temperature; None stands for 1.
-      offset: f32 `[B, K or 1, S]`, (bias + noise) / temperature; None stands for 0.
+      factor: f32 `[1]`, 1 / temperature; None means 1.
+      offset: f32 `[B, K or 1, S]`, (bias + noise) / temperature; None means 0.
 
-    In kernels, references and block specs take the place of the arrays.
+    In kernels, the fields are references or block specs instead of arrays.
     """
 
     factor: Any
@@ -61,7 +61,7 @@ class Terms(NamedTuple):
 
 
 def key_terms(mask: Mask | None, scoring: Scoring) -> jax.Array | None:
-    """Returns bias + noise, f32 `[B, K or 1, S]`; None where there is neither."""
+    """Returns bias + noise, f32 `[B, K or 1, S]`; None without either."""
     bias = None if mask is None else mask.key_bias
     given = [x.astype(jnp.float32) for x in (bias, scoring.noise) if x is not None]
     return sum(given[1:], given[0]) if given else None
@@ -77,7 +77,7 @@ def terms(mask: Mask | None, scoring: Scoring) -> Terms:
 
 
 def complete(capped_BKGLS: jax.Array, found: Terms) -> jax.Array:
-    """Returns the logits `[B, K, G, L, S]` of capped ones: capped * factor + offset."""
+    """Returns the logits `[B, K, G, L, S]`: capped * factor + offset."""
     if found.factor is not None:
         capped_BKGLS = capped_BKGLS * found.factor[0]
     if found.offset is not None:

@@ -1,4 +1,4 @@
-"""A set of cache rows per KV head, in the form that `sparse_decode` reads."""
+"""A set of cache rows per KV head, as an index for `sparse_decode`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from lm.kernels.merge import merge
 
 
 class SparseIndex(NamedTuple):
-    """Which rows of a cache each KV head keeps: sorted blocks of rows, and a bit per row.
+    """The rows of a cache that each KV head keeps: sorted blocks of rows, and a bit per row.
 
     Attributes:
-      used: int32 `[B, K]`: blocks in use.
-      block: int32 `[B, K, J]`: which blocks of rows, ascending; the rest repeats the last.
-      bits: int32 `[B, K, J, rows / 32]`: which rows of the block are kept.
+      used: int32 `[B, K]`: number of blocks in use.
+      block: int32 `[B, K, J]`: indices of blocks of rows, ascending, padded with the last one.
+      bits: int32 `[B, K, J, rows / 32]`: the kept rows of each block.
     """
 
     used: jax.Array
@@ -33,12 +33,12 @@ def from_rows(kept_BKS: jax.Array, rows: int, blocks: int) -> SparseIndex:
     """Returns the index that keeps the given rows of a cache.
 
     Args:
-      kept_BKS: bool, which rows to keep; at least one per KV head, or that head reads nothing.
+      kept_BKS: bool, rows to keep; a KV head that keeps none reads nothing.
       rows: rows per block, a multiple of 32.
-      blocks: room for this many blocks per KV head (J); blocks beyond are dropped, last first.
+      blocks: capacity in blocks per KV head (J); excess blocks are dropped, last first.
 
     Raises:
-      ValueError: `rows` is no multiple of 32.
+      ValueError: `rows` is not a multiple of 32.
     """
     if rows < 1 or rows % WORD:
         raise ValueError(f'sparse index: {rows} rows per block; expected a multiple of {WORD}')
@@ -57,7 +57,7 @@ def from_rows(kept_BKS: jax.Array, rows: int, blocks: int) -> SparseIndex:
 
 
 def kept_rows(index: SparseIndex, rows: int) -> jax.Array:
-    """Returns bool `[B, K, rows]`: which rows of the cache an index keeps."""
+    """Returns the rows of the cache that an index keeps, bool `[B, K, rows]`."""
     b, k, j = index.block.shape
     live = jnp.arange(j) < index.used[..., None]
     bits = unpack_bits(index.bits, index.rows) & live[..., None]
@@ -84,8 +84,8 @@ def with_nodes(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns attention over kept committed rows and the nodes of a draft tree, and its LSE.
 
-    The two sets of rows (`reference.sparse_decode`) are disjoint, so that the two results merge
-    exactly (`lm.kernels.merge`).
+    The two sets of rows (`reference.sparse_decode`) are disjoint, so the two results merge exactly
+    (`lm.kernels.merge`).
 
     Args:
       committed: attention over all rows of an index.

@@ -1,7 +1,7 @@
-"""The same functions in plain XLA: the default on CPU, and the fallback everywhere.
+"""The kernels' functions in plain XLA: the default on CPU, and the fallback everywhere.
 
-Like `reference`, these hold a block of logits for every query and key; unlike it they multiply in
-the dtype they are given. With `layer`, `k` and `v` are stacked caches `[N, B, K, S, C]`.
+Like `reference`, these materialise the logits of every query and key; unlike it, they multiply in
+the dtype of their operands. With `layer`, `k` and `v` are stacked caches `[N, B, K, S, C]`.
 """
 
 import jax
@@ -78,10 +78,10 @@ def _layer(rows: jax.Array, layer: jax.Array | int | None) -> jax.Array:
 
 
 def _silenced(rows_BKSC: jax.Array, held_BKS: jax.Array) -> jax.Array:
-    """Returns rows of a cache with zeros where no key is held: 0 x NaN is NaN.
+    """Returns rows of a cache, with zeros for those without a key: 0 x NaN is NaN.
 
-    A weight of 0 silences no value, and a logit's gradient of 0 no key. Where a layer is taken out
-    of a stack, the select is part of that copy.
+    So weights of 0 do not mask values, nor do logit gradients of 0 mask keys. If a layer is sliced
+    from a stack, the select is fused into that copy.
     """
     return jnp.where(held_BKS[..., None], rows_BKSC, 0)
 
@@ -104,7 +104,7 @@ def _attend(q_BLHC, k_BKSC, v_BKSC, seen_BKLS, scoring, mask):
     b, l, h, c = q_BLHC.shape
     logits = _logits(q_BLHC, k_BKSC, scoring, mask)
     logits = jnp.where(seen_BKLS[:, :, None], logits, NOTHING)
-    # jax.nn.softmax brings the gradient that keeps one array of this size, not several
+    # jax.nn.softmax has a gradient that saves one array of this size, not several
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BKSC.dtype)
     out = jnp.einsum('bkgls,bksc->blkgc', weights, v_BKSC, precision=_precision(v_BKSC))
     any_BLK1 = jnp.any(seen_BKLS, axis=-1).swapaxes(1, 2)[..., None]

@@ -1,7 +1,7 @@
 """Gradients of attention over some of the keys, in plain XLA: one block of ring attention.
 
 The counterpart of `mosaic.flash.backward`. Autodiff of `xla.attention` gives the gradients of a
-whole softmax; here the normaliser is given, and may count keys that are elsewhere.
+whole softmax; here the normaliser is given, and may include other keys.
 """
 
 import jax
@@ -32,8 +32,8 @@ def backward(
 
     Args:
       q_BLHC, k_BKSC, v_BKSC, mask, scoring: see `reference.attention`.
-      out_BLHC, lse_BLH: its results, over these keys or over more.
-      d_out_BLHC, d_lse_BLH: their cotangents; those of a query that sees no key count for nothing.
+      out_BLHC, lse_BLH: its results, over these keys or a superset.
+      d_out_BLHC, d_lse_BLH: their cotangents; ignored for a query that sees no key.
 
     Returns:
       dq, dk, dv, in the shapes and dtypes of q, k, v.

@@ -1,1 +1,1 @@
-"""Losses as functions of hidden states; each names the sums that it reports."""
+"""Losses of hidden states; each names the sums it reports."""

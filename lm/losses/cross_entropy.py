@@ -1,4 +1,4 @@
-"""Cross-entropy and log-probabilities of ids against a learned table, a chunk of rows at a time."""
+"""Cross-entropy and log-probabilities against a learned table, a chunk of rows at a time."""
 
 import dataclasses
 from typing import NamedTuple
@@ -25,13 +25,13 @@ def chunked_cross_entropy(
     See `lm.losses.online_softmax` for the formula, its derivative and an example.
 
     Args:
-      h_TD: hidden states. Or `[B, L, D]`, with targets `[B, L]`: sequences that are cut over
-        devices cannot be laid end to end without being joined.
+      h_TD: hidden states. Or `[B, L, D]` with targets `[B, L]`: flattening sharded sequences would
+        gather them.
       table_VD: the output table.
       targets_T: ids.
       softcap: of the logits.
       chunk: rows of the table at a time.
-      rows: the first so many rows share the probability, all by default; may be traced.
+      rows: the softmax runs over this many first rows, by default all; may be traced.
     """
     v = table_VD.shape[0]
     source = _Learned(*online_softmax.chunking(v, chunk), v, softcap)
@@ -46,10 +46,10 @@ def logprobs(
     softcap: float | None = None,
     rows: jax.Array | int | None = None,
 ) -> jax.Array:
-    """Returns log-probabilities of given ids `[...]` after hidden states `[..., D]`, f32, in nats.
+    """Returns log-probabilities of ids `[...]` given hidden states `[..., D]`, f32, in nats.
 
-    Logits of a chunk of the vocabulary are all that exists, forwards and backwards. On a mesh that
-    cuts sequences, `h` is `[B, L, D]`; elsewhere any leading dimensions serve.
+    Only the logits of one chunk of the vocabulary exist at a time, forwards and backwards. If the
+    mesh shards sequences, `h` is `[B, L, D]`; otherwise any leading dimensions will do.
 
     >>> p = jnp.exp(logprobs(jnp.ones((1, 2)), jnp.zeros((4, 2)), jnp.array([3])))
     >>> f'{p[0]:.4f}'  # four equal logits
@@ -65,7 +65,7 @@ def table_losses(
     softcap: float | None = None,
     rows: jax.Array | int | None = None,
 ) -> TokenLosses:
-    """Returns `chunked_cross_entropy` of ids of any shape; a mesh may cut sequences."""
+    """Returns `chunked_cross_entropy` for ids of any shape; a mesh may shard sequences."""
     if mesh.in_use('sequence') > 1:
         return chunked_cross_entropy(h, table_VD, ids, softcap, rows=rows)
     flat = h.reshape(-1, h.shape[-1]), table_VD, ids.reshape(-1)
@@ -74,7 +74,7 @@ def table_losses(
 
 
 class _Arrays(NamedTuple):
-    """The table, or its gradient; and how many of its rows count, or None."""
+    """The table or its gradient, and the number of rows in the softmax, or None."""
 
     table_VD: jax.Array
     rows: jax.Array | int | None
@@ -106,7 +106,7 @@ class _Learned:
             by_row = 'tc,td->cd' if h.ndim == 2 else 'blc,bld->cd'
             d_rows_OD = layers.einsum(by_row, d_logits, h, jnp.float32)
             d_rows_OD = mesh.constrain(d_rows_OD.astype(gradient_OJD.dtype), ('vocab', 'embed'))
-            return dh, gradient_OJD.at[:, index].set(d_rows_OD)  # each chunk comes once
+            return dh, gradient_OJD.at[:, index].set(d_rows_OD)  # each chunk is visited once
 
         return step(Table(read, logits, back), carry)
 

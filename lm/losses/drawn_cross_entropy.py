@@ -1,7 +1,7 @@
-"""Cross-entropy against tables that differ from segment to segment and never exist as a whole.
+"""Cross-entropy against tables that differ by segment and are never materialised.
 
-Tables of `[B, V, D]` would not fit: a chunk of rows `[B, O, D]` is drawn, used and dropped, and
-drawn again for the gradient (`lm.losses.online_softmax` has the formulas).
+Tables of `[B, V, D]` would not fit in memory: a chunk of rows `[B, O, D]` is drawn, used and
+dropped, and drawn again in the backward pass (`lm.losses.online_softmax` has the formulas).
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ def cross_entropy(
 ) -> TokenLosses:
     """Returns the cross-entropy of hidden states against targets, by each segment's own table.
 
-    Work grows with the number of segments in the fullest row of the batch. Padding, segment 0, has
-    a loss of 0.
+    Work grows with the number of segments in the row that has the most. Padding, segment 0, has a
+    loss of 0.
 
     Args:
       config: of a lexinvariant model.
       h_BLD: hidden states.
       learned_VD: the learned table of a partially lexinvariant model, None otherwise.
-      key_B: of the rows, as `lexinvariant.embed` had them.
+      key_B: of the rows, the same as for `lexinvariant.embed`.
       segments_BL: int32, the segment of each token in its row, from 1.
       targets_BL: ids.
       chunk: rows of the tables at a time.
@@ -46,9 +46,9 @@ def cross_entropy(
 
 
 class _Arrays(NamedTuple):
-    """The arrays that make tables, or their gradient, which has None for keys and segments.
+    """The inputs of the tables, or their gradient, with None for keys and segments.
 
-    The learned table is None where every row is drawn.
+    The learned table is None if every row is drawn.
     """
 
     learned_VD: jax.Array | None
@@ -57,7 +57,7 @@ class _Arrays(NamedTuple):
 
 
 class _Learned(NamedTuple):
-    """Rows of the learned table, and which symbols have drawn rows instead."""
+    """Rows of the learned table, and a mask of the symbols with drawn rows."""
 
     rows_OD: jax.Array
     is_drawn_B1O: jax.Array

@@ -1,8 +1,7 @@
-"""The contract of a loss: a function of parameters and a batch that names the sums it reports.
+"""The contract of a loss: a function of parameters and a batch; it names the sums it reports.
 
-The training loop and the evaluation add up whatever sums there are and report each as
-`total / count` under its name. They know no name and no unit: a loss that is no cross-entropy is
-not reported in nats.
+The training loop and the evaluation add up the sums and report each as `total / count` under its
+name. They know neither names nor units: a loss other than cross-entropy is not reported in nats.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -13,8 +12,8 @@ import jax
 class Sum(NamedTuple):
     """A sum over a batch, and its divisor: f32 scalars.
 
-    Sums of several batches are added up part by part, so that `total / count` is the mean over all
-    of them.
+    Sums of several batches are added elementwise, so that `total / count` is the mean over all of
+    them.
     """
 
     total: Any
@@ -22,7 +21,7 @@ class Sum(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """`total / count`, on the host; 0 of nothing."""
+        """`total / count`, on the host; 0 if the count is 0."""
         return float(self.total) / (float(self.count) or 1.0)
 
 
@@ -31,7 +30,7 @@ class Loss(NamedTuple):
 
     Attributes:
       value: the scalar to minimise, f32.
-      sums: reported, by name. A name says the unit of the mean: `nats_per_token`,
+      sums: reported, by name. The name states the unit of the mean: `nats_per_token`,
         `squared_distance_per_token`.
     """
 
@@ -45,13 +44,13 @@ class LossFn(Protocol):
     Args:
       params: the trained parameters.
       batch: arrays by name (`lm.data.batches`).
-      key: of the loss's randomness, a new one for each step.
-      frozen: arrays that the loss reads and nothing changes (`lm.training.train.run`).
-      extra: keyword arguments to come; the loop passes none yet.
+      key: for the loss's randomness, a new one per step.
+      frozen: arrays that the loss reads and training does not change (`lm.training.train.run`).
+      extra: future keyword arguments; the loop passes none yet.
     """
 
     def __call__(
         self, params: Any, batch: Any, key: jax.Array, /, *frozen: Any, **extra: Any
     ) -> Loss:
-        """Returns the value to minimise, and the sums to report."""
+        """Returns the value to minimise and the sums to report."""
         ...

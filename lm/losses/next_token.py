@@ -1,6 +1,6 @@
-"""Next-token losses of packed batches, never by way of all logits at once.
+"""Next-token losses of packed batches, without materialised logits `[B, L, V]`.
 
-For tokens t with weights w_t, of hidden states h_t and targets y_t,
+For tokens t with weights w_t, hidden states h_t and targets y_t,
 
     loss = sum_t w_t (-log p(y_t | h_t) + z_loss * log_normalizer_t^2) / sum_t w_t
 """
@@ -26,14 +26,14 @@ def next_token_loss(
 ) -> Loss:  # fmt: skip
     """Returns the weighted mean loss in nats per token; reports `nats_per_token`.
 
-    With several codebooks the losses of a token's Q ids are added up, and
-    `nats_per_token/codebook=q` is reported for each as well.
+    With several codebooks the losses of a token's Q ids are summed, and `nats_per_token/codebook=q`
+    is reported for each as well.
 
     Args:
       params, config: the model.
       batch: packed, as `lm.data.batches` makes it.
-      z_loss: times the squared log normaliser, which is added: it keeps logits from drifting
-        (PaLM, Chowdhery et al. 2022, section 5).
+      z_loss: weight of the squared log normaliser, which keeps logits from drifting (PaLM,
+        Chowdhery et al. 2022, section 5).
       key: see `token_losses`.
     """
     losses = token_losses(params, config, batch, key)
@@ -56,12 +56,12 @@ def next_token_loss(
 def token_losses(
     params: Params, config: Config, batch: dict[str, jax.Array], key: jax.Array | None = None
 ) -> TokenLosses:
-    """Returns the losses of a packed batch's targets, f32 `[B, L]`, or `[B, L, Q]` of codebooks.
+    """Returns the losses of a packed batch's targets, f32 `[B, L]`, or `[B, L, Q]` with codebooks.
 
     Args:
       params, config: the model.
       batch: as `lm.data.batches` makes it: `tokens`, `targets`, `positions` and `segments`.
-      key: from which tables are drawn; models with learned tables need none.
+      key: for drawing tables; models with learned tables need none.
 
     Raises:
       ValueError: the model's tables are drawn, and there is no key.
@@ -85,11 +85,20 @@ def token_losses(
 def hidden(
     params: Params, config: Config, batch: dict[str, jax.Array], key: jax.Array | None = None
 ) -> jax.Array:
-    """Returns the hidden states of a packed batch, `[B, L, D]`, as the output table meets them.
+    """Returns the hidden states of a packed batch, `[B, L, D]`, ready for the output table.
 
     Arguments are those of `token_losses`; no targets are needed.
     """
     return _hidden(params, config, tables.for_batch(params['tables'], config, batch, key), batch)
+
+
+def bits_per_byte(nats: float, n_bytes: int) -> float:
+    """Returns a text's summed loss in bits per byte, for any tokenization.
+
+    >>> round(bits_per_byte(1000 * math.log(256), 1000), 6)  # uniform over bytes
+    8.0
+    """
+    return nats / math.log(2) / n_bytes
 
 
 def _hidden(
@@ -98,12 +107,3 @@ def _hidden(
     x_BLD = tables.embed_batch(own, config, batch['segments'])
     nodes = Nodes(None, batch['positions'], x_BTD=x_BLD)
     return transformer.read(params, config, nodes, batch['segments']).h_BTD
-
-
-def bits_per_byte(nats: float, n_bytes: int) -> float:
-    """Returns a summed loss over a text in bits per byte of that text, whatever its tokens.
-
-    >>> round(bits_per_byte(1000 * math.log(256), 1000), 6)  # every byte equally likely
-    8.0
-    """
-    return nats / math.log(2) / n_bytes

@@ -1,14 +1,13 @@
-"""Cross-entropy by an online softmax over chunks of a table's rows: one scan and its gradient.
+"""Cross-entropy by an online softmax over chunks of a table's rows: a scan and its gradient.
 
-Logits of one chunk, `[..., O]`, are all that ever exists; the backward pass computes them again.
-So memory does not grow with V, except for the gradient of the table itself. For a token with
-hidden state h, logits z_v = softcap(h . row_v) and target t,
+Only the logits of one chunk, `[..., O]`, exist at a time; the backward pass recomputes them. Memory
+does not grow with V, except for the gradient of the table. For a token with hidden state h, logits
+z_v = softcap(h . row_v) and target t,
 
     log_normalizer = log sum_v exp z_v          nats = log_normalizer - z_t
 
-The forward scan carries the highest logit m so far, s = sum exp(z - m), and z_t; where a chunk
-raises m to m', s is multiplied by exp(m - m'). With p_v = exp(z_v - log_normalizer), the
-derivatives are
+The forward scan carries the running maximum m, s = sum exp(z - m), and z_t; if a chunk raises m to
+m', s is multiplied by exp(m - m'). With p_v = exp(z_v - log_normalizer), the derivatives are
 
     d nats / d z_v = p_v - [v = t]              d log_normalizer / d z_v = p_v
 
@@ -24,8 +23,8 @@ so that hidden states are logits, and their gradient is p - onehot:
 >>> [[f'{x:.4f}' for x in row] for row in jax.grad(lambda h_TD: nats(h_TD).sum())(h_TD)]
 [['-0.5000', '0.5000'], ['-0.1192', '0.1192']]
 
-Where rows come from is a `Source`: a learned table (`lm.losses.cross_entropy`), or tables drawn
-per segment (`lm.losses.drawn_cross_entropy`).
+A `Source` supplies the rows: a learned table (`lm.losses.cross_entropy`), or tables drawn per
+segment (`lm.losses.drawn_cross_entropy`).
 """
 
 import functools
@@ -42,7 +41,7 @@ VOCABULARY_CHUNK = 1024
 
 
 class TokenLosses(NamedTuple):
-    """Per token, f32: `-log p(target)` in nats, and the log of the softmax's normaliser."""
+    """Per token, f32: `-log p(target)` in nats, and the log normaliser of the softmax."""
 
     nats: jax.Array
     log_normalizer: jax.Array
@@ -52,11 +51,11 @@ class Table(NamedTuple):
     """One table as the scan reads it.
 
     Attributes:
-      read: index of a chunk -> its ids `[O]`, and its rows in whatever form `logits` takes.
+      read: index of a chunk -> its ids `[O]`, and its rows in the form that `logits` takes.
       logits: (h, rows) -> f32 `[..., O]`, before the soft cap.
-      back: (h, rows, d_logits, index, gradient) -> (gradient of h, f32; that of the source's
-        arrays with this chunk's part added).
-      here: bool, of the targets' shape: the tokens that are read against this table; None for all.
+      back: (h, rows, d_logits, index, gradient) -> (gradient of h, f32; the source's gradient with
+        this chunk's added).
+      here: bool, in the targets' shape: the tokens that use this table; None for all.
     """
 
     read: Callable[[jax.Array], tuple[jax.Array, Any]]
@@ -66,20 +65,20 @@ class Table(NamedTuple):
 
 
 class Source(Protocol):
-    """Where rows come from: hashable and static; its arrays are passed in."""
+    """Supplies rows; hashable and static, its arrays are passed in."""
 
     @property
     def chunks(self) -> int:
-        """The number of chunks in which each table is read."""
+        """The number of chunks per table."""
         ...
 
     @property
     def softcap(self) -> float | None:
-        """The cap of the logits, or None."""
+        """The soft cap of the logits, or None."""
         ...
 
     def size(self, arrays: Any) -> jax.Array | int:
-        """Returns the number of ids that share the probability; ids from there on have none."""
+        """Returns the number of ids in the softmax; later ids have probability 0."""
         ...
 
     def over_tables(self, step: Callable[[Table, Any], Any], carry: Any, arrays: Any) -> Any:
@@ -96,11 +95,10 @@ class Source(Protocol):
 
 
 def chunking(vocab_size: int, chunk: int) -> tuple[int, int]:
-    """Returns how many chunks a table is read in, and rows of each: without padding where possible.
+    """Returns the number of chunks of a table, and rows per chunk; without padding if possible.
 
-    Chunk i of n has the rows i, i + n, i + 2n and so on. So the rows of one device are a part of
-    every chunk, and each device reads its own; of chunks of neighbouring rows, each would have to
-    be sent to all.
+    Chunk i of n has the rows i, i + n, i + 2n and so on. So every chunk includes rows of every
+    device, and each device reads its own; a chunk of contiguous rows would have to be broadcast.
     """
     chunk = min(chunk, vocab_size)
     least = -(-vocab_size // chunk)
@@ -109,14 +107,14 @@ def chunking(vocab_size: int, chunk: int) -> tuple[int, int]:
 
 
 def interleaved(table_VD: jax.Array, n: int, chunk: int) -> jax.Array:
-    """Returns the table as `[O, J, D]`, zero rows appended: chunk i is `[:, i]`. No copy."""
+    """Returns the table as `[O, J, D]`, padded with zero rows: chunk i is `[:, i]`. No copy."""
     v, d = table_VD.shape
     padded = jnp.pad(table_VD, ((0, n * chunk - v), (0, 0))) if n * chunk != v else table_VD
     return mesh.constrain(padded.reshape(chunk, n, d), ('vocab', None, None))
 
 
 def joined(rows_OJD: jax.Array, vocab_size: int) -> jax.Array:
-    """Returns the table that `interleaved` took apart."""
+    """Inverse of `interleaved`."""
     table_VD = rows_OJD.reshape(-1, rows_OJD.shape[-1])[:vocab_size]
     return mesh.constrain(table_VD, ('vocab', 'embed'))
 
@@ -125,7 +123,7 @@ def joined(rows_OJD: jax.Array, vocab_size: int) -> jax.Array:
 def token_losses(source: Source, h: jax.Array, arrays: Any, targets: jax.Array) -> TokenLosses:
     """Returns the losses of targets `[...]` given hidden states `[..., D]`.
 
-    Differentiable in `h` and in the source's arrays. Tokens of no table have losses of 0.
+    Differentiable in `h` and in the source's arrays. Tokens without a table have a loss of 0.
     """
     return _forward(source, h, arrays, targets)[0]
 
@@ -139,7 +137,7 @@ def _forward(source: Source, h, arrays, targets):
             new_highest = jnp.maximum(highest, logits.max(-1))
             new_total = total * jnp.exp(highest - new_highest)
             new_total += jnp.exp(logits - new_highest[..., None]).sum(-1)
-            # a sum and no look-up: each device has some of the columns
+            # a sum, not an index: each device has some of the columns
             is_target = targets[..., None] == ids_O
             new = new_highest, new_total, target + jnp.where(is_target, logits, 0.0).sum(-1)
             if table.here is None:

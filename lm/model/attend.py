@@ -1,8 +1,9 @@
-"""Attention as an argument of `lm.model.transformer.blocks`: which keys the nodes of a layer see.
+"""Attention as an argument of `lm.model.transformer.blocks`: the keys that a layer's nodes see.
 
-An `Attend` gets the queries, keys and values of one layer, before RoPE, and a carry that travels
-from layer to layer. Here are the two that every model has: `among` the new nodes alone, and over a
-key/value `cached`. Cache policies and other mixers are functions of the same type.
+An `Attend` takes the queries, keys and values of one layer, before RoPE, and a carry that passes
+from layer to layer. This file has the two that every model needs: `among`, over the new nodes
+alone, and `cached`, over a key/value cache. Cache policies and other mixers are functions of the
+same type.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from lm.model.config import Config
 
 
 class Layer(NamedTuple):
-    """Properties of a layer beside its parameters; data, so that one scan serves all layers.
+    """The properties of a layer besides its parameters; data, so that one scan serves all.
 
     Attributes:
       number: of the layer, from 0.
@@ -52,7 +53,7 @@ class Attend(Protocol):
 
 
 class Rows(NamedTuple):
-    """The carry of `cached`, which a pass over the layers fills in.
+    """The carry of `cached`; a pass over the layers fills it.
 
     Attributes:
       k_NBKSC, v_NBKSC: of the cache.
@@ -65,7 +66,7 @@ class Rows(NamedTuple):
 
 
 def among(config: Config, mask: Mask) -> Attend:
-    """Returns attention of the new nodes to one another, with no carry.
+    """Returns attention among the new nodes, without a carry.
 
     Args:
       config: of the model: scale, soft cap and ring of its attention.
@@ -82,13 +83,13 @@ def among(config: Config, mask: Mask) -> Attend:
 
 
 def cached(config: Config, mask: Mask, cache: Cache, counted_BL: jax.Array | None = None) -> Attend:
-    """Returns attention over a cache, which first takes in the new nodes; the carry is `Rows`.
+    """Returns attention over a cache, after writing the new nodes into it; the carry is `Rows`.
 
     Args:
       config: see `among`.
       mask: queries, and ancestors of a draft tree; keys, length and window are the cache's own.
       cache: its last L rows are those of the new nodes, with their positions written.
-      counted_BL: bool, which nodes' attention `mass_NBKS` counts; all by default.
+      counted_BL: bool, the nodes whose attention `mass_NBKS` counts; all by default.
     """
     scoring = _scoring(config)
     if counted_BL is None:

@@ -1,4 +1,4 @@
-"""The key/value cache: rows addressed per KV head, each with the position it came from.
+"""The key/value cache: rows addressed per KV head, each with its position in the text.
 
 Rows are not positions: a cache that has evicted rows is shorter than its text.
 """
@@ -21,8 +21,8 @@ class Cache:
     """Keys and values of the nodes that a batch has read.
 
     Attributes:
-      k_NBKSC, v_NBKSC: rows; only the first `length_B` of the S rows hold anything.
-      position_NBKS: int32: position in the text of each row, negative where there is none; a
+      k_NBKSC, v_NBKSC: S rows; only the first `length_B` are in use.
+      position_NBKS: int32: each row's position in the text, negative for rows without a key; a
         policy may keep different rows for different layers and heads.
       length_B: int32: rows in use, per batch row; also where the next row is written.
     """
@@ -48,14 +48,14 @@ def init(config: Config, batch: int, rows: int) -> Cache:
 def write_positions(
     cache: Cache, positions_BL: jax.Array, layers: Sequence[int] | None = None
 ) -> Cache:
-    """Appends L rows: notes their positions and lengthens the cache; `write` fills them.
+    """Appends L rows: records their positions and increases the length; `write` fills them.
 
     Rows past the end of the cache are dropped: the caller allocates enough.
 
     Args:
       cache: see `Cache`.
       positions_BL: int32, of the new rows.
-      layers: layers that the nodes run; all by default. In the others the rows hold no key.
+      layers: layers that the nodes run; all by default. In other layers the rows hold no key.
     """
     noted = positions_BL[:, None]
     if layers is not None:
@@ -66,15 +66,8 @@ def write_positions(
 
 
 def reveal(cache: Cache, positions_BL: jax.Array, layers: Sequence[int]) -> Cache:
-    """Notes the positions of the last L rows in further layers, which the nodes run now."""
+    """Records the positions of the last L rows in further layers, which the nodes run now."""
     return _note(cache, positions_BL[:, None], np.asarray(layers)[:, None, None, None])
-
-
-def _note(cache: Cache, positions: jax.Array, layers: Any) -> Cache:
-    l = positions.shape[-1]
-    rows = _rows(cache.length_B[:, None] - l + jnp.arange(l), cache.position_NBKS.shape[2])
-    position_NBKS = cache.position_NBKS.at[(layers, *rows)].set(positions, mode='drop')
-    return dataclasses.replace(cache, position_NBKS=position_NBKS)
 
 
 def write(rows_NBKSC: jax.Array, layer: jax.Array | int, start_B: jax.Array, new_BKLC: jax.Array):
@@ -84,25 +77,15 @@ def write(rows_NBKSC: jax.Array, layer: jax.Array | int, start_B: jax.Array, new
     return rows_NBKSC.at[(layer, *_rows(rows_BL, new_BKLC.shape[1]))].set(new_BKLC, mode='drop')
 
 
-def _rows(rows_BL: jax.Array, kv_heads: int) -> tuple[jax.Array, ...]:
-    """Returns indices of rows for the axes B, K and S; they broadcast to `[B, K, L]`.
-
-    Every axis is indexed: with a slice between, XLA scatters in another layout than the TPU kernels
-    read, and copies the whole stack on the way in and out.
-    """
-    b = rows_BL.shape[0]
-    return jnp.arange(b)[:, None, None], jnp.arange(kv_heads)[:, None], rows_BL[:, None]
-
-
 def keep(cache: Cache, start_B: jax.Array, rows_BM: jax.Array, count_B: jax.Array) -> Cache:
     """Keeps an accepted path: row `start + rows[i]` moves to `start + i`, for i below `count`.
 
-    What lay behind `start + count` is given up. All rows are read before any is written.
+    Rows from `start + count` on are dropped. All rows are read before any is written.
 
     Args:
       cache: its last rows are the nodes of a draft tree.
       start_B: int32, the first node's row.
-      rows_BM: int32, nodes of the path, counted from `start_B`; at least `count_B` of them matter.
+      rows_BM: int32, nodes of the path, relative to `start_B`; the first `count_B` are kept.
       count_B: int32, at most M.
     """
     kv_heads, rows = cache.position_NBKS.shape[2:]
@@ -121,15 +104,32 @@ def keep(cache: Cache, start_B: jax.Array, rows_BM: jax.Array, count_B: jax.Arra
 
 
 def truncate(cache: Cache, length_B: jax.Array) -> Cache:
-    """Returns the cache with only its first `length_B` rows; the rest will be overwritten."""
+    """Returns the cache truncated to `length_B` rows; later rows will be overwritten."""
     return dataclasses.replace(cache, length_B=jnp.minimum(cache.length_B, length_B))
 
 
 def take(cache: Cache, rows_M: jax.Array) -> Cache:
-    """Returns the cache of M batch rows, copies of the given ones."""
+    """Returns the cache of M batch rows, copied from the given ones."""
     return Cache(
         k_NBKSC=cache.k_NBKSC[:, rows_M],
         v_NBKSC=cache.v_NBKSC[:, rows_M],
         position_NBKS=cache.position_NBKS[:, rows_M],
         length_B=cache.length_B[rows_M],
     )
+
+
+def _note(cache: Cache, positions: jax.Array, layers: Any) -> Cache:
+    l = positions.shape[-1]
+    rows = _rows(cache.length_B[:, None] - l + jnp.arange(l), cache.position_NBKS.shape[2])
+    position_NBKS = cache.position_NBKS.at[(layers, *rows)].set(positions, mode='drop')
+    return dataclasses.replace(cache, position_NBKS=position_NBKS)
+
+
+def _rows(rows_BL: jax.Array, kv_heads: int) -> tuple[jax.Array, ...]:
+    """Returns indices of rows for the axes B, K and S; they broadcast to `[B, K, L]`.
+
+    Every axis is indexed: with a slice between, XLA scatters in another layout than the TPU kernels
+    read, and copies the whole stack on the way in and out.
+    """
+    b = rows_BL.shape[0]
+    return jnp.arange(b)[:, None, None], jnp.arange(kv_heads)[:, None], rows_BL[:, None]

@@ -36,13 +36,13 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Lexinvariant:
-    """Which rows of the token table are drawn anew for each sequence (`lm.model.lexinvariant`).
+    """The rows of the token table that are drawn anew per sequence (`lm.model.lexinvariant`).
 
     Attributes:
       kind: `gaussian`, independent normal rows (Huang et al. 2023, arXiv 2305.16349), or
         `permuted`, the rows of one fixed table in a random order (ours).
-      probability: that a symbol's row is drawn rather than learned, independently for each sequence
-        and symbol. Below 1 there is also a learned table (the paper's regulariser has 0.2).
+      probability: of a symbol's row being drawn rather than learned, independently per sequence and
+        symbol. Below 1 there is also a learned table (the paper's regulariser uses 0.2).
       always, never: ids of symbols whose rows are always, or never, drawn.
     """
 
@@ -57,14 +57,14 @@ class Lexinvariant:
         if not 0 <= self.probability <= 1:
             raise ValueError(f'Lexinvariant.probability: {self.probability}; expected 0 to 1')
         if not all(isinstance(i, int) for i in (*self.always, *self.never)):
-            raise ValueError('Lexinvariant: `always` and `never` hold ids, whole numbers')
+            raise ValueError('Lexinvariant: `always` and `never` hold integer ids')
         both = sorted(set(self.always) & set(self.never))
         if both:
             raise ValueError(f'Lexinvariant: id {both[0]} is in `always` and in `never`')
 
     @property
     def partial(self) -> bool:
-        """Whether some rows are learned."""
+        """Whether any row is learned."""
         return self.probability < 1 or bool(self.never)
 
     @property
@@ -84,14 +84,13 @@ class Config:
       n_heads: query heads (H), a multiple of `n_kv_heads` (K).
       head_dim: channels per head (C), even.
       d_ff: width of the gated MLP (F).
-      max_length: positions the model is made for; bounds caches and windows.
+      max_length: maximum positions; bounds caches and windows.
       activation: of the MLP's gate.
       norm_epsilon: added to the mean square in every RMSNorm.
       unit_offset: RMSNorm multiplies by `1 + w` instead of `w` (Gemma).
       post_norm: another RMSNorm after attention and after the MLP (Gemma 2, 3).
       qk_norm: RMSNorm over each query and key head before RoPE (Qwen 3, Gemma 3).
-      qkv_bias: biases on the q, k and v projections (Qwen 2); those of q and k are initialised
-        at random.
+      qkv_bias: biases on the q, k and v projections (Qwen 2); q and k biases start random.
       attention_scale: multiplies q . k; `None` means `head_dim ** -0.5`.
       attention_softcap: attention logits become `cap * tanh(logits / cap)` (Gemma 2).
       logit_softcap: the same for output logits.
@@ -100,18 +99,18 @@ class Config:
       lexinvariant: token tables drawn for each sequence; `None`: learned ones.
       induction_init: attention is initialised as induction heads (`lm.model.induction`).
       rope_theta: base of the rotary frequencies; `local_rope_theta` that of windowed layers.
-      rope_scaling: applies to layers without a window only where `local_rope_theta` is given.
+      rope_scaling: if `local_rope_theta` is set, applies only to layers without a window.
       window: in windowed layers, a query sees keys at a distance below this; `None`: all keys.
       window_pattern: which layers are windowed, repeated over the depth.
-      dtype: of activations and of the matrices they meet; norms, softmax and logits are f32.
+      dtype: of activations and the weights they multiply; norms, softmax and logits are f32.
       param_dtype: of the stored parameters.
       remat: recompute each block's activations in the backward pass.
-      unroll: blocks per iteration of the scan over layers. `n_layers` unrolls it entirely, which
-        runs faster for a few small layers on a CPU and compiles slower for many.
-      ring: the side of attention that travels round the devices of a mesh's `sequence` axis: `keys`
-        with their values, or `queries`, whose results travel back (`lm.attention.ring`).
-      codebooks: ids per position (Q), each of a table of its own. The input is the sum of their
-        rows; logits and losses are per codebook. Above 1, a model trains and cannot be decoded yet.
+      unroll: blocks per iteration of the scan over layers. `n_layers` unrolls it entirely: faster
+        for a few small layers on a CPU, slower to compile for many.
+      ring: the operands that ring attention passes around the mesh's `sequence` axis: `keys` with
+        their values, or `queries`, whose results are passed back (`lm.attention.ring`).
+      codebooks: ids per position (Q), each with its own table. The input is the sum of their rows;
+        logits and losses are per codebook. Above 1, a model can be trained but not decoded yet.
     """
 
     vocab_size: int
@@ -165,21 +164,21 @@ class Config:
             _check(self, name, getattr(self, name) > 0, 'a positive number')
         _check(self, 'window', self.window is None or self.window >= 1, 'at least 1, or none')
         _check(self, 'window_pattern', len(self.window_pattern) >= 1, 'at least one entry')
-        # a norm of queries and keys, or a soft cap, would flatten the peak that biases make
+        # a norm of queries and keys, or a soft cap, would flatten the peak due to the biases
         looks_back = self.qkv_bias and self.n_layers > 1
         looks_back &= not self.qk_norm and self.attention_softcap is None
         expected = 'False, or two layers, qkv_bias, no qk_norm and no attention_softcap'
         _check(self, 'induction_init', looks_back or not self.induction_init, expected)
         if self.lexinvariant is not None:
             _check(self, 'tied', self.tied, 'True: lexinvariant symbols have one row each')
-            _check(self, 'codebooks', self.codebooks == 1, '1 where rows are drawn (lexinvariant)')
+            _check(self, 'codebooks', self.codebooks == 1, '1 if rows are drawn (lexinvariant)')
             ids = (*self.lexinvariant.always, *self.lexinvariant.never)
             known = all(0 <= i < self.vocab_size for i in ids)
             _check(self, 'lexinvariant', known, f'ids in [0, {self.vocab_size})')
 
     @property
     def learned_tables(self) -> bool:
-        """Whether the parameters' own tables serve every text: no row is drawn."""
+        """Whether all texts use the parameters' own tables: no row is drawn."""
         return self.lexinvariant is None or not self.lexinvariant.draws
 
     @property
@@ -204,14 +203,14 @@ def _check(config: Config, name: str, holds: bool, expected: str) -> None:
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the config as plain JSON values.
 
-    Fields added later are written only if they are set, so that digests of older models stand.
+    Fields added later are written only if set, so that digests of older models do not change.
     """
     fields = dataclasses.asdict(config)
     return {name: x for name, x in fields.items() if name not in _LATER or x != _LATER[name]}
 
 
 def from_dict(fields: dict[str, Any]) -> Config:
-    """Returns the config that `to_dict` described.
+    """Inverse of `to_dict`.
 
     Raises:
       ValueError: a field is unknown or missing, or a value is not allowed.

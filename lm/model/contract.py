@@ -1,17 +1,16 @@
-"""The contract of a model that can be stepped: all that decoding, coding and losses know of it.
+"""The contract of a model that can be stepped: all that decoding, coding and losses rely on.
 
     memory, seen = model.start(params, prompt, kept_B, rows, key_B)   reads prompts, once
-    memory, seen = model.step(params, memory, nodes)                  runs N new nodes
+    memory, seen = model.step(params, memory, nodes)                  runs T new nodes
     logits_BTV   = model.head(params, memory, seen.h_BTD)             the logits of the next id
-    memory       = model.keep(memory, path_BP, count_B)               accepted nodes stay
+    memory       = model.keep(memory, path_BP, count_B)               accepted nodes are kept
 
 `memory` is opaque: a key/value cache, a cache with a policy, the caches of a hierarchy, the
-memories of two models side by side, or `()` where nothing is remembered. Only `memory` knows how
-many rows it holds; a node's position in the text says nothing about it. A model is a named tuple of
-pure functions. A wrapper takes a `Model` and returns another: a cache policy, a byte view, an
-ensemble.
+memories of two models side by side, or `()` for a model without state. Only `memory` knows how many
+rows it holds; positions in the text do not tell. A model is a named tuple of pure functions. A
+wrapper takes a `Model` and returns another: a cache policy, a byte view, an ensemble.
 
-Make a `Model` once and use it often: its functions are part of the compiled program.
+Create a `Model` once and reuse it: it is a static argument, and a new one recompiles.
 """
 
 from collections.abc import Sequence
@@ -29,14 +28,16 @@ class Nodes(NamedTuple):
 
     Attributes:
       token_BT: int32 ids `[B, T]`; None if `x_BTD` is given.
-      position_BT: int32, position of each node in its text; negative for a node that no other
-        node may see.
-      ancestors_BTW: packed bits (`lm.kernels.mask.pack_bits`): which of the last `span` nodes each
-        node sees, itself included. Without it a node sees every node of no later position.
-      span: nodes that the bits count, the new ones included; T by default.
-      x_BTD: vectors in place of tokens: rows of another table, or the stream at `start_layer`.
-      start_layer: first layer still to run. `x_BTD` is the stream before it, and the memory
-        holds the nodes' rows of the layers below.
+      position_BT: int32, position of each node in its text; negative for a node that no other may
+        see.
+      ancestors_BTW: packed bits (`lm.kernels.mask.pack_bits`): the nodes among the last `span` that
+        each node sees, itself included. By default a node sees every node that is not at a later
+        position.
+      span: number of nodes that the bits cover, the new ones included; T by default.
+      x_BTD: vectors instead of tokens: rows of another table, or the residual stream at
+        `start_layer`.
+      start_layer: first layer still to run. `x_BTD` is the residual stream before it, and the
+        memory holds the nodes' rows of the layers below.
     """
 
     token_BT: jax.Array | None
@@ -55,10 +56,10 @@ def chain(token_BT: jax.Array, start_B: jax.Array | int = 0) -> Nodes:
 
 
 class Ask(NamedTuple):
-    """Extra results of a pass, beside the last hidden states; static.
+    """Extra results of a pass besides the last hidden states; static.
 
     Attributes:
-      layers: ascending; the stream after each of these layers is returned.
+      layers: ascending; the residual stream after each of these layers is returned.
       mass: whether to return the attention that each key received.
     """
 
@@ -75,9 +76,9 @@ class Seen(NamedTuple):
     Attributes:
       h_BTD: hidden states, ready for `head`.
       x_BTD: the residual stream after the last layer that ran; None for a model without one.
-      layers: the stream `[B, T, D]` after each asked-for layer.
+      layers: the residual stream `[B, T, D]` after each requested layer.
       mass_NBKS: f32, attention that each row of the memory received, summed over the new nodes and
-        the query heads of a KV head; None if not asked for.
+        the query heads of a KV head; None if not requested.
     """
 
     h_BTD: jax.Array
@@ -100,8 +101,8 @@ class Start(Protocol):
       params: of the model.
       prompt: L nodes per text, a chain from position 0, padded on the right.
       kept_B: int32: the memory holds each text's first `kept_B` nodes; `Seen` covers all L.
-      rows: room for the longest text and the largest draft tree; a policy may allocate less.
-      key_B: each text's own key, for tables that a model draws per text.
+      rows: capacity for the longest text plus the largest draft tree; a policy may allocate less.
+      key_B: each text's own key, for tables drawn per text.
       ask: see `Ask`.
     """
 
@@ -112,11 +113,11 @@ class Start(Protocol):
 
 
 class Step(Protocol):
-    """Runs T new nodes below those that the memory holds, and holds them too.
+    """Runs T new nodes below those in the memory, and adds them to it.
 
     Args:
       params: of the model.
-      memory: what `start`, `step` or `keep` returned.
+      memory: from `start`, `step` or `keep`.
       nodes: see `Nodes`.
       layers: layers to run, ascending; by default all from the nodes' `start_layer` on.
       ask: see `Ask`.
@@ -129,15 +130,15 @@ class Step(Protocol):
 
 
 class Keep(Protocol):
-    """Keeps accepted nodes and gives up all others that were stepped since.
+    """Keeps the accepted ones of the nodes stepped since the last `keep`, and drops the others.
 
     Args:
-      memory: what `step` returned, once or several times since nodes were last kept.
-      path_BP: int32, indices of the kept nodes in the order of the text, counted from the first
-        node since; None for the first `count_B` nodes themselves.
-      count_B: int32, how many entries of the path count.
-      since_B: int32, nodes to count from instead: all nodes read so far are `since_B = 0`. A model
-        that evicts rows need not support it.
+      memory: after one or more `step`s since nodes were last kept.
+      path_BP: int32, indices of the kept nodes in text order, counted from the first node since;
+        None for the first `count_B` nodes.
+      count_B: int32, number of kept nodes.
+      since_B: int32, node to count from instead; `since_B = 0` counts all nodes read so far. A
+        model that evicts rows need not support it.
     """
 
     def __call__(
@@ -149,12 +150,12 @@ class Keep(Protocol):
 class Head(Protocol):
     """Returns logits of the next id after each node: f32 `[B, T, V]`, -inf for ids never drawn.
 
-    A head over a vocabulary too large for that returns an object that is searched instead
+    For a vocabulary too large for dense logits it returns an object to be searched
     (`decoding.scores.Scores`).
 
     Args:
       params: of the model.
-      memory: of the texts; None where nothing is kept per text.
+      memory: of the texts; None if nothing is kept per text.
       h_BTD: hidden states as `Seen.h_BTD`.
     """
 
@@ -162,13 +163,13 @@ class Head(Protocol):
 
 
 class Layout(Protocol):
-    """Returns parameters in the form in which the platform decodes fastest."""
+    """Returns parameters in the platform's fastest layout for decoding."""
 
     def __call__(self, params: Params, **extra: Any) -> Params: ...
 
 
 def as_given(params: Params, **extra: Any) -> Params:
-    """Returns the parameters unchanged: the layout of a model that needs no other."""
+    """Returns the parameters unchanged: the default layout."""
     return params
 
 
@@ -178,11 +179,11 @@ class Model(NamedTuple):
     Attributes:
       start, step, keep, head: see the protocols of these names.
       vocab_size: ids, input-only ones included.
-      max_length: positions that the model is made for.
+      max_length: maximum number of positions.
       size: parameters that one pass over a node reads; at least 1.
       layout: see `Layout`.
       n_layers: layers that `Step` can run by number and `Ask` can name; 0 if there are none.
-      layer_size, head_size: of `size`, the part of one layer, and of the head.
+      layer_size, head_size: parameters of one layer, and of the head, out of `size`.
       dense: whether the head returns the logits of every id.
     """
 

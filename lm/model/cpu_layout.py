@@ -10,7 +10,7 @@ backend does so only under these conditions (JAX 0.10.2, 134M parameters in f32,
 - Products are few, since the cores synchronise after each. Matrices that multiply the same vectors
   are concatenated.
 
-`prepare` returns parameters in that layout. They serve wherever parameters do
+`prepare` returns parameters in that layout. They are accepted wherever parameters are
 (`lm.model.transformer`); the compiled program then unrolls the layers.
 """
 
@@ -36,11 +36,11 @@ PRODUCTS = (
 
 @flax.struct.dataclass
 class WeightsFirst:
-    """Matrices that multiply the same vectors, stacked vertically, with a row per output.
+    """Matrices that multiply the same vectors, concatenated, with a row per output.
 
     Attributes:
       w_ED: outputs by inputs, each flattened in the order of its axes.
-      outputs: of each matrix, the sizes of the axes that are not contracted.
+      outputs: for each matrix, the sizes of its output axes.
     """
 
     w_ED: jax.Array
@@ -48,12 +48,12 @@ class WeightsFirst:
 
 
 def join(names: tuple[str, ...]) -> str:
-    """Returns the name of these matrices in a prepared layer."""
+    """Returns the joint name of matrices in a prepared layer."""
     return '+'.join(names)
 
 
 def products(x: jax.Array, weights: WeightsFirst, out: DTypeLike | None = None) -> list[jax.Array]:
-    """Contracts as many last axes of `x` as make up the inputs; returns `[..., *outputs]` each."""
+    """Contracts the last axes of `x` with the inputs; returns `[..., *outputs]` per matrix."""
     w_ED = weights.w_ED.astype(x.dtype)
     contracted = 0
     while math.prod(x.shape[x.ndim - contracted :]) < w_ED.shape[1]:

@@ -1,4 +1,4 @@
-"""Rows of a table become the body's input: where they lie on the mesh, their dtype and scale."""
+"""Gathered rows of a table as the body's input: their sharding, dtype and scale."""
 
 import jax
 
@@ -9,7 +9,7 @@ from lm.model.config import Config
 def laid_out(x_BLD: jax.Array) -> jax.Array:
     """Constrains gathered rows to the table's sharding: XLA then reshards one mesh axis at a time.
 
-    Where sequences are whole, XLA needs no such help.
+    Without sequence parallelism, XLA needs no such hint.
     """
     if mesh.in_use('sequence') == 1:
         return x_BLD

@@ -1,11 +1,11 @@
 """Initialises attention as induction heads, for models whose symbols have no learned embedding.
 
-Where the rows of token tables are drawn at random for each text, weights can use nothing of two
-symbols but whether they are equal. Such a model first has to learn the induction head (Olsson et
-al. 2022, arXiv 2209.11895): a head that attends to the previous token, and a head of a later layer
-that finds an earlier occurrence of the current token and copies the token after it. Initialising
-weights near the structure that training would find saves steps (mimetic initialisation, Trockman &
-Kolter 2023, arXiv 2305.09828). Its use for these two heads is ours.
+If the rows of token tables are drawn at random for each text, weights can only use whether two
+symbols are equal. Such a model first has to learn the induction head (Olsson et al. 2022, arXiv
+2209.11895): a head that attends to the previous token, and a head of a later layer that finds an
+earlier occurrence of the current token and copies the token after it. Initialising weights near the
+structure that training would find saves steps (mimetic initialisation, Trockman & Kolter 2023,
+arXiv 2305.09828). Applying it to these two heads is ours.
 """
 
 from typing import Any
@@ -24,12 +24,12 @@ _GAIN = 5.0
 
 
 def begin(layers: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Returns a model's initial layers with the weights of attention replaced.
+    """Returns a model's initial layers with their attention weights replaced.
 
     Each output matrix is the transpose of its value matrix, so that a layer writes what it reads.
     The first layer attends to the previous token, whatever the symbols, and writes each channel
-    into the next one, which keeps the previous token apart from the current one. Keys of later
-    layers read the shifted channels; otherwise they equal the queries of their group's first head.
+    into the next channel, to separate the previous token from the current one. Keys of later layers
+    read the shifted channels; otherwise they equal the queries of their group's first head.
 
     Args:
       layers: initial values of at least two stacked layers, with biases of queries and keys.
@@ -53,7 +53,7 @@ def _looking_back(config: Config) -> tuple[np.ndarray, np.ndarray]:
     378, 2.5 nats below the first.
     """
     frequency = rope.frequencies(config)[0]
-    fast = np.arange(len(frequency)) < len(frequency) / 2  # slow ones hardly separate neighbours
+    fast = np.arange(len(frequency)) < len(frequency) / 2  # slow ones hardly distinguish neighbours
     fall = config.query_scale * np.sum((1 - np.cos(frequency)) * fast)
     key = np.where(fast, np.sqrt(_LEAD / fall), 0.0)
     # rotated back by one position, to align with the key of the previous token

@@ -12,9 +12,9 @@ from lm.model.leaves import Params
 def einsum(
     spec: str, x: jax.Array, w: jax.Array | WeightsFirst, out: DTypeLike | None = None
 ) -> jax.Array:
-    """Contracts activations with a matrix, in the activations' dtype; the result's may be wider.
+    """Contracts activations with a matrix, in the activations' dtype; the output may be wider.
 
-    f32 means f32: accelerators would otherwise round the operands to bf16 or tf32.
+    f32 is full precision: accelerators would otherwise round the operands to bf16 or tf32.
     """
     if isinstance(w, WeightsFirst):
         return cpu_layout.products(x, w, out)[0]
@@ -36,7 +36,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float, unit_offset: bool)
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """Returns `cap * tanh(x / cap)`, or `x` where there is no cap (Gemma 2)."""
+    """Returns `cap * tanh(x / cap)`, or `x` without a cap (Gemma 2)."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 

@@ -1,7 +1,8 @@
 """Declarations of parameters: a `Leaf` per array, in nested dicts of the parameters' structure.
 
-Initial values, shapes, shardings, counts, weight decay and the sides of matrices all derive from
-the one declaration. A network of its own (a hypernetwork, an adapter) declares its leaves likewise.
+Initial values, shapes, shardings, counts, weight decay and the input and output axes of matrices
+all derive from this declaration. Other networks (a hypernetwork, an adapter) declare theirs
+likewise.
 """
 
 import math
@@ -25,7 +26,7 @@ class Leaf(NamedTuple):
       shape: its shape.
       axes: a logical axis per dimension; `lm.devices.mesh.RULES` maps them to mesh axes.
       scale: standard deviation of a normal initial value, or
-      constant: the initial value itself, where `scale` is None.
+      constant: the initial value itself, if `scale` is None.
       matrix: for a linear map, its input dimensions and its output dimensions; None otherwise.
         Optimizers that orthogonalise updates (Muon) read it.
       decay: whether weight decay applies.
@@ -66,17 +67,17 @@ def map_leaves(function: Callable[[Leaf], Any], tree: Leaves) -> dict[str, Any]:
 
 
 def is_leaf(x: Any) -> bool:
-    """Returns whether `x` is a `Leaf`, which JAX would take for a tuple of several leaves."""
+    """Returns whether `x` is a `Leaf`; to JAX it is a tuple of several leaves."""
     return isinstance(x, Leaf)
 
 
 def initial(tree: Leaves, dtype: str, key: jax.Array) -> Params:
-    """Returns initial values; each depends on the key and on its own name alone."""
+    """Returns initial values; each depends only on the key and its own name."""
 
     def make(path, leaf: Leaf):
         if leaf.scale is None:
             return jnp.full(leaf.shape, leaf.constant, dtype)
-        # fold_in by name: adding a leaf elsewhere leaves this one's values alone
+        # fold_in by name: adding another leaf does not change this one's values
         name_hash = sum(ord(x) * 31**i for i, x in enumerate(jax.tree_util.keystr(path))) % 2**31
         noise = jax.random.normal(jax.random.fold_in(key, name_hash), leaf.shape, jnp.float32)
         return (noise * leaf.scale).astype(dtype)
@@ -85,7 +86,7 @@ def initial(tree: Leaves, dtype: str, key: jax.Array) -> Params:
 
 
 def abstract(tree: Leaves, dtype: str, mesh: Mesh | None = None) -> Params:
-    """Returns shapes and dtypes, with shardings where a mesh is given."""
+    """Returns shapes and dtypes, with shardings if a mesh is given."""
 
     def make(leaf: Leaf):
         sharding = mesh and mesh_lib.sharding(mesh, leaf.axes, leaf.shape)

@@ -1,13 +1,13 @@
 """Token tables drawn for each sequence: symbols without a fixed meaning.
 
 A lexinvariant model gives a text the same probability after any renaming of its symbols (Huang et
-al. 2023, arXiv 2305.16349). Its table, shared by input and output, is drawn anew for each
-sequence, so that the model learns a symbol's role from this text alone.
+al. 2023, arXiv 2305.16349). Its table, shared by input and output, is drawn anew for each sequence,
+so the model can learn a symbol's role only from that sequence.
 
-Here a sequence is a segment of a row: documents packed in one row never share a table. A row of a
-table depends on the sequence's key and the symbol's id only. So no parameter has a V axis, any id
-works at any time, and a large table never exists as a whole: its rows are drawn where they are
-used, and drawn again for the gradient.
+Here a sequence is a segment of a row: documents packed into one row never share a table. A table
+row depends only on the sequence's key and the symbol's id. So no parameter has a V axis, any id
+works at any time, and a large table is never materialised: its rows are drawn on use, and drawn
+again in the backward pass.
 """
 
 import math
@@ -40,11 +40,11 @@ def of_segment(key_B: jax.Array, segment: jax.Array | int) -> jax.Array:
 
 
 def fixed_table(config: Config, ids: jax.Array) -> jax.Array:
-    """Returns rows of the table that all `permuted` sequences share, `[..., D]`, of norm 1.
+    """Returns unit-norm rows of the table shared by all `permuted` sequences, `[..., D]`.
 
-    Rows are cosines, `row_f[j] ~ cos(pi f (2j + 1) / 2D)`, with random signs. Each block of D
-    successive rows is orthogonal, so that up to D symbols do not interfere; normal rows would, by
-    1 / sqrt(D). Each block has its own signs.
+    Rows are cosines, `row_f[j] ~ cos(pi f (2j + 1) / 2D)`, with random signs. The D rows of a block
+    are orthogonal, so that up to D symbols do not interfere; the inner products of normal rows
+    would be about 1 / sqrt(D). Each block has its own signs.
     """
     d = config.d_model
     block, frequency = ids // d, (ids % d)[..., None]
@@ -86,7 +86,7 @@ def rows(config: Config, key_B: jax.Array, row_BV: jax.Array | None, ids_O: jax.
 
 
 def is_drawn(config: Config, key: jax.Array, ids: jax.Array) -> jax.Array:
-    """Returns whether each symbol's row is drawn rather than learned: bool, of the ids' shape.
+    """Returns whether each symbol's row is drawn rather than learned: bool, in the ids' shape.
 
     Args:
       config: of the model.
@@ -133,10 +133,11 @@ def embed(
 def relabel(
     config: Config, key_B: jax.Array, segments_BL: jax.Array, *ids_BL: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Returns ids of packed rows as rows of the fixed table, each segment in its own `order`.
+    """Maps ids of packed rows to rows of the fixed table, by each segment's own `order`.
 
-    The `permuted` model is a model over the fixed table that reads and predicts these ids: renaming
-    tokens and targets alike leaves the softmax unchanged. Segment 0, padding, is left alone.
+    The `permuted` model is a model over the fixed table that reads and predicts these ids:
+    relabelling tokens and targets alike leaves the softmax unchanged. Segment 0, padding, is
+    unchanged.
     """
 
     def one_segment(segment, done):
@@ -148,7 +149,7 @@ def relabel(
             for old_BL, new_BL in zip(ids_BL, done)
         )
 
-    # one iteration per segment of the fullest row; ids have no gradient
+    # one iteration per segment of the row with the most; ids have no gradient
     return jax.lax.fori_loop(1, segments_BL.max() + 1, one_segment, ids_BL)
 
 
@@ -156,7 +157,7 @@ def draw(learned: Params, config: Config, key_B: jax.Array) -> Params:
     """Returns the whole tables of sequences, in place of the parameters' `tables`.
 
     For decoding and inspection: `[B, V, D]`, or for `permuted` one `[V, D]` and the row of each
-    symbol. Training never holds them.
+    symbol. Training never materialises them.
 
     Args:
       learned: the `tables` of the parameters; empty unless the model is partially lexinvariant.
@@ -184,7 +185,7 @@ def draw(learned: Params, config: Config, key_B: jax.Array) -> Params:
 
 
 def for_texts(learned: Params, config: Config, key_B: jax.Array) -> Params:
-    """Returns the tables of texts that are decoded, as `draw` makes them.
+    """Returns the tables for decoding texts, as `draw` does.
 
     Args:
       learned: the `tables` of the parameters.
@@ -199,6 +200,19 @@ def one_table(config: Config) -> bool:
     return _spec(config).kind == 'permuted' and not _spec(config).partial
 
 
+def regret_bound(vocab_size: int, distinct: int) -> float:
+    """Returns log(d! / (d - k)!) in nats: a bound on the cost of unknown symbols.
+
+    Let p be a distribution over texts of d symbols, and q its average over all renamings. A text
+    with k distinct symbols has q >= (d - k)! / d! * p, since that fraction of the renamings leaves
+    it unchanged.
+
+    >>> round(math.exp(regret_bound(4, 2)), 6)  # 4 x 3 ordered pairs of symbols
+    12.0
+    """
+    return math.lgamma(vocab_size + 1) - math.lgamma(vocab_size - distinct + 1)
+
+
 def _spec(config: Config) -> Lexinvariant:
     assert config.lexinvariant is not None
     return config.lexinvariant
@@ -207,8 +221,8 @@ def _spec(config: Config) -> Lexinvariant:
 def _normal(config: Config, key: jax.Array, ids: jax.Array) -> jax.Array:
     """Returns normal rows `[..., D]`, each from a key and an id, of norm 1 on average.
 
-    The paper's have norm sqrt(D). Here, as with learned tables, that factor belongs to the input
-    (`scale_embeddings`): in the logits it would have to be divided out again.
+    The paper's have norm sqrt(D). Here, as with learned tables, that factor is applied to the input
+    only (`scale_embeddings`): logits would have to divide it out again.
     """
 
     def draw_one(key, token):
@@ -218,20 +232,7 @@ def _normal(config: Config, key: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def _each(function: Callable, key: jax.Array, ids: jax.Array) -> jax.Array:
-    """Returns `function(key, id)` of each id, with keys that broadcast to the ids."""
+    """Returns `function(key, id)` for each id; keys broadcast to the ids."""
     for _ in ids.shape:
         function = jax.vmap(function)
     return function(jnp.broadcast_to(key, ids.shape), ids)
-
-
-def regret_bound(vocab_size: int, distinct: int) -> float:
-    """Returns log(d! / (d - k)!) in nats: a bound on the cost of not knowing the symbols.
-
-    Let p be a distribution over texts of d symbols, and q its average over all renamings. A text
-    with k distinct symbols has q >= (d - k)! / d! * p, since that share of the renamings leaves it
-    unchanged.
-
-    >>> round(math.exp(regret_bound(4, 2)), 6)  # 4 x 3 ordered pairs of symbols
-    12.0
-    """
-    return math.lgamma(vocab_size + 1) - math.lgamma(vocab_size - distinct + 1)

@@ -1,7 +1,7 @@
-"""The parameters of a transformer: one table of leaves, from which everything else derives.
+"""The parameters of a transformer: one table of leaves; everything else derives from it.
 
-`leaves(config)` declares each leaf (`lm.model.leaves`), so that a new one is declared once. The
-token tables declare their own (`lm.model.tables`).
+`leaves(config)` declares each leaf (`lm.model.leaves`), so a new one is declared once. The token
+tables declare theirs (`lm.model.tables`).
 """
 
 from typing import Any
@@ -43,8 +43,8 @@ def body_leaves(config: Config) -> dict[str, Any]:
         'w_down_NFD': matrix((f, d), ('ff', 'embed'), deep * f**-0.5),
     }
     if config.qkv_bias:
-        # A part of q . k that depends on the distance alone. From zeros it would grow slowly, and
-        # without learned embeddings no other part can attend to a position.
+        # A term of q . k that depends on the distance alone. From zeros it would grow slowly, and
+        # without learned embeddings no other term can attend by position.
         layer['bq_NHC'] = Leaf((h, c), ('heads', 'head'), 1.0)
         layer['bk_NKC'] = Leaf((k, c), ('kv_heads', 'head'), 1.0)
         layer['bv_NKC'] = Leaf((k, c), ('kv_heads', 'head'), None)
@@ -67,7 +67,7 @@ def init(config: Config, key: jax.Array) -> Params:
 
 
 def abstract(config: Config, mesh: Mesh | None = None) -> Params:
-    """Returns the parameters' shapes and dtypes, with shardings where a mesh is given."""
+    """Returns the parameters' shapes and dtypes, with shardings if a mesh is given."""
     return leaves_lib.abstract(leaves(config), config.param_dtype, mesh)
 
 
@@ -77,9 +77,9 @@ def shardings(config: Config, mesh: Mesh) -> Params:
 
 
 def decoding_shardings(config: Config, mesh: Mesh) -> Params:
-    """Returns the same for decoding, where no leaf is divided over the rows' axis.
+    """Returns the same for decoding: no leaf is sharded over the batch's axis.
 
-    A pass over few tokens takes less time than gathering the weights for it would.
+    Gathering the weights would take longer than a pass over few tokens.
     """
     kept = {axis for axis, names in mesh_lib.RULES.items() if 'data' not in names}
 

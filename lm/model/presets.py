@@ -10,16 +10,12 @@ from lm.model.config import Config, RopeScaling
 
 
 def tiny(vocab_size: int = 384) -> Config:
-    """Two small layers, for tests and for trying things out."""
+    """Two small layers, for tests and experiments."""
     return Config(vocab_size, 64, 2, 4, 2, 16, 128, max_length=128, unroll=2)
 
 
-def _lester(vocab_size: int, width: int, heads: int, layers: int, hidden: int, **fields) -> Config:
-    return Config(vocab_size, width, layers, heads, heads, 64, hidden, activation='relu', **fields)
-
-
 def m1_3m(vocab_size: int = 384) -> Config:
-    """The paper's byte model that feeds the arithmetic coder (P1, section 3.2)."""
+    """The paper's byte model for the arithmetic coder (P1, section 3.2)."""
     return _lester(vocab_size, 256, 4, 3, 1024, max_length=1024)
 
 
@@ -111,6 +107,10 @@ def gemma3_27b(vocab_size: int = 262_208) -> Config:
         rope_scaling=RopeScaling('linear', 8.0), window=1024,
         window_pattern=(True, True, True, True, True, False), **_GEMMA, **_RELEASED,
     )  # fmt: skip
+
+
+def _lester(vocab_size: int, width: int, heads: int, layers: int, hidden: int, **fields) -> Config:
+    return Config(vocab_size, width, layers, heads, heads, 64, hidden, activation='relu', **fields)
 
 
 PRESETS = (

@@ -24,17 +24,6 @@ def frequencies(config: Config) -> np.ndarray:
     return np.asarray(rows, np.float32)
 
 
-def _scaled(row: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    slow = row / scaling.factor
-    if scaling.kind == 'linear':
-        return slow
-    # turns that a channel makes over the trained length; fast channels keep their frequency
-    turns = scaling.original_length * row / (2 * np.pi)
-    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return slow * (1 - keep) + row * keep
-
-
 def rotate(x_BLHC: jax.Array, positions_BL: jax.Array, frequency: jax.Array) -> jax.Array:
     """Rotates channel pairs (c, c + C/2) by `position * frequency`, in f32.
 
@@ -48,3 +37,14 @@ def rotate(x_BLHC: jax.Array, positions_BL: jax.Array, frequency: jax.Array) -> 
     first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BLHC.dtype)
+
+
+def _scaled(row: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    slow = row / scaling.factor
+    if scaling.kind == 'linear':
+        return slow
+    # number of turns over the trained length; fast channels keep their frequency
+    turns = scaling.original_length * row / (2 * np.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return slow * (1 - keep) + row * keep

@@ -1,4 +1,4 @@
-"""The transformer under the contract of a model that can be stepped (`lm.model.contract`)."""
+"""The transformer as a model that can be stepped (`lm.model.contract`)."""
 
 import dataclasses
 import functools
@@ -29,9 +29,9 @@ class Memory:
     """A transformer's memory of a batch of texts.
 
     Attributes:
-      cache: rows of nodes that are kept, then of those stepped since.
+      cache: rows of the kept nodes, then of the nodes stepped since.
       tables: drawn for these texts; None if they are learned.
-      kept_B: int32, rows of the cache that stay whatever becomes of the nodes behind them.
+      kept_B: int32, number of committed rows, kept whatever path is accepted.
     """
 
     cache: Cache
@@ -43,11 +43,11 @@ class Memory:
 def model(config: Config, never: tuple[int, ...] = (), mlp: MLP | None = gated_mlp) -> Model:
     """Returns the transformer as a model that can be stepped.
 
-    Equal arguments give the same functions, so that a program compiled for one serves all.
+    Equal arguments return the same functions, so nothing recompiles.
 
     Args:
       config: of the model.
-      never: ids that are never drawn: BOS, and rows that stand for nothing.
+      never: ids that are never drawn: BOS and padding rows.
       mlp: in place of the model's own (`transformer.blocks`).
     """
     return Model(
@@ -137,5 +137,5 @@ def _layout(config: Config, params: Params, **extra: Any) -> Params:
     if platform() != 'cpu' or cpu_layout.is_prepared(params):
         return params
     if any(len(leaf.sharding.device_set) > 1 for leaf in jax.tree.leaves(params)):
-        return params  # joined matrices have rows of several axes, which no mesh axis divides
+        return params  # rows of joined matrices mix axes, so no mesh axis shards them
     return cpu_layout.prepare(params, config)

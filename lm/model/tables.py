@@ -1,13 +1,13 @@
-"""Token tables, before and after the body: pure functions of the parameters' `tables`.
+"""Token tables before and after the body: pure functions of the parameters' `tables`.
 
-    input_VD               learned; the output's as well unless there is an output_VD
+    input_VD               learned; also the output table unless there is an output_VD
     output_VD              learned, of untied models
     input_QVD, output_QVD  learned, one table per codebook (`Config.codebooks`)
     input_BVD              drawn, one table per text
-    input_VD, row_BV       one table for all texts, in which each text has its own order of rows
+    input_VD, row_BV       one table for all texts; each text has its own order of rows
 
-The last two never are parameters: `for_texts` and `for_batch` make them where tables are drawn
-(`lm.model.lexinvariant`), and return or keep the parameters' own everywhere else.
+The last two are never parameters: `for_texts` and `for_batch` draw them for lexinvariant models
+(`lm.model.lexinvariant`), and otherwise return or keep the parameters' own.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from lm.model.leaves import Leaf, Params
 
 
 def leaves(config: Config) -> dict[str, Leaf]:
-    """Returns the leaves of the learned tables; none where every row is drawn."""
+    """Returns the leaves of the learned tables; none if every row is drawn."""
     if config.lexinvariant is not None and not config.lexinvariant.partial:
         return {}
     v, d, q = config.vocab_size, config.d_model, config.codebooks
@@ -39,7 +39,7 @@ def embed(tables: Params, config: Config, tokens_BL: jax.Array) -> jax.Array:
     Args:
       tables: as above.
       config: of the model.
-      tokens_BL: ids. Of several codebooks `[B, L, Q]`: their rows are added up.
+      tokens_BL: ids. With several codebooks `[B, L, Q]`: their rows are summed.
 
     Raises:
       ValueError: the model's tables are drawn per text, and have not been drawn.
@@ -62,7 +62,7 @@ def embed(tables: Params, config: Config, tokens_BL: jax.Array) -> jax.Array:
 
 
 def output_table(tables: Params) -> jax.Array:
-    """Returns the table whose rows meet hidden states in the logits, `[V, D]` or `[Q, V, D]`."""
+    """Returns the table of the logits, `[V, D]` or `[Q, V, D]`."""
     names = ('output_VD', 'output_QVD', 'input_VD', 'input_QVD')
     return next(tables[name] for name in names if name in tables)
 
@@ -83,12 +83,12 @@ def unembed(tables: Params, config: Config, h_BLD: jax.Array) -> jax.Array:
 
 
 def for_texts(tables: Params, config: Config, key_B: jax.Array) -> Params | None:
-    """Returns tables to decode texts with, to be kept beside their cache; None: `tables` serve.
+    """Returns tables for decoding texts, to keep with their cache; None if `tables` suffice.
 
     Args:
       tables: of the parameters.
       config: of the model.
-      key_B: each text's own key, from which its table follows.
+      key_B: each text's own key, which determines its table.
 
     Raises:
       ValueError: the model has several codebooks, which no loop decodes yet.
@@ -104,10 +104,10 @@ class BatchTables(NamedTuple):
     """The tables of a packed batch, and its ids as rows of them.
 
     Attributes:
-      tables: as above; what `embed` and `output_table` take unless `key_B` is given.
+      tables: as above; inputs of `embed` and `output_table` unless `key_B` is given.
       tokens_BL, targets_BL: ids as rows of `tables`.
-      key_B: of the rows, where each segment has a table of its own, which never exists as a whole
-        (`lm.losses.drawn_cross_entropy`); None where one table serves all.
+      key_B: of the rows, if each segment has its own table, which is never materialised
+        (`lm.losses.drawn_cross_entropy`); None if one table serves all.
     """
 
     tables: Params
@@ -119,13 +119,13 @@ class BatchTables(NamedTuple):
 def for_batch(
     tables: Params, config: Config, batch: dict[str, jax.Array], key: jax.Array | None
 ) -> BatchTables:
-    """Returns the tables of a packed batch, drawn per segment where the model's are.
+    """Returns the tables of a packed batch, drawn per segment for a lexinvariant model.
 
     Args:
       tables: of the parameters.
       config: of the model.
       batch: `tokens`, `segments`, and `targets` if there are any (see `lm.data.batches`).
-      key: from which tables are drawn; models with learned ones need none.
+      key: for drawing tables; models with learned ones need none.
 
     Raises:
       ValueError: tables are drawn and there is no key.
@@ -139,7 +139,7 @@ def for_batch(
     key_B = lexinvariant.sequence_keys(key, len(tokens_BL))
     if not lexinvariant.one_table(config):
         return BatchTables(tables, tokens_BL, targets_BL, key_B)
-    # after renaming, the loss is a learned model's, without its gradient
+    # after relabelling, the loss is a learned model's, but the table gets no gradient
     table_VD = lexinvariant.fixed_table(config, jnp.arange(config.vocab_size))
     tokens_BL, targets_BL = lexinvariant.relabel(
         config, key_B, batch['segments'], tokens_BL, targets_BL

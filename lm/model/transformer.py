@@ -1,9 +1,9 @@
-"""The decoder transformer as pure functions of whole texts, and the blocks it is made of.
+"""The decoder transformer as pure functions of whole texts, and its blocks.
 
     tokens_BL -- embed --> x_BLD -- blocks, final norm --> h_BLD -- head --> logits_BLV
 
-The body knows nothing of tokens: vectors of any other origin may stand before it, and other tables
-after it. `lm.model.stepped` makes a model of it that decodes.
+The body does not know tokens: its input may be any vectors, and its output may go to other tables.
+`lm.model.stepped` wraps it for decoding.
 """
 
 import functools
@@ -34,13 +34,13 @@ def forward(
     positions_BL: jax.Array | None = None,
     segments_BL: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns logits f32 `[B, L, V]` of whole texts; positions count from 0 by default."""
+    """Returns logits f32 `[B, L, V]` of whole texts; positions start at 0 by default."""
     nodes = chain(tokens_BL) if positions_BL is None else Nodes(tokens_BL, positions_BL)
     return head(params, config, read(params, config, nodes, segments_BL).h_BTD)
 
 
 class MLP(Protocol):
-    """Returns a block's update of the stream after attention, from the normed stream."""
+    """Returns a block's update of the residual stream after attention, from the normed stream."""
 
     def __call__(
         self, p: Params, config: Config, y_BLD: jax.Array, layer: Layer, **extra: Any
@@ -65,11 +65,11 @@ def read(
     """Reads whole texts, without a memory.
 
     Args:
-      params: of the model; its tables serve tokens, not vectors.
+      params: of the model; its tables are read for tokens, not for vectors.
       config: of the model.
       nodes: the texts, as tokens or as vectors.
       segments_BL: int32; nodes of different segments do not see each other.
-      ask: see `Ask`; there is no mass without a memory.
+      ask: see `Ask`; `mass` needs a memory.
       mlp: see `blocks`.
       causal: whether nodes see only earlier positions.
     """
@@ -105,7 +105,7 @@ def run(
 
     Args:
       params, config: of the model.
-      nodes: see `Nodes`; vectors pass the table by.
+      nodes: see `Nodes`; vectors skip the table.
       attend, carry, layers, mlp: see `blocks`.
       ask: see `Ask`.
     """
@@ -128,7 +128,7 @@ def run(
 
 
 class Blocks(NamedTuple):
-    """The stream after the blocks, and the carry of their attention."""
+    """The residual stream after the blocks, and the carry of their attention."""
 
     x_BLD: jax.Array
     carry: Any
@@ -186,7 +186,7 @@ def block(
     p: Params, config: Config, x_BLD: jax.Array, attend: Callable[..., Attended],
     mlp: Callable[[jax.Array], jax.Array] | None,
 ) -> Blocks:  # fmt: skip
-    """One block: attention and MLP, each behind a norm, added to the stream.
+    """One block: attention and MLP, each after a norm, added to the residual stream.
 
     Args:
       p: parameters of the block.
@@ -217,7 +217,7 @@ def block(
 
 
 def _of_layers(x_N: Any, layers: Sequence[int]) -> Any:
-    """Returns the entries of some layers, which a slice takes out without a copy if it can."""
+    """Returns the entries of some layers, by a slice without a copy if possible."""
     whole = slice(layers[0], layers[-1] + 1)
     if list(layers) == list(range(whole.start, whole.stop)):
         return x_N if len(layers) == len(x_N) else x_N[whole]

@@ -1,1 +1,1 @@
-"""Optimizers, the training step, and the loop that survives kills."""
+"""Optimizers, the training step, and the preemption-safe loop."""

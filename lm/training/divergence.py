@@ -1,8 +1,8 @@
-"""Stops a run whose loss is no longer finite, or explodes, and keeps the state before that step.
+"""Stops a run whose loss is not finite or explodes, and saves the state before that step.
 
-The check runs on the devices as part of the step: from the first step that fails, the state no
-longer changes. So the host may read the outcome late, after it has started the next step, and
-still has the state from before.
+The check runs on the devices as part of the step: from the first failed step on, the state no
+longer changes. So the host may read the outcome late, after dispatching the next step, and still
+has the state before the failure.
 """
 
 import json
@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lm.data.packing import DOCUMENTS, Shared
 from lm.files import atomic
 
-# Most document ids in an error's message; the file has them all.
+# Maximum number of document ids in an error message; the file lists all.
 _SHOWN = 8
 
 
@@ -59,7 +59,7 @@ def start(first_loss: float, mesh: Mesh) -> Guard:
 
 
 def guarded(step: Callable, explodes_at: float) -> Callable:
-    """Returns a step that keeps the old state once a step has failed.
+    """Returns a step that leaves the state unchanged once a step has failed.
 
     A step fails if its loss or the norm of its gradient is not finite, or if the loss explodes:
     exceeds `explodes_at` times the run's first loss, or `explodes_at` if the first loss is below 1.
@@ -87,8 +87,8 @@ def guarded(step: Callable, explodes_at: float) -> Callable:
 def keep(failure: Failure, state: Any, folder: epath.PathLike) -> str:
     """Saves the evidence in `folder/stopped/step_N/`; returns the error's message.
 
-    It consists of `state/` (Orbax: the state before step N) and, for each process,
-    `batch_process_I.npz` and `why_process_I.json`.
+    These are `state/` (Orbax: the state before step N) and, for each process, `batch_process_I.npz`
+    and `why_process_I.json`.
     """
     target = atomic.absolute(folder) / 'stopped' / f'step_{failure.step}'
     target.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def keep(failure: Failure, state: Any, folder: epath.PathLike) -> str:
     described = {
         'step': failure.step,
         'documents': _documents(arrays),
-        # as text: JSON has no word for NaN
+        # as text: JSON has no NaN
         'metrics': {name: str(value) for name, value in failure.values.items()},
     }
     text = json.dumps(described, indent=2) + '\n'
@@ -110,10 +110,10 @@ def keep(failure: Failure, state: Any, folder: epath.PathLike) -> str:
 
 
 def describe(failure: Failure, kept: epath.PathLike) -> str:
-    """Returns the error's message about a step whose state and batch are in `kept`."""
+    """Returns the error message for a failed step; `kept` has its state and batch."""
     documents = _documents(_arrays(failure.batch))
     if documents is None:
-        said = 'its pipeline does not tell the documents'
+        said = 'its pipeline does not report documents'
     else:
         more = f' and {len(documents) - _SHOWN} more' if len(documents) > _SHOWN else ''
         said = f'documents {", ".join(map(str, documents[:_SHOWN]))}{more}'

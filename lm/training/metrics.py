@@ -1,4 +1,4 @@
-"""Metrics of a run as JSON lines and TensorBoard events, and a progress line."""
+"""A run's metrics as JSON lines and TensorBoard events, and a progress line."""
 
 import json
 import time
@@ -29,8 +29,8 @@ def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
 class Writer:
     """Appends records to `folder/metrics.jsonl` and to TensorBoard files beside it.
 
-    Started at `step`, it first drops records of later steps that an earlier, killed run wrote, so
-    that the file reads as if nothing had happened. Of several processes, only the first writes.
+    On start at `step`, drops records of later steps by an earlier, killed run, so that the file is
+    that of an undisturbed run. Only process 0 writes.
     """
 
     def __init__(self, folder: epath.PathLike, step: int):
@@ -53,10 +53,9 @@ class Writer:
 
         Args:
           step: its number.
-          values: metrics that are the same in every run; they go into both files. A line of
-            `metrics.jsonl` is one write: a kill cuts at most the last line, and `read_jsonl` drops
-            it.
-          timings: metrics that depend on the machine's speed; they go to TensorBoard alone.
+          values: reproducible metrics; they go to both files. Each line of `metrics.jsonl` is one
+            write: a kill truncates at most the last line, and `read_jsonl` drops it.
+          timings: metrics that depend on the machine's speed; they go to TensorBoard only.
         """
         if self._file is None or self._board is None:
             return
@@ -73,7 +72,7 @@ class Writer:
 
 
 class ProgressLine:
-    """A progress bar on a terminal; elsewhere a plain line every few seconds."""
+    """A progress bar on a terminal; otherwise a plain line every few seconds."""
 
     def __init__(self, label: str, total: int, done: int = 0, seconds_between_lines: float = 15.0):
         self._label, self._total = label, total

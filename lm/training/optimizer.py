@@ -1,7 +1,7 @@
 """Optimizers and schedules as optax chains built from one config.
 
-Which parameters weight decay shrinks, and which are matrices with which sides, stands in their
-declarations (`lm.model.leaves.Leaf`).
+Whether weight decay applies to a parameter, and its input and output axes as a matrix, are in its
+declaration (`lm.model.leaves.Leaf`).
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ class OptimizerConfig:
       name: `adamw`; `adafactor` (Shazeer & Stern 2018), whose state is far smaller; or `muon`
         (Jordan et al. 2024), which updates matrices by orthogonal ones of the RMS of AdamW's
         updates (Liu et al. 2025, arXiv 2502.16982), and all else by AdamW with Nesterov momentum.
-      learning_rate: the peak, reached after `warmup_steps` of linear growth.
+      learning_rate: the peak, after a linear warm-up of `warmup_steps`.
       schedule: after the warm-up: `cosine` down to `final_fraction`, `rsqrt` or `constant`.
       warmup_steps: optimizer steps.
       final_fraction: of the peak, at the last step of `cosine`.
-      weight_decay: per unit of learning rate, on leaves that declare it; token tables, norms and
-        biases do not.
+      weight_decay: per unit of learning rate, on leaves that declare it: not token tables, norms
+        and biases.
       b1, b2: decay rates of AdamW's moments.
-      clip: largest global norm of a gradient; 0 means no clipping.
+      clip: maximum global norm of the gradient; 0 disables clipping.
     """
 
     name: Literal['adamw', 'adafactor', 'muon'] = 'adamw'
@@ -63,7 +63,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         case 'rsqrt':
 
             def after(step):
-                # evaluated during the warm-up, too, where `step` is negative
+                # also evaluated during the warm-up, with a negative `step`
                 since = jnp.maximum(step, 0) + max(warmup, 1)
                 return config.learning_rate * (max(warmup, 1) / since) ** 0.5
 
@@ -83,8 +83,8 @@ class MakeOptimizer(Protocol):
     Args:
       config: see `OptimizerConfig`.
       steps: of the run, for the schedule.
-      leaves: declarations of the parameters, in their structure (`lm.model.params.leaves` of a
-        transformer).
+      leaves: declarations of the parameters, in their structure (a transformer's:
+        `lm.model.params.leaves`).
     """
 
     def __call__(
@@ -109,7 +109,7 @@ def _adamw(config: OptimizerConfig, steps: int, leaves: Leaves) -> optax.Gradien
 
 def _adafactor(config: OptimizerConfig, steps: int, leaves: Leaves) -> optax.GradientTransformation:
     rate = schedule(config, steps)
-    # optax's own decay for it is not scaled by the learning rate
+    # optax's Adafactor does not scale its decay by the learning rate
     return optax.chain(optax.adafactor(rate), _decay(rate, config.weight_decay, decayed(leaves)))
 
 
@@ -135,7 +135,7 @@ def decayed(leaves: Leaves) -> dict[str, Any]:
 
 
 def matrices(leaves: Leaves) -> dict[str, Any]:
-    """Returns each matrix's input and output dimensions as Muon takes them; None for the rest."""
+    """Returns each matrix's input and output dimensions for Muon; None for other leaves."""
 
     def sides(leaf: Leaf) -> optax.contrib.MuonDimensionNumbers | None:
         return leaf.matrix and optax.contrib.MuonDimensionNumbers(*leaf.matrix)

@@ -1,4 +1,4 @@
-"""The state that training carries from step to step, and where its arrays lie on a mesh."""
+"""The state that training carries from step to step, and its shardings on a mesh."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step changes: `step` counts the updates applied to `params`."""
+    """Everything a step changes; `step` counts the updates applied to `params`."""
 
     step: jax.Array
     params: Any
@@ -19,7 +19,7 @@ class TrainState:
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Returns the state before the first step; the optimizer's arrays are sharded as params are."""
+    """Returns the state before the first step; optimizer arrays are sharded like `params`."""
     shardings = optimizer_shardings(params, jax.eval_shape(optimizer.init, params), mesh)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -27,12 +27,12 @@ def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh)
 
 
 def optimizer_shardings(params: Any, opt_state: Any, mesh: Mesh) -> Any:
-    """Returns the shardings of an optimizer's arrays: its parameter's, for one of the same shape.
+    """Returns the optimizer's shardings: an array in its parameter's shape has the same sharding.
 
     Args:
       params: arrays, or their shapes with shardings.
-      opt_state: shapes of the optimizer's state, in which moments have their parameters' names.
-      mesh: all other arrays, such as Adafactor's row and column statistics, are replicated over it.
+      opt_state: shapes of the optimizer's state; moments have their parameters' names.
+      mesh: the other arrays, such as Adafactor's row and column statistics, are replicated over it.
     """
     known = dict(jax.tree_util.tree_leaves_with_path(params))
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -1,4 +1,4 @@
-"""The log of a run's steps: the loss's sums as means, and the machine's speed."""
+"""Logs a run's steps: means of the loss's sums, and throughput."""
 
 import time
 from typing import Any
@@ -12,19 +12,19 @@ from lm.training.metrics import ProgressLine, Writer
 
 
 class StepFailed(Exception):
-    """A step's loss is no longer finite, or explodes."""
+    """A step's loss is not finite or explodes."""
 
     def __init__(self, failure: Failure):
-        """Takes the step with its metrics and its batch."""
+        """Takes the failed step with its metrics and batch."""
         super().__init__(f'step {failure.step}')
         self.failure = failure
 
 
 class StepLog:
-    """Reads each step's metrics only once the next step is under way, so devices never wait."""
+    """Reads each step's metrics after dispatching the next step, so that devices never wait."""
 
     def __init__(self, every: int, last: int, writer: Writer, progress: ProgressLine):
-        """Writes the first step, each `every`-th one and the `last` one."""
+        """Logs the first step, every `every`-th one and the `last`."""
         self._every, self._last, self._writer, self._progress = every, last, writer, progress
         self._pending: tuple[int, dict[str, Any], dict[str, Any]] | None = None
         self._since, self._tokens = time.monotonic(), 0
@@ -41,7 +41,7 @@ class StepLog:
         self._pending = (step, metrics, batch)
 
     def finish(self) -> None:
-        """Waits for the last step taken; raises `StepFailed` if it failed."""
+        """Waits for the last step added; raises `StepFailed` if it failed."""
         if self._pending is None:
             return
         (step, metrics, batch), self._pending = self._pending, None
@@ -59,9 +59,9 @@ class StepLog:
 
 
 def tokens_of(batch: dict[str, Any]) -> int:
-    """Returns how many tokens all processes read in a step; 0 of batches that are no packed text.
+    """Returns the number of tokens per step over all processes; 0 for batches without segments.
 
-    Each process packs its own documents, about as many tokens as this one.
+    Assumes that the other processes pack as many tokens as this one.
 
     >>> tokens_of({'segments': np.array([[1, 1, 2], [1, 0, 0]])})
     4

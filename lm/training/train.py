@@ -1,6 +1,6 @@
-"""The training loop, which survives kills and resumes, its jitted step, and evaluation.
+"""The training loop, which resumes after kills, its jitted step, and evaluation.
 
-The loop knows nothing of a model but its parameters, their declarations and a loss
+The loop knows a model only by its parameters, their declarations and a loss
 (`lm.losses.loss.LossFn`).
 """
 
@@ -40,16 +40,17 @@ class TrainConfig:
     """One run of training.
 
     Attributes:
-      steps: optimizer steps in all.
+      steps: total optimizer steps.
       batch_size: rows per batch, over all processes.
       length: tokens per row.
       optimizer: see `lm.training.optimizer.OptimizerConfig`.
       z_loss: weight of the squared log normaliser (PaLM, section 5).
       log_every: steps between metrics.
-      checkpoint_every: steps between checkpoints; the last step always has one.
+      checkpoint_every: steps between checkpoints; the last step is always saved.
       explodes_at: the run stops at a loss above this many times its first one (see
-        `lm.training.divergence`). No run that learns reaches ten times the loss of guessing.
-      seed: of the initial parameters, the order of the data and the loss's randomness.
+        `lm.training.divergence`). A run that learns never reaches ten times the uniform
+        distribution's loss.
+      seed: for the initial parameters, the data order and the loss's randomness.
     """
 
     steps: int = 1000
@@ -91,18 +92,18 @@ def run(
       config: see `TrainConfig`.
       init: key -> params, already sharded over the mesh.
       loss: see `LossFn`.
-      batches: an endless dataset of dicts of arrays, split by rows unless `Shared`.
+      batches: an endless dataset of dicts of arrays, sharded by rows unless `Shared`.
       folder: gets `checkpoints/`, `metrics.jsonl` and TensorBoard events.
       mesh, label: the devices; the run's name in the progress line.
-      frozen: arrays that the loss reads; never updated and in no checkpoint.
-      leaves: declarations of the parameters that `init` makes (`lm.model.leaves`).
+      frozen: arrays that the loss reads; neither updated nor checkpointed.
+      leaves: declarations of the parameters (`lm.model.leaves`).
       make_optimizer: by default the one that `config.optimizer` names.
 
     Raises:
-      ValueError: the folder's checkpoints are of another model.
+      ValueError: the folder's checkpoints belong to another model.
       OSError: no checkpoint in the folder is intact, or one cannot be written.
-      FloatingPointError: the loss is no longer finite, or explodes; names the step, its documents
-        and the folder with the state before it.
+      FloatingPointError: the loss is not finite or explodes; names the step, its documents and the
+        folder with the state before it.
       Preempted: SIGTERM arrived; the state after the current step is saved.
     """
     optimizer = make_optimizer(config.optimizer, config.steps, leaves)
@@ -134,38 +135,6 @@ def run(
     return state
 
 
-def _start(
-    config: TrainConfig, init, optimizer, mesh: Mesh, checkpoints: Checkpoints, iterator: Any
-) -> tuple[int, TrainState]:
-    """Returns the step and the state of the newest checkpoint, or 0 and the initial state."""
-    state = init_state(init(jax.random.key(config.seed)), optimizer, mesh)
-    if not checkpoints.steps():
-        return 0, state
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    del state  # two states at once may not fit
-    return checkpoints.restore(like, iterator)
-
-
-def _compiled(
-    config: TrainConfig, loss: LossFn, optimizer, state: TrainState, mesh: Mesh
-) -> Callable:
-    """Returns the jitted step, which donates the state and also reports the learning rate."""
-    rate = optimizer_lib.schedule(config.optimizer, config.steps)
-
-    def step(state, batch, *frozen):
-        after, metrics = train_step(loss, optimizer, config.seed, state, batch, *frozen)
-        return after, {**metrics, 'learning_rate': rate(state.step)}
-
-    # the state keeps its shardings: otherwise some leaves move, and the second step recompiles
-    where = jax.tree.map(lambda x: x.sharding, state)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        divergence.guarded(step, config.explodes_at),
-        donate_argnums=0,
-        out_shardings=(where, everywhere, None),
-    )
-
-
 def train_step(
     loss: LossFn,
     optimizer: optax.GradientTransformation,
@@ -174,10 +143,10 @@ def train_step(
     batch: dict[str, jax.Array],
     *frozen: Any,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Makes one update; the loss's key depends on the seed and the step alone.
+    """Applies one update; the loss's key depends only on the seed and the step.
 
     Returns:
-      The next state, and metrics: `loss`, `gradient_norm`, and the sums that the loss reports.
+      The next state and the metrics: `loss`, `gradient_norm` and the loss's sums.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     grad = jax.value_and_grad(loss, has_aux=True)
@@ -191,7 +160,7 @@ def train_step(
 def evaluate(
     loss: LossFn, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
 ) -> dict[str, Sum]:
-    """Returns the sums that the loss reports over all batches, added up in f64 on the host."""
+    """Returns the loss's sums over all batches, added in f64 on the host."""
     step = jax.jit(lambda params, batch, key: loss(params, batch, key).sums)
     totals: dict[str, Sum] = {}
     pending: dict[str, Sum] = {}
@@ -199,27 +168,16 @@ def evaluate(
         for i, batch in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(0), i)
             sums = step(params, put(batch, mesh), key)
-            # read only now that the next batch is under way: devices never wait
+            # read after dispatching the next batch, so that devices never wait
             totals, pending = _add(totals, pending), sums
     return _add(totals, pending)
 
 
-def _add(totals: dict[str, Sum], sums: dict[str, Sum]) -> dict[str, Sum]:
-    """Returns the totals with a batch's sums added; as they are if there are none."""
-    zero = Sum(0.0, 0.0)
-    before = {name: totals.get(name, zero) for name in sums}
-    added = {
-        name: Sum(before[name].total + float(x.total), before[name].count + float(x.count))
-        for name, x in sums.items()
-    }
-    return {**totals, **added}
-
-
 def put(batch: Mapping[str, np.ndarray | Shared], mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns a host batch as arrays split over the mesh; each process gives its own rows.
+    """Returns a host batch as arrays sharded over the mesh; each process passes its own rows.
 
-    Rows are divided over `data`. Where there are devices along `sequence`, each row is in zigzag
-    order (`lm.attention.zigzag`). `Shared` arrays are replicated; `documents` is left out.
+    Rows are sharded over `data`. With devices along `sequence`, each row is in zigzag order
+    (`lm.attention.zigzag`). `Shared` arrays are replicated; `documents` is dropped.
 
     Raises:
       ValueError: the rows do not divide into two chunks per device of `sequence`.
@@ -240,8 +198,51 @@ def put(batch: Mapping[str, np.ndarray | Shared], mesh: Mesh) -> dict[str, jax.A
     }
 
 
+def _start(
+    config: TrainConfig, init, optimizer, mesh: Mesh, checkpoints: Checkpoints, iterator: Any
+) -> tuple[int, TrainState]:
+    """Returns the step and the state of the newest checkpoint, or 0 and the initial state."""
+    state = init_state(init(jax.random.key(config.seed)), optimizer, mesh)
+    if not checkpoints.steps():
+        return 0, state
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    del state  # two states may not fit in memory
+    return checkpoints.restore(like, iterator)
+
+
+def _compiled(
+    config: TrainConfig, loss: LossFn, optimizer, state: TrainState, mesh: Mesh
+) -> Callable:
+    """Returns the jitted step; the state is donated, and the learning rate reported."""
+    rate = optimizer_lib.schedule(config.optimizer, config.steps)
+
+    def step(state, batch, *frozen):
+        after, metrics = train_step(loss, optimizer, config.seed, state, batch, *frozen)
+        return after, {**metrics, 'learning_rate': rate(state.step)}
+
+    # fixed shardings of the state: otherwise some leaves move, and the second step recompiles
+    where = jax.tree.map(lambda x: x.sharding, state)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        divergence.guarded(step, config.explodes_at),
+        donate_argnums=0,
+        out_shardings=(where, everywhere, None),
+    )
+
+
+def _add(totals: dict[str, Sum], sums: dict[str, Sum]) -> dict[str, Sum]:
+    """Returns the totals with a batch's sums added, if there are any."""
+    zero = Sum(0.0, 0.0)
+    before = {name: totals.get(name, zero) for name in sums}
+    added = {
+        name: Sum(before[name].total + float(x.total), before[name].count + float(x.count))
+        for name, x in sums.items()
+    }
+    return {**totals, **added}
+
+
 def _first_loss(folder: epath.PathLike) -> float:
-    """Returns the loss of a run's first step, infinite before any; the same on all hosts."""
+    """Returns the loss of a run's first step, or infinity before it; the same on all hosts."""
     records = metrics_lib.read_jsonl(epath.Path(folder) / 'metrics.jsonl')
     first = records[0].get('loss', math.inf) if records else math.inf
     if jax.process_count() > 1:

@@ -1,4 +1,4 @@
-"""Small models and every drafter, as rows of the tests that all drafters have to pass."""
+"""Small models and every drafter, as parameters of the tests that all drafters must pass."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ CONFIG, SMALL = config_of(2, 8), config_of(1, 8)
 
 
 def lm_of(config: Config, seed: int, sharpness: float) -> LM:
-    """A random model; a greater sharpness makes its distributions farther from uniform."""
+    """A random model; a greater sharpness moves its distributions away from uniform."""
     weights = params.init(config, jax.random.key(seed))
     weights['tables']['output_VD'] *= sharpness * config.d_model**0.5
     return model.for_decoding(model.transformer(config, weights))

@@ -1,4 +1,4 @@
-"""What cannot work is refused before anything compiles; the models here have no weights."""
+"""Invalid arguments are refused before anything compiles; the models here have no weights."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Tree sizes from measured costs, against trying all of them."""
+"""Tree sizes from measured costs, against an exhaustive search."""
 
 import itertools
 
@@ -47,7 +47,7 @@ def test_the_choice_depends_on_what_nodes_cost():
     curve = Curve(sizes, (1.0, 1.05, 1.2, 1.6, 2.0, 4.0))
     some = calibrate.best_nodes(curve, RANKS, draft_seconds=0.01)
     assert 1 < len(some.template.parent) < 32
-    # a level that costs more makes for a shallower tree
+    # a greater cost per level gives a shallower tree
     slow = calibrate.best_nodes(curve, RANKS, draft_seconds=0.5)
     assert slow.template.depth.max() < some.template.depth.max()
     rate = calibrate.rates(RANKS)

@@ -1,4 +1,4 @@
-"""What drafters with a draft model draw: tokens, paths, and the slots that DySpec fills."""
+"""Distributions of drafters with a draft model: tokens, paths, and DySpec's slots."""
 
 import functools
 import itertools
@@ -48,7 +48,7 @@ def test_children_of_a_beam_have_their_parents_value_as_maximum():
     np.testing.assert_array_equal(result[..., 0], psi_BM)
     assert (result[:, 2] == -np.inf).all() and (result[:, 1, 3:] == -np.inf).all()
     assert np.isfinite(result[:, 1, :3]).all()
-    # psi up to 0, as in a search: the formula as it stands, in f64
+    # psi up to 0, as in a search: the plain formula, in f64
     psi_BM = -np.abs(generator.normal(size=(50, 4))).astype(np.float32)
     result = np.asarray(given_maximum(jnp.asarray(g_BMA), jnp.asarray(psi_BM)))
     g, psi = g_BMA.astype(np.float64), psi_BM.astype(np.float64)[..., None]
@@ -156,7 +156,7 @@ def propose_once(drafter, text):
 
 def test_dynamic_trees_have_the_most_valuable_slots():
     text = texts([[0], [1, 2], [2, 2, 1], [0, 1, 1, 0]], [0, 1, 2, 3], 5)
-    # all 12 slots of two levels, each with the draw that it gets in any tree
+    # all 12 slots of two levels, each with the draw it has in any tree
     everything = jax.device_get(propose_once(dynamic(THREE, 13, 2), text))
     assert everything.valid_BT.all()
     threshold = 0.05

@@ -63,7 +63,7 @@ def expected_log_probs(sequences: list[list[int]]) -> np.ndarray:
 
 
 def made_up(tree, depth: int, how: int, generator) -> Verdict:
-    """A verdict that nothing supports: down to the deepest node, nowhere, or anywhere."""
+    """An arbitrary verdict: down to the deepest node, nowhere, or anywhere."""
     paths = []
     for parent, level, valid in zip(tree.parent_BT, tree.depth_BT, tree.valid_BT, strict=True):
         anywhere = generator.choice(np.flatnonzero(valid))
@@ -76,7 +76,7 @@ def made_up(tree, depth: int, how: int, generator) -> Verdict:
 
 
 def poisoned(state):
-    """The state with NaN in the rows behind the end of its cache."""
+    """The state with NaN in the unused rows of its cache."""
     cache = jax.tree.map(np.asarray, state.memory.cache)
     used_BS = np.arange(cache.position_NBKS.shape[-1]) < cache.length_B[:, None]
     used = used_BS[:, None, :, None]
@@ -143,7 +143,7 @@ def test_a_greedy_sampler_compiles_nothing_and_leaves_one_path(compiled):
     assert propose._cache_size() == max(before, 1)
     tree = jax.device_get(tree)
     check_tree(tree, method.depth, method.branching)
-    # nothing but the chain of greatest tokens has any probability
+    # only the chain of greatest tokens has any probability
     distinct = method.depth if method.trees is WithoutReplacement else method.nodes - 1
     np.testing.assert_array_equal(tree.valid_BT.sum(1) - 1, [distinct] * 3)
 

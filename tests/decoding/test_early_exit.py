@@ -1,4 +1,4 @@
-"""Layers that draft are run once, and what they leave is what a full pass would have left."""
+"""Drafting layers run once, and leave the same memory as a full pass."""
 
 import dataclasses
 import functools
@@ -176,7 +176,7 @@ def test_temperature_zero_takes_the_most_probable_token():
 
 
 def packed() -> dict[str, jax.Array]:
-    """Returns two documents to a row, the last two tokens of which do not count."""
+    """Returns rows of two documents each; the last two tokens have weight 0."""
     return {
         'tokens': jax.random.randint(jax.random.key(6), (4, 16), 1, 23),
         'positions': jnp.concatenate([jnp.arange(10), jnp.arange(6)])[None].repeat(4, 0),

@@ -1,4 +1,4 @@
-"""Every drafter under every rule that it permits: the text, or the distribution, of plain sampling.
+"""Every drafter under every exact rule gives the text, or the distribution, of plain sampling.
 
 One compiled program serves all tests of a pair: temperatures, sharpness and stops are data.
 """
@@ -99,7 +99,7 @@ def test_the_first_two_tokens_follow_the_distribution(name, rule):
 
 
 def chi_square(counts, expected) -> float:
-    """The p-value, cells of fewer than five expected counts taken together."""
+    """The p-value; cells of fewer than five expected counts are pooled."""
     few = expected < 5
     merged = [counts[few].sum()] if few.any() else []
     sums = [expected[few].sum()] if few.any() else []

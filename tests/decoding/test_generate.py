@@ -26,7 +26,7 @@ def config_of(layers: int, width: int, vocab_size: int = V) -> Config:
 
 
 def make(layers: int, width: int, seed: int, vocab_size: int = V, sharp: float = 1.5) -> LM:
-    """A small model; a `sharp` one puts most of its mass on few tokens."""
+    """A small model; a greater `sharp` concentrates its mass on fewer tokens."""
     config = config_of(layers, width, vocab_size)
     weights = params.init(config, jax.random.key(seed))
     weights['tables']['output_VD'] *= sharp * width**0.5
@@ -47,7 +47,7 @@ DRAFTERS = {
 
 @functools.cache
 def plain_text(temperature: float, rows: int = 8):
-    """Plain sampling, and with it what every drafter has to give."""
+    """Plain sampling, which every drafter must reproduce."""
     sampler = Sampler(temperature=jnp.float32(temperature))
     return generate(TARGET, PROMPTS[:rows], key=KEYS[:rows], max_new_tokens=NEW, sampler=sampler)
 
@@ -87,7 +87,7 @@ def test_a_row_alone_gets_the_text_that_it_gets_in_a_batch(name):
 
 
 def replay(texts: list[list[int]], depth: int, wrong: bool = False) -> Drafter:
-    """Drafts what is known to come, or what is known not to."""
+    """Drafts the known continuations, or only wrong tokens."""
     known = jnp.asarray([text + [0] * (64 - len(text)) for text in texts])
 
     def propose(params, state, context, **extra):
@@ -200,7 +200,7 @@ def test_a_row_that_was_compacted_away_gives_the_text_of_a_hidden_one(drafter):
 
 
 def prefilled(drafter: Drafter):
-    """What `generate` runs, up to the first round."""
+    """Runs `generate` up to the first round."""
     from decoding import generate as generate_lib
 
     limits = np.asarray([len(p) + NEW for p in PROMPTS], np.int32)
@@ -218,7 +218,7 @@ def prefilled(drafter: Drafter):
 
 
 def poisoned(memory):
-    """The memory with NaN in the rows that hold nothing."""
+    """The memory with NaN in its unused rows."""
     cache = memory.cache
     rows = jnp.arange(cache.k_NBKSC.shape[3]) >= cache.length_B[:, None]
     behind = rows[None, :, None, :, None]
@@ -263,7 +263,7 @@ def test_rows_may_have_settings_of_their_own():
         np.testing.assert_array_equal(tokens, plain_text(float(temperatures[i])).tokens[i])
 
 
-def test_recycling_can_start_from_what_an_earlier_call_learned():
+def test_recycling_starts_warm_from_an_earlier_call():
     call = {'key': KEYS[:2], 'max_new_tokens': NEW, 'sampler': Sampler(jnp.float32(0))}
     cold = generate(TARGET, PROMPTS[:2], drafter=DRAFTERS['recycling'], **call)
     known_VR = recycling.pool(cold.draft.successor_BVA)

@@ -20,8 +20,8 @@ from lm.model.config import Config
 
 B, D, V = 4, 16, 1200
 KEYS = jax.random.split(jax.random.key(0), 3)
-# Whole numbers, so that logits are the same bits however they are added up, and many tie. The rows
-# behind V stand for nothing.
+# Integers, so that logits are bit-identical in any order of summation, and many tie. Rows from V on
+# are padding.
 ROWS = jax.random.randint(KEYS[0], (1300, D), -3, 4).astype(jnp.float32)
 H = jax.random.randint(KEYS[1], (B, D), -3, 4).astype(jnp.float32)
 ROW_KEYS = jax.random.split(KEYS[2], B)
@@ -49,7 +49,7 @@ def run(request):
 @pytest.mark.parametrize('k', [20, V])
 def test_exactly_the_greatest_of_dense_logits(run, k):
     found, log_normalizer_B = run(lambda t: (f := large.search(t, H, k), f.log_normalizer_B))
-    logits_BA, tokens_BA = jax.lax.top_k(DENSE, k)  # of equal ones the lower id is first
+    logits_BA, tokens_BA = jax.lax.top_k(DENSE, k)  # ties put the lower id first
     np.testing.assert_array_equal(found.logits_BA, logits_BA)
     np.testing.assert_array_equal(found.tokens_BA, tokens_BA)
     np.testing.assert_allclose(log_normalizer_B, jax.nn.logsumexp(DENSE, axis=1), rtol=1e-6)
@@ -100,7 +100,7 @@ def test_draws_among_the_greatest_follow_their_renormalised_distribution():
 
 
 @pytest.mark.parametrize('bos', [None, 3])
-def test_text_is_what_dense_logits_give(bos):
+def test_text_equals_that_of_dense_logits(bos):
     config = Config(600, 16, 1, 2, 1, 8, 32, max_length=64, logit_softcap=5.0)
     weights = params.init(config, jax.random.key(0))
     weights['tables']['output_VD'] *= 6
@@ -128,7 +128,7 @@ def test_text_is_what_dense_logits_give(bos):
     assert among[0].tolist() != expected[0].tolist()
 
 
-def test_what_needs_all_logits_is_refused():
+def test_verifiers_and_settings_that_need_dense_logits_are_refused():
     config = Config(600, 16, 1, 2, 1, 8, 32, max_length=64)
     weights = params.init(config, jax.random.key(0))
     large_head = searched.transformer(config, weights)
@@ -143,7 +143,7 @@ def test_what_needs_all_logits_is_refused():
 
 
 def test_a_shortlist_finds_what_its_rank_allows():
-    # rows whose lengths fall off from one direction to the next, as those of trained tables do
+    # row lengths decay over the principal directions, as in trained tables
     rows_VD = jax.random.normal(KEYS[0], (1300, D)) * 2.0 ** -jnp.arange(D)
     h_BD = jax.random.normal(KEYS[1], (B, D))
 
@@ -167,7 +167,7 @@ def test_a_shortlist_finds_what_its_rank_allows():
     np.testing.assert_allclose(two_of_three, 2 / 3)
 
 
-def test_refuses_what_does_not_fit():
+def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=f'k {V + 1}: expected 1 to {V}'):
         large.search(TABLE, H, V + 1)
     with pytest.raises(ValueError, match='chunk 100: expected a multiple of 256'):

@@ -1,4 +1,4 @@
-"""Models with tables drawn per text decode as any other: plainly, and with every kind of draft."""
+"""Models with tables drawn per text decode as any other, with and without drafts."""
 
 import functools
 
@@ -75,7 +75,7 @@ def test_a_text_keeps_its_table(kind):
 
 
 @pytest.mark.parametrize('name', DRAFTERS)
-def test_drafts_leave_the_text_as_it_was(name):
+def test_drafts_do_not_change_the_text(name):
     kind = KINDS['permuted' if name == 'chain' else 'gaussian']
     target, call = make(kind), {'key': KEYS, 'max_new_tokens': NEW, 'sampler': SAMPLER}
     drafter = DRAFTERS[name](target)
@@ -84,8 +84,8 @@ def test_drafts_leave_the_text_as_it_was(name):
         np.testing.assert_array_equal(row, other)
 
 
-def test_a_draft_from_the_targets_own_tables_is_taken():
-    """A draft model that is the target draws the same table of a text's key."""
+def test_a_draft_from_the_targets_own_tables_is_accepted():
+    """A draft model equal to the target draws the same table from a text's key."""
     target = make(Lexinvariant())
     greedy = Sampler(temperature=jnp.float32(0))
     result = generate(
@@ -95,7 +95,7 @@ def test_a_draft_from_the_targets_own_tables_is_taken():
     assert result.metrics.rounds == 3 * NEW // 4
 
 
-def test_where_nothing_is_drawn_a_call_leaves_the_models_own_tables_alone():
+def test_without_drawn_rows_a_call_uses_the_models_own_tables():
     target = make(Lexinvariant(probability=0.0))
     learned = model.transformer(config_of(None), target.params)
     call = {'key': KEYS, 'max_new_tokens': 4, 'sampler': SAMPLER}
@@ -105,7 +105,7 @@ def test_where_nothing_is_drawn_a_call_leaves_the_models_own_tables_alone():
 
 
 def test_no_draw_of_a_text_shares_its_key_with_the_table():
-    """Or a draft would be accepted where the table has it so."""
+    """Otherwise acceptance would be correlated with the table."""
     base = KEYS[:1]
     table = lexinvariant.of_segment(base, lexinvariant._DECODING)
     rows = [jax.random.fold_in(table[0], symbol) for symbol in range(V)]

@@ -1,4 +1,4 @@
-"""What is looked up is in the text, and is what a search of the whole text finds."""
+"""Proposals are in the text, and equal those of a search of the whole text."""
 
 import functools
 
@@ -15,7 +15,7 @@ SIZE, LENGTH, BRANCHES, LONGEST = 48, 4, 3, 3
 
 
 def text_of(rows: list[list[int]]) -> Text:
-    token_BS = np.full((len(rows), SIZE), 7, np.int32)  # rubbish behind the texts
+    token_BS = np.full((len(rows), SIZE), 7, np.int32)  # garbage after the texts
     for row, tokens in zip(token_BS, rows, strict=True):
         row[: len(tokens)] = tokens
     keys = jax.random.split(jax.random.key(0), len(rows))
@@ -23,7 +23,7 @@ def text_of(rows: list[list[int]]) -> Text:
 
 
 def matches(tokens: list[int]) -> dict[int, int]:
-    """Finds where continuations start, and how much matches before, by search of the whole text."""
+    """Finds where continuations start and how much matches before, by searching the whole text."""
     found: dict[int, int] = {}
     for size in range(min(LONGEST, len(tokens)), 0, -1):
         ends = [
@@ -48,7 +48,7 @@ def prefixes(tokens: list[int]) -> dict[tuple[int, ...], float]:
 
 
 def paths(tree, row: int) -> list[tuple[int, ...]]:
-    """Returns the tokens from the root to each valid node; checks the tree's own rules."""
+    """Returns the tokens from the root to each valid node; checks the tree's invariants."""
     token, parent, depth, valid = (
         np.asarray(x[row]) for x in (tree.token_BT, tree.parent_BT, tree.depth_BT, tree.valid_BT)
     )

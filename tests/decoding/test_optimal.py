@@ -1,4 +1,4 @@
-"""The bound against a linear program, the rules against the bound."""
+"""The optimum against a linear program, and the rules against the optimum."""
 
 import itertools
 

@@ -102,7 +102,7 @@ def test_levels_hold_their_likeliest_nodes():
 
 @pytest.mark.parametrize('rates', [[], [0.3, 0.5], [1.0], [0.5, 0.0]])
 def test_rates_out_of_range_are_refused(rates):
-    with pytest.raises(ValueError, match='falling rates'):
+    with pytest.raises(ValueError, match='expected non-increasing rates'):
         template.best_first(rates, 4)
 
 

@@ -24,7 +24,7 @@ def double_precision():
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def recursive(target_V, draft_V, k, replacement):
-    """The emitted token's distribution, and P(it is a draft), over all tuples of k drafts."""
+    """Distribution of the emitted token and probability that it is a draft, over all tuples."""
     weight_N, target_NV, draft_NV = jnp.ones(1), target_V[None], draft_V[None]
     p_V = jnp.zeros(V)
     steps = jax.vmap(jax.vmap(rules.rejection_step, (None, None, 0)), (0, 0, None))
@@ -32,7 +32,7 @@ def recursive(target_V, draft_V, k, replacement):
         accept_NV, target_NVV, draft_NVV = steps(target_NV, draft_NV, jnp.arange(V))
         drawn_NV = weight_N[:, None] * draft_NV
         p_V += jnp.sum(drawn_NV * accept_NV, axis=0)
-        # where no token is left to draw, no draft is made
+        # if no token is left to draw, no draft is made
         none_left_N = jnp.sum(draft_NV, axis=1) == 0
         p_V += (weight_N * none_left_N) @ target_NV
         weight_N = (drawn_NV * (1 - accept_NV)).ravel()
@@ -59,7 +59,7 @@ def test_the_emitted_token_follows_the_target(k, target_V, draft_V):
     for replacement in False, True:
         p_V, accepted = recursive(target_V, draft_V, k, replacement)
         np.testing.assert_allclose(p_V, target_V, atol=1e-12)
-        if not replacement:  # drafts end with the support, which is no rejection
+        if not replacement:  # drafts end with the support; this is not a rejection
             k_drawn = min(k, np.count_nonzero(draft_V))
             accepted = recursive(target_V, draft_V, k_drawn, False)[1]
         expected = optimal.recursive_acceptance(target_V, draft_V, k, replacement)

@@ -1,4 +1,4 @@
-"""The distribution that is sampled, against sorting in numpy; draws keyed by position."""
+"""The sampling distribution, against sorting in numpy; draws keyed by position."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def formula(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
     return p / p.sum()
 
 
-# Few values, so that ties are common; shares between the masses that they can have.
+# Few values, so that ties are common; values of p between the possible masses.
 LOGITS = st.lists(st.sampled_from([-7.0, -1.0, 0.0, 0.25, 3.0]), min_size=V, max_size=V)
 
 

@@ -57,7 +57,7 @@ def test_on_the_device():
     np.testing.assert_array_equal(stop.stopped(state_B), [True, False, True])
 
 
-def test_rows_that_nothing_ends():
+def test_rules_without_stops_never_stop():
     stops = stop.none(5, 2)
     for state in states(stops, range(5)):
         assert not stop.stopped(state).any()
@@ -89,7 +89,7 @@ def test_a_large_vocabulary_takes_less_than_a_second():
         (Rule((), (b'',)), ValueError, 'row 1: an empty stop string'),
         (Rule((5,)), ValueError, 'row 1: stop id 5 is not in'),
         (Rule((-1,)), ValueError, 'row 1: stop id -1 is not in'),
-        (Rule((), ('end',)), TypeError, 'row 1: stop string .* is no bytes'),
+        (Rule((), ('end',)), TypeError, 'row 1: stop string .* is not bytes'),
     ],
 )
 def test_bad_rules_are_refused_with_their_row(rule, error, message):

@@ -163,7 +163,8 @@ CASES = {
 def test_the_first_two_tokens_follow_the_target(case):
     verifier, branching, limit = CASES[case]
     v, batch = 4, 20_000
-    target_VV, draft_VV = table(6, v), table(56, v, temperature=0.5)  # far apart: bias would show
+    # far apart, so that bias would show
+    target_VV, draft_VV = table(6, v), table(56, v, temperature=0.5)
     text = texts(batch, seed=5)
     root_B = jnp.zeros(batch, jnp.int32)
 
@@ -198,7 +199,7 @@ def test_drafts_of_the_target_itself_are_all_accepted():
 
 
 def test_point_masses():
-    """Temperature 0 in both models: the draft's choice stands where it is the target's."""
+    """Temperature 0 in both models: the draft's choice is accepted if it is the target's."""
     next_VV = jnp.roll(jnp.eye(4), 1, axis=1)  # 0, 1, 2, 3, 0 and so on
     target_VV = sample.log_probs(sample.Sampler(0.0), next_VV)
     draft_VV = target_VV[jnp.asarray([0, 1, 2, 1])]  # after token 3 it is wrong

@@ -1,4 +1,4 @@
-"""What tests of drafters share: small models, texts, and what holds of every tree."""
+"""Shared by tests of drafters: small models, texts, and the invariants of every tree."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from lm.model.config import Config
 
 
 def tiny(config: Config, sharpness: float, bos: int | None = None) -> LM:
-    """A random model; a greater sharpness makes its distributions farther from uniform."""
+    """A random model; a greater sharpness moves its distributions away from uniform."""
     weights = params.init(config, jax.random.key(0))
     weights['tables']['output_VD'] *= sharpness
     return model.transformer(config, weights, bos=bos)
@@ -21,7 +21,7 @@ def tiny(config: Config, sharpness: float, bos: int | None = None) -> LM:
 
 def texts(rows: list[list[int]], seeds: list[int], length: int) -> Text:
     """Texts in a buffer of some length, with a key for each."""
-    # ids behind the end would be found out of range, were they read
+    # ids after the end are out of range, so that reading them is noticed
     token_BS = np.full((len(rows), length), 1 << 20, np.int32)
     for row, ids in zip(token_BS, rows, strict=True):
         row[: len(ids)] = ids
@@ -30,12 +30,12 @@ def texts(rows: list[list[int]], seeds: list[int], length: int) -> Text:
 
 
 def prompt_of(text: Text, rows: int) -> Prompt:
-    """What a drafter that never looks at the target is started with."""
+    """The prompt of a drafter that never reads the target."""
     return Prompt(text.token_BS, text, rows, None, None, None)  # type: ignore[arg-type]
 
 
 def context_of(text: Text) -> Context:
-    """What such a drafter proposes from."""
+    """The context of such a drafter."""
     return Context(text, None, None)
 
 
@@ -49,7 +49,7 @@ def path_of(parent_T, node: int) -> list[int]:
 
 
 def check_tree(tree, depth: int, branching: int) -> None:
-    """What holds of every tree of `drafts`, one row at a time."""
+    """Checks the invariants of every tree of `drafts`, row by row."""
     fields = tree.token_BT, tree.parent_BT, tree.depth_BT, tree.valid_BT, tree.logprob_BTV
     for token, parent, level, valid, logprob in zip(*fields, strict=True):
         assert parent[0] == -1 and valid[0] and level[0] == 0 and level.max() <= depth

@@ -241,7 +241,7 @@ def test_sizes_that_cannot_work_are_refused(changes, message):
 
 
 def test_documents_that_cannot_work_are_named():
-    with pytest.raises(ValueError, match='the 2 documents hold no content'):
+    with pytest.raises(ValueError, match='the 2 documents are all empty'):
         training([b'', b''])
     for bad in ([0, 2000], [-1]):
         with pytest.raises(ValueError, match=r'document 1: ids must lie in \[0, 2000\)'):

@@ -1,4 +1,4 @@
-"""Several ids per position: from documents `[T, Q]` to a loss per codebook."""
+"""Several ids per position, from documents `[T, Q]` to a loss per codebook."""
 
 import dataclasses
 import functools
@@ -107,12 +107,12 @@ def test_a_run_on_a_mesh_learns_and_reports_each_codebook(tmp_path):
     assert records[-1]['nats_per_token'] < records[0]['nats_per_token']
 
 
-def test_configs_of_one_codebook_are_written_as_before():
+def test_configs_of_one_codebook_are_serialised_as_before():
     assert 'codebooks' not in config_lib.to_dict(presets.tiny())
     assert config_lib.from_dict(config_lib.to_dict(CONFIG)) == CONFIG
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_settings_are_refused():
     weights = params.init(CONFIG, jax.random.key(0))
     with pytest.raises(ValueError, match='codebooks: 3; decoding writes one id per position'):
         tables.for_texts(weights['tables'], CONFIG, jax.random.split(jax.random.key(0), 2))

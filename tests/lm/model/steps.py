@@ -1,4 +1,4 @@
-"""Steps of a model over a memory, as tests of the body, its cache and its presets take them."""
+"""Steps of a model over a memory, for tests of the body, its cache and its presets."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from lm.model.stepped import Memory
 
 
 def empty(config: Config, batch: int, rows: int) -> Memory:
-    """A memory of texts of which nothing is read."""
+    """The empty memory of a batch of texts."""
     return Memory(cache.init(config, batch, rows), None, jnp.zeros(batch, jnp.int32))
 
 

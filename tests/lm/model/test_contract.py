@@ -1,4 +1,4 @@
-"""The contract of a model that can be stepped, with each kind of model as a row."""
+"""The contract of a model that can be stepped, for each kind of model."""
 
 import dataclasses
 import functools
@@ -142,16 +142,16 @@ def test_layers_run_in_two_passes_are_one_pass(name):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_a_layer_that_a_node_skips_holds_no_key_of_it():
+def test_a_skipped_layer_holds_no_key_of_the_node():
     memory, _ = start('plain', TOKENS[:, :4], kept=(4, 4))
-    # a node that was given up leaves rows behind, which must not be taken for the next one's
+    # a dropped node leaves rows behind, which must not be read as the next node's
     _, other, _ = step('plain', memory, chain(TOKENS[:, 8:9], 4))
     memory = subject('plain')[0].keep(other, None, jnp.zeros(2, jnp.int32))
     _, memory, _ = step('plain', memory, chain(TOKENS[:, 4:5], 4), layers=range(2))
     assert (memory.cache.position_NBKS[2, :, :, 4] == -1).all()
     assert (memory.cache.position_NBKS[:2, :, :, 4] == 4).all()
     logits, _, _ = step('plain', memory, chain(TOKENS[:, 5:6], 5))
-    # rows of zeros would count as keys: with NaN in their place nothing changes
+    # rows of zeros would count as keys: replacing them by NaN changes nothing
     cache = memory.cache
     k, v = (x.at[2, :, :, 4].set(jnp.nan) for x in (cache.k_NBKSC, cache.v_NBKSC))
     poisoned = memory.replace(cache=cache.replace(k_NBKSC=k, v_NBKSC=v))
@@ -160,7 +160,7 @@ def test_a_layer_that_a_node_skips_holds_no_key_of_it():
 
 
 def test_rows_of_a_memory_are_not_positions():
-    """A row that is evicted by compaction and one that is hidden give the same logits."""
+    """Evicting a row by compaction and hiding it give the same logits."""
     memory, _ = start('full')
     cache = memory.cache
     hidden = cache.replace(position_NBKS=cache.position_NBKS.at[..., 3].set(-1))
@@ -188,7 +188,7 @@ def test_mass_is_the_attention_that_each_row_received(name):
     memory, seen = start(name, kept=(L, L - 2), ask=Ask(mass=True))
     mass = np.asarray(seen.mass_NBKS)
     assert mass.shape == memory.cache.position_NBKS.shape and (mass[..., L:] == 0).all()
-    # every query head of every kept node gives away a mass of 1
+    # every query head of every kept node distributes a mass of 1
     group = config.n_heads // config.n_kv_heads
     expected = np.broadcast_to(group * np.asarray([L, L - 2])[:, None], mass.shape[1:3])
     np.testing.assert_allclose(mass.sum(-1), np.broadcast_to(expected, mass.shape[:3]), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Tables drawn per sequence: the symmetry, the packed loss against whole tables, refusals."""
+"""Tables drawn per sequence: invariance, the packed loss against whole tables, refusals."""
 
 import dataclasses
 import functools
@@ -147,7 +147,7 @@ def test_no_parameter_knows_the_vocabulary():
     assert not weights(small)['tables']
 
 
-def test_ids_that_training_never_had_just_work():
+def test_ids_unseen_in_training_work():
     config, wider = (with_spec(SPECS['gaussian'], vocab_size=v) for v in (V, V + 5))
     p = weights(config)
     rows, more = (
@@ -167,7 +167,7 @@ def test_unseen_symbols_are_equally_likely_over_all_draws():
     logits = transformer.forward({**weights(config), 'tables': table}, config, tokens)
     mean = jax.nn.softmax(logits).mean(0)
     np.testing.assert_allclose(mean[:, [0, 2, 4]], mean[:, [0]].repeat(3, 1), rtol=1e-5)
-    assert abs(mean[-1, 1] - mean[-1, 0]) > 1e-3  # a symbol that was seen is another matter
+    assert abs(mean[-1, 1] - mean[-1, 0]) > 1e-3  # but not for a symbol seen before
 
 
 def gradients(config, p):
@@ -183,6 +183,7 @@ def test_probability_0_is_the_learned_model_bit_for_bit():
     jax.tree.map(np.testing.assert_array_equal, none, learned)
 
 
+@pytest.mark.slow  # compiled with all optimisations, twice
 @pytest.mark.usefixtures('optimised')
 def test_probability_1_is_the_lexinvariant_model_bit_for_bit():
     whole = with_spec(SPECS['gaussian'])
@@ -195,7 +196,7 @@ def test_probability_1_is_the_lexinvariant_model_bit_for_bit():
     assert not jnp.any(gradient['tables']['input_VD'])
 
 
-def test_types_that_are_always_or_never_drawn():
+def test_always_and_never_drawn_symbols():
     config = with_spec(SPECS['partial'])
     key_B = jax.random.split(KEY, 400)
     drawn = lexinvariant.is_drawn(config, key_B[:, None], jnp.broadcast_to(jnp.arange(V), (400, V)))
@@ -232,7 +233,7 @@ def test_evaluation_draws_tables_anew_for_each_batch():
     assert abs(twice - 2 * once) > 1e-3
 
 
-def test_what_cannot_be_is_refused():
+def test_invalid_settings_are_refused():
     for fields in ({'kind': 'uniform'}, {'probability': 1.5}, {'always': (1,), 'never': (1,)}):
         with pytest.raises(ValueError, match='Lexinvariant'):
             Lexinvariant(**fields)

@@ -1,4 +1,4 @@
-"""The table whose rows are dealt out anew, and what not knowing them may cost."""
+"""The permuted table, and the bound on the cost of unknown symbols."""
 
 import dataclasses
 import itertools
@@ -23,11 +23,11 @@ def test_rows_of_the_fixed_table_are_orthogonal_within_a_block(d):
     rows = lexinvariant.fixed_table(config, jnp.arange(2 * d))
     np.testing.assert_allclose(rows[:d] @ rows[:d].T, np.eye(d), atol=1e-6)
     np.testing.assert_allclose(rows[d:] @ rows[d:].T, np.eye(d), atol=1e-6)
-    across = np.abs(rows[:d] @ rows[d:].T)  # the blocks are no copies of each other
+    across = np.abs(rows[:d] @ rows[d:].T)  # the blocks differ
     assert across.max() < 0.99 and across.max() > 1e-3
 
 
-def test_all_orders_of_the_fixed_table_are_drawn_and_as_often():
+def test_all_orders_of_the_fixed_table_are_equally_likely():
     config = permuted(vocab_size=4)
     row_BV = np.asarray(lexinvariant.order(config, jax.random.split(jax.random.key(7), 2400)))
     orders, times = np.unique(row_BV, axis=0, return_counts=True)
@@ -50,5 +50,5 @@ def test_no_text_costs_more_than_its_renamings():
         k = len(set(text))
         assert regret <= lexinvariant.regret_bound(4, k) + 1e-12
         largest[k] = max(largest.get(k, -np.inf), regret)
-    assert largest[2] > 0.5 * np.log(12)  # and the bound is not idle
+    assert largest[2] > 0.5 * np.log(12)  # and the bound is not loose
     assert lexinvariant.regret_bound(4, 2) == pytest.approx(np.log(4 * 3))

@@ -20,7 +20,7 @@ MESH = mesh.abstract(8, 4)
 
 
 def shape_of(tree):
-    """Shapes and dtypes alone, to compare what goes into a step with what comes out."""
+    """Shapes and dtypes, to compare the inputs of a step with its outputs."""
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 

@@ -1,4 +1,4 @@
-"""What must hold of any decoder, whatever its weights."""
+"""Invariants of any decoder, for any weights."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from lm.model.config import Config, RopeScaling
 from lm.model.contract import Nodes, chain
 from tests.lm.model.steps import empty, step
 
-# Every optional feature at once, in three layers of which the middle one sees all keys.
+# Every optional feature at once, in three layers; the middle one sees all keys.
 FULL = Config(
     97, 32, 3, 4, 2, 16, 48, max_length=64, activation='gelu_tanh', unit_offset=True,
     post_norm=True, qk_norm=True, qkv_bias=True, attention_softcap=20.0, logit_softcap=10.0,
@@ -98,7 +98,7 @@ def test_each_path_of_a_tree_gets_the_logits_of_that_path_alone(model, tokens):
         np.testing.assert_allclose(logits[:, jnp.asarray(path)], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_options_that_only_change_speed_change_nothing_else(model, tokens):
+def test_options_for_speed_do_not_change_the_result(model, tokens):
     config, weights = model
     plain = transformer.forward(weights, config, tokens)
     faster = dataclasses.replace(config, remat=True, unroll=config.n_layers)
@@ -143,7 +143,7 @@ def test_logits_of_a_bf16_model_are_not_rounded_to_bf16(tokens):
 
 @pytest.mark.filterwarnings('error::FutureWarning')  # of a wide value in a narrow array
 @pytest.mark.parametrize(('n_kv_heads', 'dtype'), [(1, 'bfloat16'), (2, 'float32')])
-def test_induction_heads_find_the_tokens_that_follow_one_like_the_query(n_kv_heads, dtype):
+def test_induction_heads_find_successors_of_tokens_equal_to_the_query(n_kv_heads, dtype):
     config = dataclasses.replace(
         presets.tiny(8), d_model=64, n_heads=2, n_kv_heads=n_kv_heads, head_dim=32, qkv_bias=True,
         induction_init=True, param_dtype=dtype,
@@ -166,7 +166,7 @@ def test_induction_heads_find_the_tokens_that_follow_one_like_the_query(n_kv_hea
 
 
 @pytest.mark.parametrize('head_dim', [16, 64])
-def test_the_first_layer_before_induction_heads_begins_looking_at_the_token_before(head_dim):
+def test_the_layer_before_induction_heads_attends_to_the_previous_token(head_dim):
     config = dataclasses.replace(presets.tiny(8), head_dim=head_dim, qkv_bias=True,
                                  induction_init=True)  # fmt: skip
     layers = params.init(config, jax.random.key(0))['body']['layers']
@@ -209,6 +209,6 @@ def test_a_bad_config_names_the_field(field, value):
 @pytest.mark.parametrize(
     'fields', [{'qkv_bias': False}, {'n_layers': 1}, {'qk_norm': True}, {'attention_softcap': 50.0}]
 )
-def test_induction_heads_take_biases_that_count_and_two_layers(fields):
+def test_induction_heads_need_biases_and_two_layers(fields):
     with pytest.raises(ValueError, match='induction_init: True; expected False, or two layers'):
         dataclasses.replace(presets.tiny(8), **{'qkv_bias': True, 'induction_init': True, **fields})

@@ -1,4 +1,4 @@
-"""Schedules at their corners; which leaves decay, and the sides of matrices."""
+"""Schedules at their corners; weight decay, and the input and output axes of matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tokenization.transfer import hypernetwork
 
 
 @pytest.mark.parametrize(('kind', 'last'), [('cosine', 0.1), ('constant', 1.0), ('rsqrt', None)])
-def test_schedules_rise_to_the_rate_and_end_where_they_should(kind, last):
+def test_schedules_warm_up_to_the_rate_and_end_as_configured(kind, last):
     config = OptimizerConfig(learning_rate=2.0, schedule=kind, warmup_steps=10)
     rate = optimizer.schedule(config, 100)
     values = [float(rate(step)) for step in range(101)]
@@ -50,7 +50,7 @@ def test_muon_moves_matrices_by_orthogonal_ones():
         'wk_DKC': ((8, 2, 3), 1), 'w_up_DF': ((8, 12), 1), 'w_out_DD': ((8, 8), 1),
     }.items():  # fmt: skip
         leaf = matrix(shape, ('ff',) * len(shape), None, inputs)
-        # some of them as they stand, others stacked over layers
+        # some of them single, others stacked over layers
         stacked = name in ('wq_DHC', 'wo_HCD', 'w_down_FD')
         declared[name + '_N' * stacked] = leaves.stacked(leaf, 2) if stacked else leaf
         flat[name + '_N' * stacked] = (np.prod(shape[:inputs]), np.prod(shape[inputs:]))
@@ -77,7 +77,7 @@ def test_bad_settings_name_the_field():
 
 
 def by_name(path, leaf):
-    """Whether a leaf decays, and its sides as a matrix, as its name says (the convention)."""
+    """Whether a leaf decays, and its axes as a matrix, from its name (by convention)."""
     name = path[-1].key
     if not name.startswith('w'):
         return False, None

@@ -1,4 +1,4 @@
-"""What is logged of a step: the loss's own names, and speed in tokens that were read."""
+"""The log of a step: the loss's own names, and throughput in tokens."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ METRICS = {'loss': 1.5, 'gradient_norm': 2.0, 'failed': False}
 
 
 class Written(list):
-    """Stands in for a `metrics.Writer`."""
+    """A fake `metrics.Writer`."""
 
     def write(self, step, values, timings):
         self.append((step, values, timings))
@@ -23,7 +23,7 @@ def test_sums_are_reported_as_means_under_the_names_that_the_loss_gives():
     batch = {'ids': np.arange(3)}  # no text: no speed
     for step in (1, 2, 10):
         log.add(step, {**METRICS, 'apples_per_basket': Sum(np.float32(6), np.float32(4))}, batch)
-    assert [step for step, *_ in written] == [1]  # the last one taken is still under way
+    assert [step for step, *_ in written] == [1]  # the last one added is still running
     log.finish()
     assert [step for step, *_ in written] == [1, 10]
     expected = {'loss': 1.5, 'gradient_norm': 2.0, 'apples_per_basket': 1.5}

@@ -1,4 +1,4 @@
-"""Training learns, and a run that is killed continues as if it had not been."""
+"""Training learns, and a killed run resumes as if undisturbed."""
 
 import functools
 import json
@@ -48,7 +48,7 @@ def run(folder, dataset, steps=12, name='adamw', objective=loss, frozen=()):
 
 
 def kill_after(monkeypatch, batches_read):
-    """The process gets no further than so many batches, from now on."""
+    """Kills the process after this many batches, from now on."""
     put, read = train.put, []
 
     def dying(batch, mesh):
@@ -134,14 +134,14 @@ def unspoiled(tmp_path_factory):
 
 
 def stopped_at(folder, step, factor):
-    """Runs until the loss of `step` is spoiled; returns the error's line and the folder kept."""
+    """Runs until the loss of `step` is spoiled; returns the error line and the folder it names."""
     with pytest.raises(FloatingPointError) as error:
         spoiled_run(folder, step, factor)
     return str(error.value), folder / 'stopped' / f'step_{step}'
 
 
 @pytest.mark.parametrize('factor', [np.nan, np.inf, 100.0])
-def test_a_loss_that_is_lost_stops_the_run_and_leaves_the_state_before(unspoiled, tmp_path, factor):
+def test_a_diverging_loss_stops_the_run_and_keeps_the_state_before(unspoiled, tmp_path, factor):
     error, kept = stopped_at(tmp_path, 11, factor)
     eleventh = [batch for _, batch in zip(range(11), batches())][-1]
     documents = np.unique(eleventh['documents'][eleventh['weights'] > 0]).tolist()
@@ -160,4 +160,4 @@ def test_a_loss_that_is_lost_stops_the_run_and_leaves_the_state_before(unspoiled
 def test_a_batch_of_unknown_documents_stops_the_run_too():
     values = {'loss': float('nan'), 'gradient_norm': 1.0}
     failure = divergence.Failure(3, values, {'tokens': np.zeros((2, 4), np.int32)})
-    assert 'does not tell the documents' in divergence.describe(failure, 'somewhere')
+    assert 'does not report documents' in divergence.describe(failure, 'somewhere')
