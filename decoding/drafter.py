@@ -105,7 +105,8 @@ class Outcome(NamedTuple):
     Attributes:
       tree: as it was proposed.
       scores: the target's own, after each node.
-      seen: of the target's pass, with the layers that `Method.ask` names.
+      seen: of the target's pass, with the layers that `Method.ask` names; not those that already
+        ran while drafting (`PartialPass`).
       verdict: see `Verdict`.
       text: with the new tokens.
       count_B: int32, how many those are; 0 for rows that were done.

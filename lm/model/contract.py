@@ -75,7 +75,7 @@ class Seen(NamedTuple):
     Attributes:
       h_BTD: hidden states, ready for `head`.
       x_BTD: the residual stream after the last layer that ran; None for a model without one.
-      layers: the stream `[B, T, D]` after each asked-for layer.
+      layers: the stream `[B, T, D]` after each asked-for layer that this pass ran.
       mass_NBKS: f32, attention that each row of the memory received, summed over the new nodes and
         the query heads of a KV head; None if not asked for.
     """
