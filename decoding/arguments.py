@@ -106,6 +106,10 @@ def _check_draft_model(target: LM, drafter: Drafter) -> None:
         raise ValueError(
             'drafter: an early exit of another model; it must run the layers of the target'
         )
+    if not draft.model.dense:
+        raise ValueError(
+            'drafter: draws from the logits of every token, and its draft model is searched'
+        )
     if draft.tokenizer and target.tokenizer and draft.tokenizer != target.tokenizer:
         raise ValueError(
             f'draft and target have different tokenizers ({draft.tokenizer[:12]} and '

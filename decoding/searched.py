@@ -42,13 +42,12 @@ def transformer(
       chunk: see `large_vocabulary.Table`.
 
     Raises:
-      ValueError: the model has no learned table.
+      ValueError: the model draws rows of its table per text.
     """
-    learned = params['tables']
-    if not learned:
+    if not config.learned_tables:
         raise ValueError('model: it draws its tables per text, and has no table of rows to search')
     lm = model_lib.transformer(config, params, tokenizer, bos, never)
-    rows_VD = tables.output_table(learned)
+    rows_VD = tables.output_table(params['tables'])
     if isinstance(rows_VD, WeightsFirst):  # `decoding.model.for_decoding`
         rows_VD = rows_VD.w_ED
     masked = never if bos is None else (bos, *never)

@@ -230,6 +230,21 @@ def test_rooms_form_no_circle():
     assert not rooms_in_circle(a | {'lm/b/y.py': 'import lm.c', 'lm/c.py': '', 'lm/d.py': ''})
 
 
+def test_the_loop_knows_a_model_by_its_contract_alone():
+    nodes = ast.walk(ast.parse(SOURCES['decoding/rounds.py']))
+    imported = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.module]
+    names = {f'{n.module}.{alias.name}' for n in imported for alias in n.names}
+    of_lm = {name for name in names if name.split('.')[0] == 'lm'}
+    contract = {name for name in of_lm if name.startswith('lm.model.contract')}
+    assert of_lm - contract == {'lm.kernels.mask.pack_bits'}
+
+
+def test_few_files_name_one_kind_of_tables():
+    library = {n: t for n, t in SOURCES.items() if not n.startswith('experiments/')}
+    naming = {name for name, text in library.items() if 'lexinvarian' in text.lower()}
+    assert len(naming - {'lm/model/lexinvariant.py'}) <= 3, naming
+
+
 LONG = 'def f():\n' + '    x = 1\n' * FUNCTION_LINES
 CELL = {'cell_type': 'code', 'outputs': [], 'execution_count': None, 'source': ['x = 1\n']}
 

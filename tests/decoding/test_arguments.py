@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from decoding import model, stop, verify
+from decoding import model, searched, stop, verify
 from decoding.drafts import chain, early_exit, lookup
 from decoding.generate import generate, plain
 from decoding.sample import Sampler
@@ -14,6 +14,9 @@ V = 17
 TARGET = model.transformer(Config(V, 16, 3, 2, 1, 8, 32, max_length=256), {})
 DEEPER = model.transformer(Config(V, 16, 4, 2, 1, 8, 32, max_length=256), {})
 DRAFT = model.transformer(Config(V, 8, 1, 1, 1, 8, 8), {})
+SEARCHED = searched.transformer(
+    Config(V, 8, 1, 1, 1, 8, 8), {'tables': {'output_VD': jnp.zeros((V, 8))}}
+)
 LARGE = plain()._replace(method=plain().method._replace(nodes=300))
 
 
@@ -38,6 +41,7 @@ def test_bad_arguments_are_refused_before_anything_compiles():
         ('jax.random.key', {'key': 0}),
         ('a setting of shape', {'sampler': Sampler(temperature=jnp.ones(3))}),
         ('of another model', {'drafter': early_exit.early_exit(DEEPER, 1, 3)}),
+        ('draft model is searched', {'drafter': chain.chain(SEARCHED, 2)}),
     ]
     for message, changed in cases:
         arguments = {'prompts': [[1]], 'key': key, 'max_new_tokens': 10, **changed}

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from decoding import large_vocabulary as large
-from decoding import model, projected_search, sample, searched
+from decoding import model, projected_search, sample, searched, verify
 from decoding.drafts import chain, lookup, recycling, template
 from decoding.generate import generate
 from decoding.sample import Sampler
 from decoding.scores import Transform
 from lm.devices import mesh as mesh_lib
 from lm.model import params
-from lm.model.config import Config
+from lm.model.config import Config, Lexinvariant
 
 B, D, V = 4, 16, 1200
 KEYS = jax.random.split(jax.random.key(0), 3)
@@ -140,6 +140,11 @@ def test_verifiers_and_settings_that_need_dense_logits_are_refused():
         call(sampler=Sampler(top_p=0.5))
     with pytest.raises(ValueError, match='transform: needs the logits'):
         call(transform=Transform(lambda params, logits, tree, text, **extra: logits))
+    with pytest.raises(ValueError, match='its draft model is searched'):
+        call(drafter=chain.chain(large_head, 2), verifier=verify.target_only_walk)
+    drawn = dataclasses.replace(config, tied=True, lexinvariant=Lexinvariant(probability=0.5))
+    with pytest.raises(ValueError, match='draws its tables per text'):
+        searched.transformer(drawn, params.init(drawn, jax.random.key(0)))
 
 
 def test_a_shortlist_finds_what_its_rank_allows():

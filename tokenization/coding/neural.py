@@ -49,7 +49,8 @@ def model(params: Params, config: Config, context: int, precision: int = 14) -> 
       precision: bits of the CDF.
 
     Raises:
-      ValueError: the vocabulary has no BOS, or the context exceeds the model's.
+      ValueError: the vocabulary has no BOS, the context exceeds the model's, or the model draws
+        its tables.
     """
     if config.vocab_size <= BOS:
         raise ValueError(f'vocab_size {config.vocab_size}: a byte model needs {BOS + 1} or more')
@@ -58,6 +59,8 @@ def model(params: Params, config: Config, context: int, precision: int = 14) -> 
             f'context {context}: expected 1 to {config.max_length - 1} bytes (the model was made '
             f'for {config.max_length} positions, BOS included)'
         )
+    if not config.learned_tables:
+        raise ValueError('config: a model whose tables are drawn; a coder needs learned ones')
 
     lm = stepped.model(config)
 
@@ -72,7 +75,7 @@ def model(params: Params, config: Config, context: int, precision: int = 14) -> 
 
     def start(batch: int) -> State:
         bos_B1, one_B = jnp.full((batch, 1), BOS, jnp.int32), jnp.ones(batch, jnp.int32)
-        keys = jax.random.split(jax.random.key(0), batch)  # its tables are learned: never used
+        keys = jax.random.split(jax.random.key(0), batch)  # learned tables need none
         prompt = contract.chain(bos_B1)
         return after(params, *lm.start(params, prompt, one_B, context + 1, keys), one_B)
 

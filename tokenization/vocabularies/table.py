@@ -119,8 +119,14 @@ class TableTokenizer(EncodesOneByOne):
         return dataclasses.replace(self, compiled=self.compiled._replace(bits_per_token=8))
 
     def save(self, path: epath.PathLike) -> None:
-        """Writes the tokenizer into the folder `path`."""
+        """Writes the tokenizer into the folder `path`.
+
+        Raises:
+          ValueError: `written` would not be read back: without `compiled` it is not saved.
+        """
         if self.compiled is None:
+            if not np.array_equal(self.written, self.strings.first_of_each()):
+                raise ValueError('written: expected the lowest id of each string, as `of` has it')
             table_files.write_strings(path, self.strings)
         else:
             table_files.write_compiled(path, self.strings, self.written, self.compiled)

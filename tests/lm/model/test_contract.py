@@ -159,6 +159,28 @@ def test_a_skipped_layer_holds_no_key_of_the_node():
     np.testing.assert_array_equal(again, logits)
 
 
+def test_skipped_layers_leave_the_model_of_the_others():
+    picked, others = jnp.asarray([0, 2]), dataclasses.replace(PLAIN, n_layers=2)
+    weights, model = subject('plain')[1], stepped.model(others, never=(1,))
+    layers = jax.tree.map(lambda x: x[picked], weights['body']['layers'])
+    memory, _ = start('plain', TOKENS[:, :4], kept=(4, 4))
+    rows = jax.tree.map(lambda x: x[picked] if x.ndim > 1 else x, memory.cache)
+    nodes = chain(TOKENS[:, 4:6], 4)
+    logits, after, _ = step('plain', memory, nodes, layers=(0, 2))
+
+    @jax.jit
+    def run(weights, memory):
+        memory, seen = model.step(weights, memory, nodes)
+        return model.head(weights, memory, seen.h_BTD), memory.cache
+
+    fewer = {**weights, 'body': {**weights['body'], 'layers': layers}}
+    expected, expected_rows = run(fewer, memory.replace(cache=rows))
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    for name in ('k_NBKSC', 'v_NBKSC', 'position_NBKS'):
+        found = getattr(after.cache, name)[picked]
+        np.testing.assert_allclose(found, getattr(expected_rows, name), rtol=1e-5, atol=1e-5)
+
+
 def test_rows_of_a_memory_are_not_positions():
     """Evicting a row by compaction and hiding it give the same logits."""
     memory, _ = start('full')

@@ -1,11 +1,14 @@
 """The transformer as a next-byte model: the properties that coders rely on."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lm.model import params, presets, transformer
+from lm.model.config import Lexinvariant
 from tokenization.coding import neural
 
 CONFIG = presets.tiny()
@@ -69,3 +72,9 @@ def test_rows_do_not_change_with_their_batch_mates(model):
 def test_a_context_beyond_the_models_is_refused(weights):
     with pytest.raises(ValueError, match='context 128'):
         neural.model(weights, CONFIG, context=128)
+
+
+def test_drawn_tables_are_refused(weights):
+    drawn = dataclasses.replace(CONFIG, tied=True, lexinvariant=Lexinvariant())
+    with pytest.raises(ValueError, match='tables are drawn'):
+        neural.model(weights, drawn, context=8)

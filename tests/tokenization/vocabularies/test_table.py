@@ -41,6 +41,16 @@ def test_saved_and_loaded(tmp_path):
     assert [loaded.token_bytes(i) for i in (0, 1, 258, 261)] == [b'', b'the', b'', b' then']
 
 
+def test_a_table_that_would_be_read_back_as_another_is_not_saved(tmp_path):
+    second = TABLE.written.copy()
+    second[[1, 260]] = False, True  # the second id of the same bytes
+    table = TableTokenizer(TABLE.strings, second)
+    assert table.encode(b'the').tolist() == [260]
+    with pytest.raises(ValueError, match='expected the lowest id'):
+        table.save(tmp_path / 'table')
+    assert not (tmp_path / 'table').exists()
+
+
 @pytest.mark.parametrize('name', ['strings.bin', 'sizes.bin'])
 def test_damaged_files_are_refused(tmp_path, name):
     TABLE.save(tmp_path / 'table')
