@@ -87,10 +87,8 @@ def loss(
     nodes, segments_BL = Nodes(batch['tokens'], batch['positions']), batch['segments']
     seen = transformer.read(params, config, nodes, segments_BL, ask=Ask((layers - 1,)))
     seen = jax.lax.stop_gradient(seen)
-    own = transformer.read(
-        as_params(adapter), one_layer(config), nodes._replace(x_BTD=seen.layers[0]), segments_BL,
-        mlp=None,
-    )  # fmt: skip
+    nodes = nodes._replace(x_BTD=seen.layers[layers - 1])
+    own = transformer.read(as_params(adapter), one_layer(config), nodes, segments_BL, mlp=None)
     logits = functools.partial(transformer.head, params, config)
     target_BLV = jax.nn.softmax(jax.lax.stop_gradient(logits(seen.h_BTD)))
     nats_BL = -jnp.sum(target_BLV * jax.nn.log_softmax(logits(own.h_BTD)), axis=-1)

@@ -41,5 +41,4 @@ ARCHITECTURE = Architecture(
     lambda config: adapter.leaves(config.target),
     param_dtype=lambda config: config.target.param_dtype,
     vocab_size=lambda config: config.target.vocab_size,
-    model=lambda config, never=(): adapter.model(config.target),
 )

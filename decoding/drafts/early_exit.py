@@ -122,7 +122,8 @@ def _init(static: _Exit, weights: Weights, prompt: Prompt, **extra: Any) -> Memo
     """Returns the adapter's memory of all but each prompt's last token."""
     if static.adapter is None:
         return None
-    read = Nodes(None, _positions(prompt.token_BL), x_BTD=prompt.seen.layers[0])
+    x_BLD = prompt.seen.layers[static.layers - 1]
+    read = Nodes(None, _positions(prompt.token_BL), x_BTD=x_BLD)
     kept_B, key_B = prompt.text.length_B - 1, prompt.text.key_B
     return static.adapter.start(weights.adapter, read, kept_B, prompt.rows, key_B).memory
 

@@ -44,12 +44,15 @@ def measure(config: Config, model: LM) -> dict[str, float]:
         )
 
     @jax.jit
-    def judge(inputs, tree, scores, text):
+    def judge(sampler, tree, scores, text):
+        # not all inputs: the host would spend longer on passing the weights than on the phase
+        inputs = Inputs(None, None, None, sampler, stops.table)
         distribution = rounds.distribution(plan, inputs, tree, scores, text)
         return verifier.verify(tree, distribution, text, method.depth, method.branching)
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def commit(inputs, state, *found):
+    def commit(weights, state, *found):
+        inputs = Inputs(None, weights, None, Sampler(), stops.table)
         return rounds.commit(plan, inputs, state, *found)
 
     seconds: dict[str, list[float]] = {}
@@ -66,9 +69,9 @@ def measure(config: Config, model: LM) -> dict[str, float]:
         scores, seen, memory = timed(
             'target pass', target_pass, inputs, proposal, state.text, state.memory
         )
-        verdict = timed('verify', judge, inputs, proposal.tree, scores, state.text)
+        verdict = timed('verify', judge, inputs.sampler, proposal.tree, scores, state.text)
         state = dataclasses.replace(state, memory=memory, draft=proposal.state)
-        timed('commit', commit, inputs, state, proposal.tree, scores, seen, verdict)
+        timed('commit', commit, inputs.draft, state, proposal.tree, scores, seen, verdict)
     found = {name: float(np.median(times[1:])) for name, times in seconds.items()}
     whole, host = found.pop('round'), found.pop('host')
     return {**found, 'sum': sum(found.values()), 'round': whole, 'host': host}

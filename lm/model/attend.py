@@ -52,6 +52,18 @@ class Attend(Protocol):
     ) -> Attended: ...  # fmt: skip
 
 
+class OverCache(Protocol):
+    """Makes the attention of a pass over a cache; see `cached` for the arguments.
+
+    The carry is `Rows`: its keys and values become the cache's, and its mass is reported.
+    """
+
+    def __call__(
+        self, config: Config, mask: Mask, cache: Cache, counted_BL: jax.Array | None = None,
+        **extra: Any,
+    ) -> Attend: ...  # fmt: skip
+
+
 class Rows(NamedTuple):
     """The carry of `cached`; a pass over the layers fills it.
 
@@ -82,7 +94,9 @@ def among(config: Config, mask: Mask) -> Attend:
     return attend
 
 
-def cached(config: Config, mask: Mask, cache: Cache, counted_BL: jax.Array | None = None) -> Attend:
+def cached(
+    config: Config, mask: Mask, cache: Cache, counted_BL: jax.Array | None = None, **extra: Any
+) -> Attend:
     """Returns attention over a cache, after writing the new nodes into it; the carry is `Rows`.
 
     Args:

@@ -76,14 +76,15 @@ class Seen(NamedTuple):
     Attributes:
       h_BTD: hidden states, ready for `head`.
       x_BTD: the residual stream after the last layer that ran; None for a model without one.
-      layers: the residual stream `[B, T, D]` after each requested layer.
+      layers: the residual stream `[B, T, D]` after each requested layer that the pass ran, by the
+        layer's number.
       mass_NBKS: f32, attention that each row of the memory received, summed over the new nodes and
         the query heads of a KV head; None if not requested.
     """
 
     h_BTD: jax.Array
     x_BTD: jax.Array | None = None
-    layers: tuple[jax.Array, ...] = ()
+    layers: dict[int, jax.Array] = {}  # noqa: RUF012
     mass_NBKS: jax.Array | None = None
 
 

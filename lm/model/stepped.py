@@ -12,11 +12,10 @@ import numpy as np
 
 from lm.attention.attention import platform
 from lm.kernels.mask import Mask
-from lm.model import attend as attend_lib
 from lm.model import cache as cache_lib
 from lm.model import cpu_layout, tables, transformer
 from lm.model import params as params_lib
-from lm.model.attend import Rows
+from lm.model.attend import OverCache, Rows, cached
 from lm.model.cache import Cache
 from lm.model.config import Config
 from lm.model.contract import NOTHING, Ask, Model, Nodes, Stepped
@@ -40,7 +39,10 @@ class Memory:
 
 
 @functools.cache
-def model(config: Config, never: tuple[int, ...] = (), mlp: MLP | None = gated_mlp) -> Model:
+def model(
+    config: Config, never: tuple[int, ...] = (), mlp: MLP | None = gated_mlp,
+    attend: OverCache = cached,
+) -> Model:  # fmt: skip
     """Returns the transformer as a model that can be stepped.
 
     Equal arguments return the same functions, so nothing recompiles.
@@ -49,10 +51,11 @@ def model(config: Config, never: tuple[int, ...] = (), mlp: MLP | None = gated_m
       config: of the model.
       never: ids that are never drawn: BOS and padding rows.
       mlp: in place of the model's own (`transformer.blocks`).
+      attend: in place of attention to every row that the mask allows (`lm.model.attend`).
     """
     return Model(
-        start=functools.partial(_start, config, mlp),
-        step=functools.partial(_step, config, mlp),
+        start=functools.partial(_start, config, mlp, attend),
+        step=functools.partial(_step, config, mlp, attend),
         keep=_keep,
         head=functools.partial(_head, config, never),
         layout=functools.partial(_layout, config),
@@ -66,20 +69,21 @@ def model(config: Config, never: tuple[int, ...] = (), mlp: MLP | None = gated_m
 
 
 def _start(
-    config: Config, mlp: MLP | None, params: Params, prompt: Nodes, kept_B: jax.Array, rows: int,
-    key_B: jax.Array, *, ask: Ask = NOTHING, **extra: Any,
+    config: Config, mlp: MLP | None, attend: OverCache, params: Params, prompt: Nodes,
+    kept_B: jax.Array, rows: int, key_B: jax.Array, *, ask: Ask = NOTHING, **extra: Any,
 ) -> Stepped:  # fmt: skip
     """See `contract.Start`."""
     b = prompt.position_BT.shape[0]
     drawn = tables.for_texts(params['tables'], config, key_B)
     empty = Memory(cache_lib.init(config, b, rows), drawn, jnp.zeros(b, jnp.int32))
     counted_BL = prompt.position_BT < kept_B[:, None]
-    memory, seen = _step(config, mlp, params, empty, prompt, ask=ask, counted_BL=counted_BL)
+    memory, seen = _step(config, mlp, attend, params, empty, prompt, ask=ask, counted_BL=counted_BL)
     return Stepped(_keep(memory, None, kept_B), seen)
 
 
 def _step(
-    config: Config, mlp: MLP | None, params: Params, memory: Memory, nodes: Nodes, *,
+    config: Config, mlp: MLP | None, attend: OverCache, params: Params, memory: Memory,
+    nodes: Nodes, *,
     layers: Sequence[int] | None = None, ask: Ask = NOTHING,
     counted_BL: jax.Array | None = None, **extra: Any,
 ) -> Stepped:  # fmt: skip
@@ -94,11 +98,11 @@ def _step(
         some = None if len(layers) == config.n_layers else layers
         cache = cache_lib.write_positions(memory.cache, position_BT, some)
     mask = Mask(position_BT, position_BT[:, None], ancestors=nodes.ancestors_BTW, nodes=nodes.span)
-    attend = attend_lib.cached(config, mask, cache, counted_BL)
+    look = attend(config, mask, cache, counted_BL)
     mass_NBKS = jnp.zeros(cache.position_NBKS.shape, jnp.float32) if ask.mass else None
     carry = Rows(cache.k_NBKSC, cache.v_NBKSC, mass_NBKS)
     seen, carry = transformer.run(
-        params, config, nodes, attend, carry, layers=layers, ask=ask, mlp=mlp
+        params, config, nodes, look, carry, layers=layers, ask=ask, mlp=mlp
     )
     cache = dataclasses.replace(cache, k_NBKSC=carry.k_NBKSC, v_NBKSC=carry.v_NBKSC)
     return Stepped(

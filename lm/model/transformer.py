@@ -114,17 +114,18 @@ def run(
         assert nodes.token_BT is not None, 'nodes have neither tokens nor vectors'
         x_BTD = tables.embed(params['tables'], config, nodes.token_BT)
     layers = range(config.n_layers) if layers is None else layers
-    ends = [i + 1 for i, layer in enumerate(layers) if layer in ask.layers]
-    streams: list[jax.Array] = []
+    asked = {i + 1: layer for i, layer in enumerate(layers) if layer in ask.layers}
+    streams: dict[int, jax.Array] = {}
     begin = 0
-    for end in dict.fromkeys([*ends, len(layers)]):
+    for end in dict.fromkeys([*asked, len(layers)]):
         x_BTD, carry = blocks(body, config, x_BTD, attend, carry, mlp=mlp, layers=layers[begin:end])
-        streams += [x_BTD] if end in ends else []
+        if end in asked:
+            streams[asked[end]] = x_BTD
         begin = end
     h_BTD = layers_lib.rms_norm(
         x_BTD, body['final_norm_D'], config.norm_epsilon, config.unit_offset
     )
-    return Ran(Seen(h_BTD, x_BTD, tuple(streams)), carry)
+    return Ran(Seen(h_BTD, x_BTD, streams), carry)
 
 
 class Blocks(NamedTuple):
@@ -156,6 +157,8 @@ def blocks(
       layers: blocks to run, in this order; all by default.
     """
     layers = range(config.n_layers) if layers is None else layers
+    if not layers:
+        return Blocks(x_BLD, carry)
 
     def run_block(state, inputs):
         (x_BLD, carry), (layer, block_params) = state, inputs

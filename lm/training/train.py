@@ -158,16 +158,17 @@ def train_step(
 
 
 def evaluate(
-    loss: LossFn, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh
-) -> dict[str, Sum]:
-    """Returns the loss's sums over all batches, added in f64 on the host."""
-    step = jax.jit(lambda params, batch, key: loss(params, batch, key).sums)
+    loss: LossFn, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh,
+    frozen: tuple[Any, ...] = (),
+) -> dict[str, Sum]:  # fmt: skip
+    """Returns the loss's sums over all batches, added in f64 on the host; `frozen` as for `run`."""
+    step = jax.jit(lambda params, batch, key, *frozen: loss(params, batch, key, *frozen).sums)
     totals: dict[str, Sum] = {}
     pending: dict[str, Sum] = {}
     with jax.set_mesh(mesh):
         for i, batch in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(0), i)
-            sums = step(params, put(batch, mesh), key)
+            sums = step(params, put(batch, mesh), key, *frozen)
             # read after dispatching the next batch, so that devices never wait
             totals, pending = _add(totals, pending), sums
     return _add(totals, pending)

@@ -39,9 +39,16 @@ def lm_of(config: Config, seed: int, sharpness: float) -> LM:
 
 
 TARGET, DRAFT = lm_of(CONFIG, 3, 0.5), lm_of(SMALL, 6, 0.5)
-ADAPTER = early_exit.Adapter(
-    adapter.model(CONFIG), adapter.as_params(adapter.init(jax.random.key(4), CONFIG))
-)
+
+
+def trained_adapter() -> early_exit.Adapter:
+    """An adapter that adds something, as a new one does not."""
+    weights = adapter.init(jax.random.key(4), CONFIG)
+    wo_NHCD = weights['layers']['wo_NHCD']
+    weights['layers']['wo_NHCD'] = jax.random.normal(jax.random.key(5), wo_NHCD.shape)
+    return early_exit.Adapter(adapter.model(CONFIG), adapter.as_params(weights))
+
+
 SHAPE = template.best_first([0.5, 0.3, 0.1], 6)
 DRAFTERS: dict[str, Drafter] = {
     'chain': chain.chain(DRAFT, 2),
@@ -52,7 +59,7 @@ DRAFTERS: dict[str, Drafter] = {
     'lookup': lookup.lookup(nodes=6, length=3, branches=2),
     'recycling': recycling.recycling(V, template=SHAPE, ranks=3),
     'early_exit': early_exit.early_exit(TARGET, 1, 2),
-    'early_exit_adapter': early_exit.early_exit(TARGET, 1, 2, adapter=ADAPTER),
+    'early_exit_adapter': early_exit.early_exit(TARGET, 1, 2, adapter=trained_adapter()),
 }
 RULES = (
     verify.target_only_walk, verify.recursive_rejection, verify.speculative_sampling, verify.k_seq

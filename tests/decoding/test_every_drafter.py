@@ -76,6 +76,14 @@ def test_target_only_walk_gives_the_tokens_of_plain_sampling(name):
     assert stopped.ended == ['stop'] * 8
 
 
+@pytest.mark.parametrize('name', DRAFTERS)
+def test_greedy_text_is_that_of_plain_decoding_under_other_rules(name):
+    drafter = DRAFTERS[name]
+    rule = verify.default_for(drafter.method.trees)
+    rule = verify.greedy_walk if rule is verify.target_only_walk else rule
+    equal(run(drafter, rule, temperature=0.0), plain(0.0))
+
+
 @pytest.mark.parametrize(('name', 'rule'), PAIRS, ids=PAIR_IDS)
 def test_the_first_two_tokens_follow_the_distribution(name, rule):
     rows, drafter = 4096, DRAFTERS[name]

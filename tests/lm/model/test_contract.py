@@ -130,13 +130,15 @@ def test_a_kept_path_is_that_path_read_as_text(name):
 @pytest.mark.parametrize('name', ['full', 'laid out'])
 def test_layers_run_in_two_passes_are_one_pass(name):
     memory, seen = start(name, TOKENS[:, :4], kept=(4, 4), ask=Ask((0, 1)))
-    assert len(seen.layers) == 2
+    assert list(seen.layers) == [0, 1]
     nodes = chain(TOKENS[:, 4:7], 4)
     expected, whole, asked = step(name, memory, nodes, ask=Ask((1,)))
     _, shallow, first = step(name, memory, nodes, layers=range(2))
-    np.testing.assert_allclose(first.x_BTD, asked.layers[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(first.x_BTD, asked.layers[1], rtol=1e-5, atol=1e-5)
     deep = nodes._replace(x_BTD=first.x_BTD, start_layer=2)
-    logits, deep_memory, _ = step(name, shallow, deep)
+    logits, deep_memory, rest = step(name, shallow, deep, ask=Ask((1, 2)))
+    assert list(rest.layers) == [2]  # the other ran before
+    np.testing.assert_array_equal(rest.layers[2], rest.x_BTD)
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
     for a, b in zip(jax.tree.leaves(deep_memory), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
@@ -238,6 +240,25 @@ def first_queries_and_keys(weights, config, position):
     h, k, c = config.n_heads, config.n_kv_heads, config.head_dim
     carry = jnp.zeros((2, L, h, c)), jnp.zeros((2, k, L, c))
     return transformer.run(weights, config, chain(TOKENS), attend, carry, layers=range(1)).carry
+
+
+def test_attention_is_an_argument():
+    """A maker whose attention returns zeros gives the model without output matrices."""
+
+    def blind(config, mask, cache, counted_BL=None, **extra):
+        def attend(layer, q_BLHC, k_BLKC, v_BLKC, carry, **extra):
+            return Attended(jnp.zeros_like(q_BLHC), carry)
+
+        return attend
+
+    model, weights = stepped.model(PLAIN, attend=blind), subject('plain')[1]
+    layers = {**weights['body']['layers']}
+    layers['wo_NHCD'] = jnp.zeros_like(layers['wo_NHCD'])
+    without = {**weights, 'body': {**weights['body'], 'layers': layers}}
+    memory, seen = model.start(weights, chain(TOKENS), jnp.asarray([L, L]), ROWS, KEYS)
+    expected = transformer.forward(without, PLAIN, TOKENS)
+    logits = model.head(weights, memory, seen.h_BTD)
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_equal_models_are_the_same_functions():
