@@ -38,7 +38,6 @@ class Memory:
     kept_B: jax.Array
 
 
-@functools.cache
 def model(
     config: Config, never: tuple[int, ...] = (), mlp: MLP | None = gated_mlp,
     attend: OverCache = cached,
@@ -53,6 +52,11 @@ def model(
       mlp: in place of the model's own (`transformer.blocks`).
       attend: in place of attention to every row that the mask allows (`lm.model.attend`).
     """
+    return _model(config, never, mlp, attend)
+
+
+@functools.cache  # of positional arguments, which keyword ones would not equal
+def _model(config: Config, never: tuple[int, ...], mlp: MLP | None, attend: OverCache) -> Model:
     return Model(
         start=functools.partial(_start, config, mlp, attend),
         step=functools.partial(_step, config, mlp, attend),
