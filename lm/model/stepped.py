@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -55,8 +55,7 @@ def model(
     return _model(config, never, mlp, attend)
 
 
-@functools.cache  # of positional arguments, which keyword ones would not equal
-def _model(config: Config, never: tuple[int, ...], mlp: MLP | None, attend: OverCache) -> Model:
+def _build(config: Config, never: tuple[int, ...], mlp: MLP | None, attend: OverCache) -> Model:
     return Model(
         start=functools.partial(_start, config, mlp, attend),
         step=functools.partial(_step, config, mlp, attend),
@@ -70,6 +69,10 @@ def _model(config: Config, never: tuple[int, ...], mlp: MLP | None, attend: Over
         head_size=config.vocab_size * config.d_model,
         layer_size=(params_lib.count_body(config) - config.d_model) // config.n_layers,
     )
+
+
+# of positional arguments: a keyword one would not equal its position
+_model: Callable[..., Model] = functools.cache(_build)
 
 
 def _start(
