@@ -103,7 +103,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(RUN) pytest tests/test_contracts.py tests/test_contracts_docs.py
+	$(RUN) pytest tests/test_contracts.py tests/test_contracts_docs.py tests/test_rooms.py
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .
