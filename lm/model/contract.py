@@ -78,8 +78,9 @@ class Seen(NamedTuple):
       x_BTD: the residual stream after the last layer that ran; None for a model without one.
       layers: the residual stream `[B, T, D]` after each requested layer that the pass ran, by the
         layer's number.
-      mass_NBKS: f32, attention that each row of the memory received, summed over the new nodes and
-        the query heads of a KV head; None if not requested.
+      mass_NBKS: f32, attention that each row of the memory received, summed over the query heads of
+        a KV head and over the new nodes: in `start` over those that are kept, in `step` over all,
+        since which will be kept is not known yet. None if not requested.
     """
 
     h_BTD: jax.Array
