@@ -65,18 +65,14 @@ def step(name: str, memory, nodes: Nodes, **settings):
     """Steps; returns logits, the memory and what was seen."""
     model, weights = subject(name)
 
-    def run(weights, memory, nodes):
-        memory, seen = model.step(weights, memory, nodes, **settings)
+    @jax.jit
+    def run(weights, memory, token_BT, position_BT, ancestors_BTW, x_BTD):
+        traced = Nodes(token_BT, position_BT, ancestors_BTW, nodes.span, x_BTD, nodes.start_layer)
+        memory, seen = model.step(weights, memory, traced, **settings)
         return model.head(weights, memory, seen.h_BTD), memory, seen
 
-    arrays = nodes._replace(span=None, start_layer=0)
-
-    def call(weights, memory, arrays):
-        return run(weights, memory, arrays._replace(span=nodes.span, start_layer=nodes.start_layer))
-
-    return jax.jit(lambda w, m, *a: call(w, m, Nodes(*a[:3], None, a[3], 0)))(
-        weights, memory, arrays.token_BT, arrays.position_BT, arrays.ancestors_BTW, arrays.x_BTD
-    )
+    arrays = nodes.token_BT, nodes.position_BT, nodes.ancestors_BTW, nodes.x_BTD
+    return run(weights, memory, *arrays)
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -114,7 +110,12 @@ def test_a_kept_path_is_that_path_read_as_text(name):
     _, memory, _ = step(name, memory, Nodes(tokens[:, :3], positions[:, :3], bits[0], span=3))
     last, memory, _ = step(name, memory, Nodes(tokens[:, 3:], positions[:, 3:], bits[1], span=4))
     path = jnp.asarray([[0, 1, 3], [0, 2, 2]])
+    prompt = jnp.broadcast_to(jnp.arange(4), (2, 4))  # the same, counted from the first node read
+    whole = jnp.concatenate([prompt, 4 + path], axis=1)
+    from_start = model.keep(memory, whole, jnp.asarray([7, 6]), since_B=0)
     memory = model.keep(memory, path, jnp.asarray([3, 2]))  # row 1 keeps 0 and 2
+    for a, b in zip(jax.tree.leaves(memory), jax.tree.leaves(from_start), strict=True):
+        np.testing.assert_array_equal(a, b)
     text = [[0, 1, 3], [0, 2]]
     following = tokens[:, :1]
     actual, _, _ = step(name, memory, Nodes(following, jnp.asarray([[7], [6]])))
